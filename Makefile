@@ -1,0 +1,40 @@
+# `make` lists the targets. Everything runs inside VENV; `setup` makes it once and is a no-op afterwards.
+#   make test PYTHON=python3.12        the interpreter that VENV is made from
+#   make test VENV=/path/to/env        your own environment, with detectron2 and torch: used as it is, never changed
+#   make demo ARGS="..."               more arguments for the tool
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+# This checkout comes first, so that an environment of yours need not have the plugin installed.
+RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
+SOURCES := focal_plugin tools tests setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make VENV: torch, Detectron2, this plugin (once; 6 GB on Linux)
+	@command -v "$(PYTHON)" >/dev/null || { echo "setup: no '$(PYTHON)' here. Type: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" tools/setup_env.py "$(VENV)"
+
+demo: setup ## train CE, OHEM, OHEM 1:3 and FL on the embedded data set, and compare them in report/
+	$(RUN) tools/demo.py --output report $(ARGS)
+
+test: setup ## run the tests
+	$(RUN) -m pytest tests $(ARGS)
+
+lint: setup ## check style and formatting
+	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }
+	$(RUN) -m ruff check $(SOURCES)
+	$(RUN) -m ruff format --check $(SOURCES)
+
+wheel: setup ## build the wheel into dist/
+	rm -rf build
+	$(RUN) -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean: ## remove build products and caches; VENV, output/ and report/ stay
+	rm -rf build dist focal_plugin.egg-info .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

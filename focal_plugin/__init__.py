@@ -1,0 +1,33 @@
+"""Focal loss and online hard example mining side by side on Detectron2's RetinaNet.
+
+Importing the package registers ``FocalRetinaNet``, the heads and the digits data set; nothing else is touched.
+"""
+
+__version__ = "0.1.0"
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        "focal_plugin needs Detectron2, which is not on the package index under its own name. After torch and "
+        "torchvision, install it with:\n"
+        "  pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
+    ) from e
+
+from .config import add_focal_config, get_config, load_config
+from .data.digits import register_digits
+from .heads import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, build_retinanet_head
+from .retinanet import FocalRetinaNet
+
+register_digits()
+
+__all__ = [
+    "RETINANET_HEAD_REGISTRY",
+    "FocalHead",
+    "FocalRetinaNet",
+    "OHEMHead",
+    "add_focal_config",
+    "build_retinanet_head",
+    "get_config",
+    "load_config",
+]
