@@ -2,8 +2,9 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Sequence, Union
+from typing import Union
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -129,7 +130,7 @@ def _merge_file(cfg: CN, path: str) -> None:
         raise ValueError(f"{path}: {_explain(cfg, e)}") from e
 
 
-def _merge_opts(cfg: CN, opts: List[str]) -> None:
+def _merge_opts(cfg: CN, opts: list[str]) -> None:
     flags = [o for o in opts if isinstance(o, str) and o.startswith("--")]
     if flags:
         raise ValueError(f"{flags[0]} comes after the first KEY VALUE pair; put all flags before them")
@@ -154,7 +155,7 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
     return message
 
 
-def _all_keys(node: CN, prefix: str = "") -> List[str]:
+def _all_keys(node: CN, prefix: str = "") -> list[str]:
     keys = []
     for name, value in node.items():
         keys += _all_keys(value, f"{prefix}{name}.") if isinstance(value, CN) else [prefix + name]

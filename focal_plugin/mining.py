@@ -6,7 +6,8 @@ boxes, nothing of Detectron2.
 """
 
 import math
-from typing import Iterator, Optional, Tuple
+from collections.abc import Iterator
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def _hardest(order: Tensor, boxes: Tensor, groups: Tensor, nms_thresh: float, co
     return torch.cat(kept)[:count]
 
 
-def _hardest_of_both(order, boxes, groups, nms_thresh, positive, max_pos, num_neg) -> Tuple[Tensor, Tensor]:
+def _hardest_of_both(order, boxes, groups, nms_thresh, positive, max_pos, num_neg) -> tuple[Tensor, Tensor]:
     """The hardest positives and negatives where they suppress each other and so must be gone through together."""
     pos, neg = [order[:0]], [order[:0]]
     num_kept_pos = num_kept_neg = 0
@@ -112,9 +113,7 @@ def _hardest_of_both(order, boxes, groups, nms_thresh, positive, max_pos, num_ne
     return pos, torch.cat(neg)[: num_neg(len(pos))]
 
 
-def _survivors(
-    order: Tensor, boxes: Tensor, groups: Tensor, nms_thresh: float
-) -> Iterator[Tuple[Tensor, Tensor]]:
+def _survivors(order: Tensor, boxes: Tensor, groups: Tensor, nms_thresh: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Greedy NMS down ``order``, block by block: yields each block and what of it no harder kept example removes."""
     kept, start, size = order[:0], 0, _FIRST_BLOCK
     thresh = _round_down(nms_thresh, boxes)

@@ -10,7 +10,8 @@ There is no ``1 - p_t`` that rounds to zero and no ``pow(., gamma - 1)`` of that
 forms return NaN gradients for 0 < gamma < 1 as soon as one easy logit passes |x| = 17.
 """
 
-from typing import NamedTuple, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def _apply(formula, inputs, targets, alpha, reduction, class_dim) -> Tensor:
     return loss.sum() if reduction == "sum" else loss
 
 
-def _alpha_weights(alpha: Alpha, inputs: Tensor, class_dim: int) -> Tuple[Tensor, Tensor]:
+def _alpha_weights(alpha: Alpha, inputs: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
     """The weights of positives and negatives: two scalars, or two tensors that broadcast along ``class_dim``."""
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     if isinstance(alpha, Tensor) and alpha.dim() == 0:

@@ -1,0 +1,116 @@
+"""The `--register name=annotations.json:image_dir` flag, on top of Detectron2's `register_coco_instances`."""
+
+import json
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+_FORM = "--register name=annotations.json:image_dir"
+
+
+def register_from_args(args):
+    """Registers every data set of a repeatable `--register` flag.
+
+    Args:
+        args: list of "name=annotations.json:image_dir", or None if the flag was not given.
+
+    Raises:
+        FileNotFoundError: a json file or an image directory does not exist.
+        ValueError: an argument is malformed, its file is no COCO json, or its name is taken.
+    """
+    for text in args or ():
+        register_coco_json(*parse_register_arg(text))
+
+
+def parse_register_arg(text):
+    """Splits "name=annotations.json:image_dir" at the first "=" and at the last ":".
+
+    Args:
+        text: the argument of one `--register`.
+
+    Returns:
+        (name, json_file, image_root); nothing is checked on disk.
+
+    Raises:
+        ValueError: a part is missing, or there is white space in the name.
+    """
+    name, _, paths = text.partition("=")
+    json_file, _, image_root = paths.rpartition(":")
+    if not (name and json_file and image_root) or name.split() != [name]:
+        raise ValueError(f"--register {text}: not of the form {_FORM}")
+    return name, json_file, image_root
+
+
+def register_coco_json(name, json_file, image_root):
+    """Registers a data set in COCO format, class names included, after a look into its json.
+
+    Registering the same three again does nothing, so that every spawned worker may do it.
+
+    Args:
+        name: what DATASETS.TRAIN or DATASETS.TEST calls it.
+        json_file: path of the annotations; "~" is expanded.
+        image_root: directory that the json's file names start from; "~" is expanded.
+
+    Raises:
+        FileNotFoundError: the json file or the image directory does not exist.
+        ValueError: the file is no COCO json with categories, or the name belongs to another data set.
+    """
+    argument = f"--register {name}={json_file}:{image_root}"
+    json_file, image_root = (Path(path).expanduser().absolute() for path in (json_file, image_root))
+    if _is_taken(name):
+        if _is_registered_as(name, json_file, image_root):
+            return
+        raise ValueError(
+            f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
+            f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
+        )
+    if not json_file.is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {json_file}; the form is {_FORM}")
+    if not image_root.is_dir():
+        raise FileNotFoundError(f"{argument}: there is no directory {image_root}; the form is {_FORM}")
+    try:
+        thing_classes = _read_thing_classes(json_file)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
+    register_coco_instances(name, {"thing_classes": thing_classes}, str(json_file), str(image_root))
+
+
+def _is_taken(name):
+    # Metadata cannot be overwritten either, and some built-in names have nothing else but their "name".
+    has_metadata = name in MetadataCatalog and MetadataCatalog[name].as_dict().keys() > {"name"}
+    return name in DatasetCatalog or has_metadata
+
+
+def _is_registered_as(name, json_file, image_root):
+    meta = MetadataCatalog.get(name)
+    return (
+        name in DatasetCatalog
+        and meta.get("json_file") == str(json_file)
+        and meta.get("image_root") == str(image_root)
+    )
+
+
+def _read_thing_classes(json_file):
+    """The class names in the order that Detectron2's `load_coco_json` gives them: by category id."""
+    try:
+        content = json.loads(json_file.read_bytes())
+    except ValueError as error:  # not UTF-8, or not json
+        raise ValueError(f"is not json ({error})") from error
+    keys = ("images", "annotations", "categories")
+    missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing:
+        raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
+    return _sorted_names(content["categories"])
+
+
+def _sorted_names(categories):
+    if not categories:
+        raise ValueError("has no categories: there is nothing to learn")
+    for category in categories:
+        if not (isinstance(category, dict) and isinstance(category.get("id"), int) and "name" in category):
+            raise ValueError(f"has a category without a whole number as id or without a name: {category}")
+    names = {category["id"]: category["name"] for category in categories}
+    if len(names) < len(categories):
+        raise ValueError("has two categories with the same id")
+    return [names[key] for key in sorted(names)]

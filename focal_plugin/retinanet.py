@@ -1,0 +1,219 @@
+"""``FocalRetinaNet``: upstream's RetinaNet with the loss taken out of the meta-architecture and into its head.
+
+Shapes as in :mod:`focal_plugin.heads`.
+"""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torch import Tensor
+
+from .heads import AnchorTargets, HeadLosses, build_retinanet_head
+
+_IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+
+
+class LowQualityMatcher(Matcher):
+    """Upstream's matcher, in which the best anchor of a box counts as its match only from an IoU on.
+
+    As Detectron v1, which takes back low-quality matches under IoU 0.4 (``_get_retinanet_blobs``). An anchor that
+    overlaps no box at all is never positive; upstream makes every anchor of IoU 0 a match of a box that no anchor
+    touches.
+    """
+
+    def __init__(self, thresholds: list[float], labels: list[int], min_low_quality_iou: float = 0.0):
+        if not 0 <= min_low_quality_iou <= 1:
+            raise ValueError(f"MODEL.FOCAL.MIN_LOW_QUALITY_IOU must be in [0, 1], got {min_low_quality_iou}")
+        super().__init__(thresholds, labels, allow_low_quality_matches=True)
+        self.min_low_quality_iou = min_low_quality_iou
+
+    def set_low_quality_matches_(self, match_labels: Tensor, match_quality_matrix: Tensor) -> None:
+        before = match_labels.clone()
+        super().set_low_quality_matches_(match_labels, match_quality_matrix)
+        best = match_quality_matrix.max(dim=0).values
+        too_low = (best < self.min_low_quality_iou) | (best == 0)
+        match_labels[too_low] = before[too_low]
+
+
+@META_ARCH_REGISTRY.register()
+class FocalRetinaNet(RetinaNet):
+    """RetinaNet whose head computes the classification loss and says which examples are trained on.
+
+    Parameters, anchors, matching and inference are upstream's, and so, with the default keys, are loss and
+    gradients. A stock state_dict loads strictly.
+    """
+
+    @configurable
+    def __init__(self, *, normalizer: str = "ema", normalizer_sync: bool = False, **kwargs):
+        """
+        Args:
+            normalizer: "ema" (upstream's running mean of positives, from 100, momentum 0.9) or "batch" (those of
+                this step).
+            normalizer_sync: count over all workers: N workers then give the gradients of one with the joint batch.
+            kwargs: of upstream's ``RetinaNet``. ``head`` needs the method ``losses`` of the heads in
+                :data:`focal_plugin.heads.RETINANET_HEAD_REGISTRY`.
+
+        Raises:
+            ValueError: a value out of range; the message names its config key.
+        """
+        super().__init__(**kwargs)
+        if normalizer not in ("ema", "batch"):
+            raise ValueError(f"MODEL.FOCAL.NORMALIZER must be ema or batch, got {normalizer!r}")
+        if self.box_reg_loss_type != "smooth_l1" and self.box_reg_loss_type not in _IOU_LOSSES:
+            raise ValueError(
+                f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be smooth_l1, {', '.join(_IOU_LOSSES)}; "
+                f"got {self.box_reg_loss_type!r}"
+            )
+        if not hasattr(self.head, "losses"):
+            raise TypeError(f"{type(self.head).__name__} has no method losses(pred_logits, targets)")
+        self.normalizer, self.normalizer_sync = normalizer, normalizer_sync
+        # Upstream keeps a Python float, which a checkpoint does not save and which makes the host wait each step.
+        self.register_buffer("loss_normalizer", torch.tensor(100.0))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        if "FOCAL" not in cfg.MODEL or "OHEM" not in cfg.MODEL:
+            raise ValueError("the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg()")
+        # Not from upstream's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
+        # from other random weights than stock RetinaNet with the same seed.
+        retinanet = cfg.MODEL.RETINANET
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        shapes = [shapes[f] for f in retinanet.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": build_retinanet_head(cfg, shapes),
+            "head_in_features": retinanet.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, shapes),
+            "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
+            "anchor_matcher": LowQualityMatcher(
+                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, cfg.MODEL.FOCAL.MIN_LOW_QUALITY_IOU
+            ),
+            "num_classes": retinanet.NUM_CLASSES,
+            "focal_loss_alpha": retinanet.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": retinanet.FOCAL_LOSS_GAMMA,
+            "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
+            "box_reg_loss_type": retinanet.BBOX_REG_LOSS_TYPE,
+            "normalizer": cfg.MODEL.FOCAL.NORMALIZER,
+            "normalizer_sync": cfg.MODEL.FOCAL.NORMALIZER_SYNC,
+            "test_score_thresh": retinanet.SCORE_THRESH_TEST,
+            "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": retinanet.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward_training(self, images, features, predictions, gt_instances: list[Instances]) -> dict[str, Tensor]:
+        """Upstream's seam, without its transposition of the logits."""
+        pred_logits, pred_deltas = predictions
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            anchors: per level, (Hi * Wi * A) boxes.
+            pred_logits: per level, (N, A * K, Hi, Wi), as the head returns them (upstream: transposed).
+            gt_labels: per image, (R,) as from ``label_anchors``: a class in [0, K), K for background, -1 ignored.
+            pred_deltas: per level, (N, A * 4, Hi, Wi).
+            gt_boxes: per image, the (R, 4) matched boxes; of no meaning where there is no foreground.
+
+        Returns:
+            "loss_cls" and "loss_box_reg", scalars that every parameter of the head takes part in.
+        """
+        anchors = Boxes.cat(anchors).tensor
+        deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in pred_deltas], dim=1)
+        labels = torch.stack(gt_labels) if gt_labels else anchors.new_zeros((0, len(anchors)), dtype=torch.long)
+        boxes = torch.stack(gt_boxes) if gt_boxes else anchors.new_zeros((0, len(anchors), 4))
+        is_foreground = (labels >= 0) & (labels < self.num_classes)
+
+        targets = AnchorTargets(
+            labels=labels,
+            anchors=anchors,
+            box_losses=lambda: self._box_loss_map(anchors, deltas.detach(), boxes, is_foreground),
+            pred_boxes=lambda: self._decode(anchors, deltas.detach()),
+        )
+        out: HeadLosses = self.head.losses(pred_logits, targets)
+        loss_box = self._box_losses(anchors, deltas, boxes, out.box_mask).sum()
+
+        num_pos = self._positives_normalizer(out.box_mask.sum())
+        num_examples = num_pos if out.num_examples is None else self._per_worker(out.num_examples).clamp(min=1)
+        self._log(labels, is_foreground, num_pos)
+        return {"loss_cls": out.loss_cls / num_examples, "loss_box_reg": loss_box / num_pos}
+
+    def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
+        """(M,) box losses of the M anchors in the (N, R) ``mask``, as upstream's ``_dense_box_regression_loss``."""
+        _, index = mask.nonzero(as_tuple=True)
+        anchors, deltas, gt_boxes = anchors[index], deltas[mask].float(), gt_boxes[mask]
+        if self.box_reg_loss_type == "smooth_l1":
+            gt_deltas = self.box2box_transform.get_deltas(anchors, gt_boxes)
+            return smooth_l1_loss(deltas, gt_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
+        pred_boxes = self.box2box_transform.apply_deltas(deltas, anchors)
+        return _IOU_LOSSES[self.box_reg_loss_type](pred_boxes, gt_boxes, reduction="none")
+
+    def _box_loss_map(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
+        """(N, R) box losses, 0 outside ``mask``."""
+        losses = deltas.new_zeros(mask.shape, dtype=torch.float32)
+        losses[mask] = self._box_losses(anchors, deltas, gt_boxes, mask).float()
+        return losses
+
+    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """(N, R, 4) predicted boxes."""
+        num_images = len(deltas)
+        flat = self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), anchors.repeat(num_images, 1))
+        return flat.view(num_images, -1, 4)
+
+    def _positives_normalizer(self, num_pos: Tensor) -> Tensor:
+        """The number of positives to divide by, at least 1; ``ema`` moves the running mean on."""
+        total = num_pos.float()
+        world_size = comm.get_world_size() if self.normalizer_sync else 1
+        if world_size > 1:
+            torch.distributed.all_reduce(total)
+        total = total.clamp(min=1)
+        if self.normalizer == "ema":
+            total = 0.9 * self.loss_normalizer + 0.1 * total
+            self.loss_normalizer.copy_(total)
+        # DDP averages the workers' gradients, so the joint count is shared out among them.
+        return total / world_size
+
+    def _per_worker(self, count: Tensor) -> Tensor:
+        """The mean of ``count`` over the workers where they are to act as one, else this worker's."""
+        count = count.float()
+        if self.normalizer_sync and comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+            count /= comm.get_world_size()
+        return count
+
+    def _log(self, labels: Tensor, is_foreground: Tensor, num_pos: Tensor) -> None:
+        if has_event_storage():
+            num_images = max(len(labels), 1)
+            get_event_storage().put_scalars(
+                num_pos_anchors=is_foreground.sum() / num_images,
+                num_neg_anchors=(labels == self.num_classes).sum() / num_images,
+                loss_normalizer=num_pos,
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A stock or model-zoo checkpoint knows no normaliser: it goes on from the value it has.
+        state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

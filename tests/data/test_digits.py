@@ -1,0 +1,325 @@
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from PIL import Image
+
+from focal_plugin.data import digits
+from focal_plugin.data.digits import draw_labels, draw_scene, make_digits, register_digits, source_indices
+
+pytest.importorskip("sklearn")
+
+SMALL = {"num_train": 12, "num_val": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp("digits"), num_train=40, num_val=10)
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """`digits_train` and `digits_val` as they come, but small and in a folder of their own."""
+    small_make, small_folder = digits.make_digits, digits._folder
+    monkeypatch.setattr(digits, "make_digits", lambda root: small_make(root, **SMALL))
+    monkeypatch.setattr(digits, "_folder", lambda root, *args: small_folder(root, *(args or SMALL.values())))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_digits()
+    yield tmp_path / "digits"
+    monkeypatch.undo()
+    register_digits()
+
+
+def read_json(folder, split):
+    return json.loads((folder / f"{split}.json").read_text())
+
+
+def read_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scenes(split="train", count=40):
+    return (draw_scene(split, index) for index in range(count))
+
+
+# --- deterministic ---
+
+
+def test_two_roots_hold_the_same_bytes(tmp_path):
+    first, second = (make_digits(tmp_path / root, **SMALL) for root in ("a", "b"))
+    assert len(read_bytes(first)) == 12 + 6 + 2
+    assert read_bytes(first) == read_bytes(second)
+
+
+def test_hash_seed_and_threads_change_nothing():
+    code = (
+        "import hashlib; from focal_plugin.data.digits import draw_scene\n"
+        "for index in range(3): print(hashlib.sha256(draw_scene('val', index)[0]).hexdigest())"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    here = [hashlib.sha256(draw_scene("val", index)[0]).hexdigest() for index in range(3)]
+    assert elsewhere.stdout.split() == here
+
+
+def test_seeds_splits_and_scenes_differ():
+    images = [
+        draw_scene(split, index, seed=seed)[0].tobytes()
+        for split, index, seed in itertools.product(("train", "val"), (0, 1), (0, 1))
+    ]
+    assert len(set(images)) == len(images)
+
+
+def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path, folder):
+    few = make_digits(tmp_path, num_train=10, num_val=1)
+    names = [f"train/{index:06d}.png" for index in range(10)]
+    assert [(few / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+    many = [a for a in read_json(folder, "train")["annotations"] if a["image_id"] <= 10]
+    assert read_json(few, "train")["annotations"] == many
+
+
+# --- what the scenes hold ---
+
+
+def test_no_handwriting_is_in_both_splits():
+    train, val = (np.concatenate(source_indices(split)) for split in ("train", "val"))
+    assert not set(train) & set(val)
+    assert len(set(train) | set(val)) == 1797
+    images = digits._load_handwriting()[0].reshape(1797, 64)
+    assert not {image.tobytes() for image in images[train]} & {image.tobytes() for image in images[val]}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_class_is_in_both_splits_with_a_long_tail(seed):
+    for split, count in (("train", 1500), ("val", 300)):
+        labels = [draw_labels(split, index, seed=seed) for index in range(count)]
+        per_class = np.bincount(list(itertools.chain(*labels)), minlength=10)
+        assert (np.diff(per_class) < 0).all()
+        assert 7 < per_class[0] / per_class[-1] < 15
+        assert per_class.min() >= 19
+        assert 0.08 <= sum(not scene for scene in labels) / count <= 0.10
+        assert set(map(len, labels)) == set(range(7))
+
+
+def test_scenes_get_the_digits_they_want():
+    for index, (_, _, labels) in enumerate(scenes()):
+        assert labels == draw_labels("train", index)
+
+
+def test_boxes_are_inside_small_and_apart():
+    for image, boxes, labels in scenes():
+        assert image.shape == (128, 128, 3) and image.dtype == np.uint8
+        assert len(boxes) == len(labels) <= 6
+        for x, y, width, height in boxes:
+            assert x >= 0 and y >= 0 and x + width <= 128 and y + height <= 128
+            assert digits.MIN_SIDE <= max(width, height) <= digits.MAX_SIDE
+        for one, other in itertools.combinations(boxes, 2):
+            shared = digits._intersection(one, other)
+            assert shared / (one[2] * one[3] + other[2] * other[3] - shared) < 0.1
+
+
+def test_boxes_are_tight_to_visible_ink(monkeypatch):
+    """What the digits change in a scene is inside their boxes, and reaches all four edges of each."""
+    lay_ink, laid = digits._lay_ink, []
+
+    def spy(rng, image, glyph, box):
+        before = image.copy()
+        lay_ink(rng, image, glyph, box)
+        laid.append((box, np.abs(image - before).max(-1)))
+
+    monkeypatch.setattr(digits, "_lay_ink", spy)
+    for _, boxes, _ in scenes(count=20):
+        for box, change in laid[: len(boxes)]:
+            x, y, width, height = box
+            inside = change[y : y + height, x : x + width]
+            assert change.sum() == inside.sum()
+            assert inside.max() >= 40
+            assert all(edge.max() >= 8 for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+        assert [box for box, _ in laid[: len(boxes)]] == boxes
+        laid.clear()
+
+
+def test_scrambled_ink_is_no_source():
+    rng = np.random.default_rng(0)
+    sources = {image.tobytes() for image in digits._load_handwriting()[0]}
+    assert not any(digits._draw_scrambled_source(rng, "train").tobytes() in sources for _ in range(50))
+
+
+# --- the files ---
+
+
+def test_json_is_valid_coco(folder):
+    for split, count in (("train", 40), ("val", 10)):
+        content = read_json(folder, split)
+        assert [image["id"] for image in content["images"]] == list(range(1, count + 1))
+        assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+        assert content["categories"] == [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+        assert "CC BY 4.0" in content["info"]["source"]
+        for image in content["images"]:
+            with Image.open(folder / split / image["file_name"]) as file:
+                assert file.size == (image["width"], image["height"]) == (128, 128)
+                assert file.mode == "RGB"
+
+
+def test_files_hold_the_scenes(folder):
+    content = read_json(folder, "val")
+    for index in range(10):
+        image, boxes, labels = draw_scene("val", index)
+        own = [a for a in content["annotations"] if a["image_id"] == index + 1]
+        with Image.open(folder / "val" / content["images"][index]["file_name"]) as file:
+            assert (np.asarray(file) == image).all()
+        assert [tuple(a["bbox"]) for a in own] == boxes
+        assert [a["category_id"] - 1 for a in own] == labels
+        assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in own)
+
+
+def test_detectron2_and_the_coco_api_read_it(folder):
+    from pycocotools.coco import COCO
+
+    loaded = load_coco_json(str(folder / "train.json"), str(folder / "train"))
+    content = read_json(folder, "train")
+    assert len(loaded) == 40 and all(os.path.isfile(record["file_name"]) for record in loaded)
+    assert sum(len(record["annotations"]) for record in loaded) == len(content["annotations"])
+    assert any(not record["annotations"] for record in loaded), "scenes without an object are part of the set"
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(folder / "train.json"))
+        assert len(coco.loadRes(content["annotations"]).getAnnIds()) == len(content["annotations"])
+
+
+def test_other_image_sizes(tmp_path):
+    folder = make_digits(tmp_path, num_train=1, num_val=1, image_size=64)
+    assert read_json(folder, "train")["images"][0]["width"] == 64
+    assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 32}, {"seed": -1}])
+def test_numbers_out_of_range_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        make_digits(tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_scikit_learn_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digits._load_handwriting.cache_clear()
+    source_indices.cache_clear()
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        make_digits(tmp_path, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+# --- once, and whole ---
+
+
+def test_second_call_rewrites_nothing(tmp_path):
+    first = make_digits(tmp_path, **SMALL)
+    times = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert make_digits(tmp_path, **SMALL) == first
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == times
+
+
+def test_parameters_do_not_share_a_folder(tmp_path):
+    folders = {make_digits(tmp_path, num_train=1, num_val=1, seed=seed) for seed in (0, 1)}
+    folders.add(make_digits(tmp_path, num_train=1, num_val=1, image_size=64))
+    assert len(folders) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
+    def die(split, index, **kwargs):
+        if split == "val":
+            raise error
+        return draw_scene(split, index, **kwargs)
+
+    monkeypatch.setattr(digits, "draw_scene", die)
+    with pytest.raises(error):
+        make_digits(tmp_path, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_leaves_is_not_trusted(tmp_path):
+    whole = make_digits(tmp_path / "whole", **SMALL)
+    digits._write_split(digits._sibling(tmp_path / whole.name, "draft"), "train", 2, 128, 0)
+    assert read_bytes(make_digits(tmp_path, **SMALL)) == read_bytes(whole)
+
+
+@pytest.mark.parametrize("lost", ["train.json", "val/000003.png"])
+def test_a_damaged_folder_is_replaced(tmp_path, lost):
+    folder = make_digits(tmp_path, **SMALL)
+    before = read_bytes(folder)
+    (folder / lost).unlink()
+    assert read_bytes(make_digits(tmp_path, **SMALL)) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def _make_at_once(root, barrier):
+    digits._load_handwriting()
+    barrier.wait(60)
+    return read_bytes(make_digits(root, **SMALL))
+
+
+def _put(queue, root, barrier):
+    queue.put(_make_at_once(root, barrier))
+
+
+def test_two_processes_at_once_both_end_with_a_whole_set(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=_put, args=(queue, tmp_path, barrier)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert results[0] == results[1] and len(results[0]) == 12 + 6 + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["v1-train12-val6-size128-seed0"]
+
+
+# --- the catalog ---
+
+
+def test_registering_draws_nothing_until_the_first_load(registered):
+    assert not registered.exists()
+    meta = MetadataCatalog.get("digits_val")
+    assert meta.thing_classes == [str(digit) for digit in range(10)] and meta.evaluator_type == "coco"
+    assert len(DatasetCatalog.get("digits_train")) == 12
+    assert len(DatasetCatalog.get("digits_val")) == 6
+    assert os.path.isfile(meta.json_file) and os.path.isdir(meta.image_root)
+    assert registered in digits.Path(meta.json_file).parents
+    assert meta.thing_dataset_id_to_contiguous_id == {digit + 1: digit for digit in range(10)}
+
+
+def test_registering_again_is_harmless(registered):
+    register_digits()
+    assert len(DatasetCatalog.get("digits_val")) == len(DatasetCatalog.get("digits_val")) == 6
+
+
+def test_metadata_follows_the_variable(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    assert str(tmp_path / "elsewhere") in DatasetCatalog.get("digits_val")[0]["file_name"]
+    assert os.path.isfile(MetadataCatalog.get("digits_val").json_file)
+    assert not registered.exists()
+
+
+def test_a_name_that_someone_else_took_is_left_alone(registered, monkeypatch, caplog):
+    monkeypatch.setitem(DatasetCatalog.data, "digits_val", list)
+    register_digits()
+    assert DatasetCatalog.get("digits_val") == []
+    assert "'digits_val' is registered already" in caplog.text
+
+
+def test_import_loads_no_scikit_learn():
+    code = "import sys, focal_plugin.data as d; d.register_digits(); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

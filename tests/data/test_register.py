@@ -1,0 +1,119 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from focal_plugin.data.register import parse_register_arg, register_coco_json, register_from_args
+
+CONTENT = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 6}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 1, 3, 2], "area": 6}],
+    "categories": [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def restore_catalogs():
+    before = dict(DatasetCatalog), dict(MetadataCatalog)
+    yield
+    for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
+        catalog.data = entries
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Paths of a valid json and of its images."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "cells.json").write_text(json.dumps(CONTENT))
+    return tmp_path / "cells.json", tmp_path / "images"
+
+
+def test_parse():
+    assert parse_register_arg("cells=a/b.json:c/d") == ("cells", "a/b.json", "c/d")
+    assert parse_register_arg("cells=a=b.json:images") == ("cells", "a=b.json", "images")
+    assert parse_register_arg("cells=a:b.json:images") == ("cells", "a:b.json", "images")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cells", "cells=", "cells=a.json", "=a.json:b", "cells=:b", "cells=a:", "a b=c:d"]
+)
+def test_bad_syntax_says_the_form(text):
+    with pytest.raises(ValueError, match=f"^--register {text}: .*name=annotations.json:image_dir$"):
+        parse_register_arg(text)
+
+
+def test_registered_data_set_loads_as_upstream_does(cells):
+    register_from_args([f"cells={cells[0]}:{cells[1]}"])
+    meta = MetadataCatalog.get("cells")
+    assert meta.thing_classes == ["three", "seven"]
+    assert meta.evaluator_type == "coco" and meta.json_file == str(cells[0])
+    (record,) = DatasetCatalog.get("cells")  # upstream sets thing_classes again and refuses a difference
+    assert record["file_name"] == str(cells[1] / "a.png")
+    assert record["annotations"][0]["category_id"] == 1
+
+
+def test_no_flag_is_fine():
+    register_from_args(None)
+    register_from_args([])
+
+
+def test_the_same_again_is_a_no_op(cells, monkeypatch):
+    register_coco_json("cells", *cells)
+    register_coco_json("cells", *cells)
+    monkeypatch.chdir(cells[0].parent)
+    register_from_args(["cells=cells.json:images"])
+    assert len(DatasetCatalog.get("cells")) == 1
+
+
+def test_relative_paths_survive_a_change_of_directory(cells, monkeypatch, tmp_path):
+    monkeypatch.chdir(cells[0].parent)
+    register_from_args(["cells=cells.json:images"])
+    monkeypatch.chdir("/")
+    assert len(DatasetCatalog.get("cells")) == 1
+
+
+@pytest.mark.parametrize("name", ["coco_2017_train", "cells"])
+def test_a_taken_name_is_refused_with_the_way_out(cells, tmp_path, name):
+    register_coco_json("cells", *cells)
+    before = MetadataCatalog.get(name).as_dict()
+    with pytest.raises(ValueError, match=f"'{name}' is the name of another data set.*my_{name}"):
+        register_coco_json(name, cells[0], tmp_path)
+    assert MetadataCatalog.get(name).as_dict() == before
+
+
+def test_a_name_with_metadata_only_is_refused(cells):
+    MetadataCatalog.get("half").json_file = "elsewhere.json"
+    with pytest.raises(ValueError, match="another data set"):
+        register_coco_json("half", *cells)
+
+
+def test_missing_files(cells, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.json; the form is"):
+        register_from_args([f"cells={tmp_path}/nowhere.json:{cells[1]}"])
+    with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere; the form is"):
+        register_from_args([f"cells={cells[0]}:{tmp_path}/nowhere"])
+    with pytest.raises(FileNotFoundError, match="no file"):
+        register_from_args([r"cells=C:\cells.json:C:\images"])
+    assert "cells" not in DatasetCatalog and "cells" not in MetadataCatalog
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "is not json"),
+        (b"\x89PNG\xff", "is not json"),
+        ("[]", "lacks a list of images and of annotations and of categories"),
+        (json.dumps({**CONTENT, "annotations": {}}), "lacks a list of annotations"),
+        (json.dumps({"images": [], "categories": []}), "lacks a list of annotations"),
+        (json.dumps({**CONTENT, "categories": []}), "has no categories"),
+        (json.dumps({**CONTENT, "categories": [{"id": 1}]}), "without a name"),
+        (json.dumps({**CONTENT, "categories": [{"id": "1", "name": "a"}]}), "without a whole number as id"),
+        (json.dumps({**CONTENT, "categories": [{"id": 1, "name": "a"}] * 2}), "two categories with the"),
+    ],
+)
+def test_a_file_that_is_no_coco_json(cells, text, message):
+    cells[0].write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"^--register cells=.*cells.json.*{message}") as caught:
+        register_coco_json("cells", *cells)
+    assert "\n" not in str(caught.value)
+    assert "cells" not in DatasetCatalog and "cells" not in MetadataCatalog
