@@ -77,14 +77,17 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CN:
         FileNotFoundError: no such file; the message lists the configs that there are.
         ValueError: see :func:`load_config`.
     """
+    return load_config(find_config(config_file), opts)
+
+
+def find_config(config_file: str) -> Path:
+    """The path of a config file, as :func:`get_config` looks it up."""
     folder = config_dir()
-    path = Path(config_file)
-    if not path.is_file():
-        path = folder / config_file
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")))
-        raise FileNotFoundError(f"no config file {str(config_file)!r}; focal_plugin has: {shipped}")
-    return load_config(path, opts)
+    for path in (Path(config_file), folder / config_file):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")))
+    raise FileNotFoundError(f"no config file {str(config_file)!r}; focal_plugin has: {shipped}")
 
 
 def config_dir() -> Path:

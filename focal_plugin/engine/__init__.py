@@ -1,0 +1,7 @@
+"""Overrides of Detectron2's engine; no training loop of our own."""
+
+from .checkpoint import SafeCheckpointer
+from .launch import argument_parser, run, setup
+from .trainer import FocalTrainer
+
+__all__ = ["FocalTrainer", "SafeCheckpointer", "argument_parser", "run", "setup"]

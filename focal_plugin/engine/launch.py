@@ -1,0 +1,111 @@
+"""From the command line to a training or evaluation run: what ``tools/train_net.py`` calls."""
+
+import logging
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import find_config, load_config
+from ..data import check_datasets, register_from_args
+from .checkpoint import SafeCheckpointer
+from .trainer import FocalTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser() -> ArgumentParser:
+    """Upstream's parser with ``--register``."""
+    parser = default_argument_parser()
+    # Right after the flags and not behind `opts`, which swallows all that follows it.
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
+        help="register a COCO-format data set under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
+    )
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Trains or evaluates as the command line says, on as many workers as it says; returns the exit code.
+
+    What is wrong with the command line, the config or a data set is found before a worker starts, and printed as
+    one message.
+    """
+    try:
+        _load(args)
+        _check_workers(args)
+    except (FileNotFoundError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+    return 0
+
+
+def main(args: Namespace):
+    """One worker: trains or, with ``--eval-only``, evaluates. Returns the results of the last evaluation."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = FocalTrainer.build_model(cfg)
+        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = FocalTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = FocalTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def setup(args: Namespace) -> CfgNode:
+    """Registers the data sets, makes and checks the config, and does upstream's ``default_setup``."""
+    cfg = _load(args)
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_plugin")
+    if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
+        logger.warning(f"No GPU found: running on the CPU, with {args.num_gpus} worker(s).")
+    return cfg
+
+
+def _load(args: Namespace) -> CfgNode:
+    if not args.config_file:
+        raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
+    register_from_args(args.register)
+    # Upstream's default_setup opens this path again.
+    args.config_file = str(find_config(args.config_file))
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        # Upstream's AMPTrainer needs CUDA.
+        cfg.SOLVER.AMP.ENABLED = False
+    check_datasets(cfg)
+    has_checkpoint = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if args.eval_only and not cfg.MODEL.WEIGHTS and not has_checkpoint:
+        raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
+    cfg.freeze()
+    return cfg
+
+
+def _check_workers(args: Namespace) -> None:
+    num_gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and args.num_gpus > num_gpus:
+        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
+    if args.num_gpus < 1:
+        raise ValueError(f"--num-gpus {args.num_gpus}: at least 1 is needed; without a GPU it counts CPU workers")
