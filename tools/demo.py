@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains CE, OHEM, OHEM 1:3 and FL on the embedded digits and compares them: a table here, the rest in a report.
+"""Trains CE, OHEM, OHEM 1:3 and FL on the embedded digits, prints how they compare and writes a report.
 
 Usage: python tools/demo.py --output report
 """
@@ -22,20 +22,13 @@ CONFIGS = ("ce", "ohem", "ohem_1to3", "focal")
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", type=Path, default=Path("report"), help="folder for the runs and the report"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of all runs")
-    parser.add_argument(
-        "--parallel", type=int, help="runs at the same time; default: one per core, at most 4"
-    )
-    parser.add_argument(
-        "--threads", type=int, help="threads of each run; default: the cores, shared out evenly"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="training steps instead of the configs' own; for a quick try"
-    )
-    parser.add_argument("--fresh", action="store_true", help="train again what an earlier call has finished")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("report"), help="folder for the runs and the report")
+    add("--seed", type=int, default=1, help="of all runs (default: 1)")
+    add("--parallel", type=int, help="runs at the same time (default: one per core, at most 4)")
+    add("--threads", type=int, help="threads of each run (default: the cores, shared out evenly)")
+    add("--steps", type=int, help="training steps, instead of the configs' own; for a quick try")
+    add("--fresh", action="store_true", help="train again what an earlier call has finished")
     return parser.parse_args()
 
 
@@ -49,8 +42,8 @@ def prepare_data():
 
 
 def make_row(name):
-    config = focal_plugin.get_config(f"digits/{name}.yaml")
-    return Row(name, title_of(config), ROOT / "configs" / "digits" / f"{name}.yaml")
+    path = ROOT / "configs" / "digits" / f"{name}.yaml"
+    return Row(name, title_of(focal_plugin.get_config(str(path))), path)
 
 
 def main():
@@ -60,8 +53,8 @@ def main():
     overrides = ["SEED", str(args.seed)]
     if args.steps:
         overrides += ["SOLVER.MAX_ITER", str(args.steps)]
-    data = prepare_data()
     rows = [make_row(name) for name in CONFIGS]
+    data = prepare_data()
     try:
         results = run_rows(
             rows,

@@ -1,0 +1,1 @@
+"""Looks into trained models: what they detect, and where they err."""

@@ -1,0 +1,1 @@
+"""Trains several methods under one budget (`runner`) and writes down how they compare (`report`)."""
