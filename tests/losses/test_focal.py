@@ -1,0 +1,258 @@
+"""sigmoid_focal_loss and FL* against their formulas in float64, finite differences, fvcore and torchvision."""
+
+import fvcore.nn
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.autograd import gradcheck, gradgradcheck
+
+from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star
+
+GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# The smallest normal float32: results below it are zero or denormal, where there are no digits to compare.
+TINY = torch.finfo(torch.float32).tiny
+
+
+def naive(x, labels, alpha, gamma):
+    """Eq. (5) entry by entry, in float64 with p_t of the class that is absent or present."""
+    x = x.double()
+    out = torch.zeros_like(x)
+    for i, label in enumerate(labels.tolist()):
+        for k in range(x.shape[1]):
+            if label == -1:
+                continue
+            x_t, a = (x[i, k], alpha[k]) if k == label else (-x[i, k], 1 - alpha[k])
+            out[i, k] = -a * torch.sigmoid(-x_t) ** gamma * F.logsigmoid(x_t)
+    return out
+
+
+def loss_and_gradient(x, labels, dtype, gamma, loss=sigmoid_focal_loss):
+    x = x.to(dtype).requires_grad_()
+    value = loss(x, labels, 0.25, gamma)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach().double(), gradient.double()
+
+
+def assert_relative(got, want, tolerance):
+    assert torch.isfinite(got).all()
+    error = (got - want).abs() - TINY
+    assert (error <= tolerance * want.abs()).all(), (error / want.abs().clamp(min=TINY)).max()
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("label", [0, 1], ids=["positive", "negative"])
+def test_float32_equals_float64_over_logits_of_200(gamma, label):
+    x = torch.cat([torch.linspace(-200, 200, 20001), torch.linspace(-20, 20, 20001)])[:, None]
+    labels = torch.full((len(x),), label)
+    got = loss_and_gradient(x, labels, torch.float32, gamma)
+    want = loss_and_gradient(x, labels, torch.float64, gamma)
+    for g, w in zip(got, want):
+        assert_relative(g, w, 1e-5)
+
+
+@pytest.mark.parametrize("gamma", (0.1, 0.5, 2.0))
+@pytest.mark.parametrize("label", [0, 1])
+def test_float64_equals_many_digits(gamma, label):
+    """The closed form itself, against Python's arithmetic of 50 digits."""
+    mpmath = pytest.importorskip("mpmath")
+    mpmath.mp.dps = 50
+
+    def focal(x):
+        x_t, a = (x, mpmath.mpf(0.25)) if label == 0 else (-x, mpmath.mpf(0.75))
+        p_t = 1 / (1 + mpmath.exp(-x_t))
+        return -a * (1 / (1 + mpmath.exp(x_t))) ** mpmath.mpf(gamma) * mpmath.log(p_t)
+
+    logits = [-200.0, -37.5, -17.0, -4.6, -0.1, 0.0, 0.3, 5.0, 16.7, 18.0, 40.0, 200.0]
+    mpmath.mp.dps = 200
+    want_loss = torch.tensor([float(focal(mpmath.mpf(x))) for x in logits], dtype=torch.float64)
+    want_gradient = torch.tensor([float(mpmath.diff(focal, mpmath.mpf(x))) for x in logits], dtype=torch.float64)
+    x = torch.tensor(logits, dtype=torch.float64)[:, None]
+    loss, gradient = loss_and_gradient(x, torch.full((len(x),), label), torch.float64, gamma)
+    torch.testing.assert_close(loss[:, 0], want_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient[:, 0], want_gradient, rtol=1e-11, atol=0)
+
+
+def test_upstream_is_not_finite_where_this_is():
+    x, t = torch.tensor([[-18.0], [18.0]]), torch.tensor([[0.0], [1.0]])
+    for theirs in (fvcore.nn.sigmoid_focal_loss, torchvision.ops.sigmoid_focal_loss):
+        y = x.clone().requires_grad_()
+        theirs(y, t, alpha=0.25, gamma=0.5).sum().backward()
+        assert not torch.isfinite(y.grad).all()
+    for targets in (t, torch.tensor([1, 0])):
+        y = x.clone().requires_grad_()
+        sigmoid_focal_loss(y, targets, 0.25, 0.5).sum().backward()
+        assert torch.isfinite(y.grad).all()
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 80])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_labels_equal_the_naive_loop(num_classes, gamma):
+    torch.manual_seed(num_classes)
+    x = 4 * torch.randn(20, num_classes)
+    labels = torch.randint(-1, num_classes + 1, (20,))
+    alpha = torch.rand(num_classes)
+    want = naive(x, labels, alpha.double(), gamma)
+    torch.testing.assert_close(sigmoid_focal_loss(x, labels, alpha, gamma).double(), want, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        sigmoid_focal_loss(x, labels, alpha.tolist(), gamma, "sum").double(), want.sum(), rtol=1e-5, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("theirs", [fvcore.nn.sigmoid_focal_loss, torchvision.ops.sigmoid_focal_loss])
+@pytest.mark.parametrize("alpha, gamma", [(0.25, 2), (0.75, 0), (-1, 0), (-1, 3.0), (0.5, 1)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_drop_in_for_fvcore_and_torchvision(theirs, alpha, gamma, reduction):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7)
+    for targets in (torch.randint(0, 2, x.shape).float(), torch.rand(x.shape)):
+        got, want = (f(x, targets, alpha, gamma, reduction) for f in (sigmoid_focal_loss, theirs))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_dense_targets_equal_labels(gamma):
+    x = torch.linspace(-200, 200, 4001, dtype=torch.float64)[:, None]
+    for label, target in ((0, 1.0), (1, 0.0)):
+        labels, dense = torch.full((len(x),), label), torch.full_like(x, target)
+        for a, b in zip(
+            loss_and_gradient(x, labels, torch.float64, gamma), loss_and_gradient(x, dense, torch.float64, gamma)
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-300)
+
+
+def test_gamma_0_without_alpha_is_cross_entropy():
+    x, labels = 5 * torch.randn(50, 6), torch.randint(0, 7, (50,))
+    dense = F.one_hot(labels, 7)[:, :-1].float()
+    torch.testing.assert_close(
+        sigmoid_focal_loss(x, labels, -1, 0, "sum"),
+        F.binary_cross_entropy_with_logits(x, dense, reduction="sum"),
+        rtol=1e-6,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_gradcheck(gamma):
+    torch.manual_seed(1)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    labels, soft = torch.tensor([0, 2, 3, -1, 1, 3]), torch.rand(6, 3, dtype=torch.float64)
+    for targets in (labels, soft):
+        assert gradcheck(lambda x, t=targets: sigmoid_focal_loss(x, t, [0.1, 0.4, 0.9], gamma), x)
+        assert gradgradcheck(lambda x, t=targets: sigmoid_focal_loss(x, t, 0.25, gamma), x)
+
+
+@pytest.mark.parametrize("gamma, beta", [(2.0, 1.0), (4.0, 0.0), (0.5, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_star_equals_its_formula_and_derivative(gamma, beta, dtype):
+    x = torch.linspace(-200, 200, 4001, dtype=dtype)[:, None].requires_grad_()
+    for label, y in ((0, 1), (1, -1)):
+        labels = torch.full((len(x),), label)
+        loss = sigmoid_focal_loss_star(x, labels, -1, gamma, beta=beta)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        z = gamma * y * x.detach().double() + beta
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        assert_relative(loss.detach().double(), F.softplus(-z, threshold=1000) / gamma, tolerance)
+        # eq. (11): y (p*_t - 1)
+        assert_relative(gradient.double(), -y * torch.sigmoid(-z), tolerance)
+
+
+def test_star_equals_fvcores_without_beta():
+    x, t = torch.randn(40, 3), torch.randint(0, 2, (40, 3)).float()
+    want = fvcore.nn.sigmoid_focal_loss_star(x, t, alpha=0.3, gamma=3)
+    torch.testing.assert_close(sigmoid_focal_loss_star(x, t, 0.3, 3, beta=0.0), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_is_computed_in_float32(dtype):
+    x = (4 * torch.randn(30, 5)).to(dtype).requires_grad_()
+    labels = torch.randint(-1, 6, (30,))
+    y = x.detach().float().requires_grad_()
+    loss, want = sigmoid_focal_loss(x, labels), sigmoid_focal_loss(y, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want)
+    # The gradient of a confident anchor at the prior, times a loss scaler's factor, is far from fp16's underflow;
+    # rounded to fp16 before that factor it would be 0.
+    scale = 2.0**14
+    (loss * scale).sum().backward()
+    (want * scale).sum().backward()
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad, y.grad.to(dtype))
+    prior = torch.full((1, 1), -6.5, dtype=torch.float16, requires_grad=True)
+    (sigmoid_focal_loss(prior, torch.tensor([1]), 0.25, 2.0).sum() * 65536).backward()
+    assert prior.grad.item() > 0
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_class_dim_reads_the_layout_of_the_convolution(memory_format):
+    torch.manual_seed(2)
+    n, a, k, h, w = 2, 3, 4, 5, 6
+    conv = torch.randn(n, a * k, h, w).to(memory_format=memory_format)
+    labels = torch.randint(-1, k + 1, (n, a, h, w))
+    x = conv.clone(memory_format=torch.preserve_format).requires_grad_()
+    sigmoid_focal_loss(x.view(n, a, k, h, w), labels, reduction="sum", class_dim=2).backward()
+    y = conv.contiguous().requires_grad_()
+    last = y.view(n, a, k, h, w).permute(0, 1, 3, 4, 2).reshape(-1, k)
+    sigmoid_focal_loss(last, labels.reshape(-1), reduction="sum").backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=0)
+
+
+def test_ignored_rows_give_nothing_not_even_nan():
+    x = torch.randn(4, 3)
+    x[1] = float("nan")
+    x.requires_grad_()
+    loss = sigmoid_focal_loss(x, torch.tensor([0, -1, 3, -1]))
+    loss.sum().backward()
+    assert (loss[[1, 3]] == 0).all() and (x.grad[[1, 3]] == 0).all()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_mean_leaves_ignored_out():
+    x, labels = torch.randn(4, 3), torch.tensor([0, -1, 3, 2])
+    want = sigmoid_focal_loss(x, labels)[[0, 2, 3]].mean()
+    torch.testing.assert_close(sigmoid_focal_loss(x, labels, reduction="mean"), want)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("labels", [torch.full((5,), -1), torch.zeros(0, dtype=torch.long)], ids=["ignored", "empty"])
+def test_nothing_to_learn_is_0_and_connected(labels, reduction):
+    x = torch.randn(len(labels), 3, requires_grad=True)
+    loss = sigmoid_focal_loss(x, labels, reduction=reduction)
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
+
+
+def test_second_backward_gives_the_same():
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = sigmoid_focal_loss(x, torch.tensor([0, 1, 3, -1]), reduction="sum")
+    (first,) = torch.autograd.grad(3 * loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * loss, x)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
+        ({"alpha": float("nan")}, "alpha must be"),
+        ({"alpha": [0.1, 0.2]}, "3 expected, got 2"),
+        ({"alpha": [0.1, 0.2, 2.0]}, r"numbers in \[0, 1\]"),
+        ({"alpha": torch.rand(2)}, "one value a class"),
+        ({"gamma": -0.5}, "gamma must be a finite number >= 0"),
+        ({"gamma": float("inf")}, "gamma must be"),
+        ({"reduction": "avg"}, "reduction must be"),
+        ({"targets": torch.tensor([0, 1, 2, 4])}, r"labels must be in \[-1, 3\].* got values from 0 to 4"),
+        ({"targets": torch.tensor([0, 1, 2, -2])}, "labels must be in"),
+        ({"targets": torch.rand(4)}, "integer labels of shape"),
+        ({"targets": torch.zeros(5, dtype=torch.long)}, r"of shape \(5,\)"),
+        ({"inputs": torch.zeros(4, 3, dtype=torch.long)}, "floating-point logits"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        sigmoid_focal_loss(**{"inputs": torch.randn(4, 3), "targets": torch.tensor([0, 1, 2, 3]), **kwargs})
+
+
+def test_star_refuses_gamma_0():
+    with pytest.raises(ValueError, match=r"> 0 for FL\*"):
+        sigmoid_focal_loss_star(torch.randn(2, 2), torch.tensor([0, 1]), gamma=0.0)

@@ -1,0 +1,144 @@
+"""mine_hard_examples against the naive algorithm: full sort, greedy NMS over everything, then the top B."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torchvision.ops import nms
+
+from focal_plugin import mining
+from focal_plugin.mining import mine_hard_examples
+
+
+def naive(losses, boxes, labels, num_classes, batch_size, nms_thresh, neg_pos_ratio, per_label, groups=None):
+    order = [i for i in sorted(range(len(losses)), key=lambda i: (-losses[i].item(), i)) if labels[i] >= 0]
+    if nms_thresh > 0:
+        order = naive_nms(order, boxes, labels, nms_thresh, per_label, groups)
+    if neg_pos_ratio <= 0:
+        return order[:batch_size]
+    pos, neg = [i for i in order if labels[i] < num_classes], [i for i in order if labels[i] == num_classes]
+    num_pos = min(len(pos), math.ceil(batch_size / (1 + neg_pos_ratio)))
+    num_neg = min(math.floor(neg_pos_ratio * max(num_pos, 1)), batch_size - num_pos)
+    chosen = {*pos[:num_pos], *neg[:num_neg]}
+    return [i for i in order if i in chosen]
+
+
+def naive_nms(order, boxes, labels, nms_thresh, per_label, groups):
+    kept, sets = set(), {}
+    for i in order:
+        key = (int(groups[i]) if groups is not None else 0, int(labels[i]) if per_label else 0)
+        sets.setdefault(key, []).append(i)
+    for members in sets.values():
+        # Ranks as scores: torchvision must not have to break ties.
+        scores = torch.arange(len(members), 0, -1, dtype=boxes.dtype)
+        kept.update(members[j] for j in nms(boxes[members], scores, nms_thresh).tolist())
+    return [i for i in order if i in kept]
+
+
+def examples(num, num_classes, generator, tied, background=0.9):
+    """Boxes on a coarse grid, so that IoUs of exactly 0.3, 0.5, 0.6 and boxes without area occur."""
+    xy = torch.randint(0, 40, (num, 2), generator=generator).float()
+    boxes = torch.cat([xy, xy + torch.randint(0, 20, (num, 2), generator=generator)], dim=1)
+    losses = torch.randint(0, 20, (num,), generator=generator).float() if tied else torch.rand(num, generator=generator)
+    labels = torch.randint(-1, num_classes + 1, (num,), generator=generator)
+    labels[torch.rand(num, generator=generator) < background] = num_classes
+    return losses, boxes, labels
+
+
+OPTIONS = list(itertools.product([1, 16, 128], [0.0, 0.3, 0.5, 0.6, 0.7], [0.0, 0.3, 1.0, 3.0], [True, False]))
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 80])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 60, 400])
+def test_equals_naive_for_every_option(num_classes, tied, size):
+    generator = torch.Generator().manual_seed(size + num_classes + tied)
+    losses, boxes, labels = examples(size, num_classes, generator, tied)
+    for batch_size, nms_thresh, ratio, per_label in OPTIONS:
+        got = mine_hard_examples(
+            losses,
+            boxes,
+            labels,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            nms_thresh=nms_thresh,
+            neg_pos_ratio=ratio,
+            per_label=per_label,
+        )
+        want = naive(losses, boxes, labels, num_classes, batch_size, nms_thresh, ratio, per_label)
+        assert got.tolist() == want, (batch_size, nms_thresh, ratio, per_label)
+
+
+@pytest.mark.parametrize("per_label", [True, False])
+@pytest.mark.parametrize("ratio", [0.0, 3.0])
+def test_equals_naive_over_many_blocks(per_label, ratio):
+    """Enough examples, and enough of them suppressed, that several blocks of every size are gone through."""
+    generator = torch.Generator().manual_seed(7)
+    losses, boxes, labels = examples(9000, 3, generator, tied=False, background=0.99)
+    options = {"num_classes": 3, "batch_size": 512, "nms_thresh": 0.3}
+    got = mine_hard_examples(losses, boxes, labels, **options, neg_pos_ratio=ratio, per_label=per_label)
+    want = naive(losses, boxes, labels, 3, 512, 0.3, ratio, per_label)
+    assert got.tolist() == want
+
+
+def test_groups_do_not_suppress_each_other():
+    generator = torch.Generator().manual_seed(3)
+    losses, boxes, labels = examples(300, 2, generator, tied=False)
+    groups = torch.randint(0, 4, (300,), generator=generator)
+    for per_label in (True, False):
+        got = mine_hard_examples(
+            losses, boxes, labels, num_classes=2, batch_size=50, nms_thresh=0.3, per_label=per_label, groups=groups
+        )
+        assert got.tolist() == naive(losses, boxes, labels, 2, 50, 0.3, 0.0, per_label, groups)
+
+
+def test_no_matrix_of_all_pairs(monkeypatch):
+    """At 100,000 examples it would take 10 GB; the largest comparison is bounded, and most are never looked at."""
+    sizes = []
+    overlaps = mining._overlaps
+
+    def spy(boxes, groups, rows, cols, thresh):
+        sizes.append(len(rows) * len(cols))
+        return overlaps(boxes, groups, rows, cols, thresh)
+
+    monkeypatch.setattr(mining, "_overlaps", spy)
+    generator = torch.Generator().manual_seed(5)
+    xy = 1000 * torch.rand(100_000, 2, generator=generator)
+    boxes = torch.cat([xy, xy + 30], dim=1)
+    losses, labels = torch.rand(100_000, generator=generator), torch.full((100_000,), 4)
+    kept = mine_hard_examples(losses, boxes, labels, num_classes=4, batch_size=128, nms_thresh=0.5)
+    assert len(kept) == 128
+    assert max(sizes) <= mining._LARGEST_BLOCK**2
+    assert sum(sizes) <= 2 * mining._FIRST_BLOCK**2
+
+
+def test_takes_no_part_in_the_graph():
+    losses = torch.rand(10, requires_grad=True)
+    boxes = torch.rand(10, 4, requires_grad=True)
+    labels = torch.zeros(10, dtype=torch.long)
+    kept = mine_hard_examples(losses, boxes, labels, num_classes=1, batch_size=5, nms_thresh=0.0)
+    assert kept.tolist() == losses.detach().argsort(descending=True)[:5].tolist()
+
+
+def test_all_ignored_keeps_nothing():
+    kept = mine_hard_examples(
+        torch.rand(6), torch.rand(6, 4), torch.full((6,), -1), num_classes=2, batch_size=4, nms_thresh=0.5
+    )
+    assert kept.shape == (0,) and kept.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"neg_pos_ratio": -1.0}, "neg_pos_ratio must be"),
+        ({"boxes": torch.rand(3, 4)}, r"shapes \(R,\)"),
+        ({"groups": torch.zeros(2)}, "groups must have the shape"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"losses": torch.rand(5), "boxes": torch.rand(5, 4), "labels": torch.zeros(5, dtype=torch.long)}
+    options = {"num_classes": 1, "batch_size": 3, "nms_thresh": 0.5}
+    with pytest.raises(ValueError, match=message):
+        mine_hard_examples(**{**arguments, **options, **change})
