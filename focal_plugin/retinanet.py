@@ -9,7 +9,6 @@ from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -142,7 +141,8 @@ class FocalRetinaNet(RetinaNet):
             "loss_cls" and "loss_box_reg", scalars that every parameter of the head takes part in.
         """
         anchors = Boxes.cat(anchors).tensor
-        deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in pred_deltas], dim=1)
+        deltas = [x.permute(0, 2, 3, 1).reshape(len(x), x.shape[1:].numel() // 4, 4) for x in pred_deltas]
+        deltas = torch.cat(deltas, dim=1)  # (N, R, 4)
         labels = torch.stack(gt_labels) if gt_labels else anchors.new_zeros((0, len(anchors)), dtype=torch.long)
         boxes = torch.stack(gt_boxes) if gt_boxes else anchors.new_zeros((0, len(anchors), 4))
         is_foreground = (labels >= 0) & (labels < self.num_classes)
@@ -181,7 +181,7 @@ class FocalRetinaNet(RetinaNet):
         """(N, R, 4) predicted boxes."""
         num_images = len(deltas)
         flat = self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), anchors.repeat(num_images, 1))
-        return flat.view(num_images, -1, 4)
+        return flat.view(num_images, len(anchors), 4)
 
     def _positives_normalizer(self, num_pos: Tensor) -> Tensor:
         """The number of positives to divide by, at least 1; ``ema`` moves the running mean on."""

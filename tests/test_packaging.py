@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def python(code, cwd, path=ROOT):
     """Run code in a new interpreter that sees `path` before any installed focal_plugin."""
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 # ------------------------------ the package
@@ -37,9 +35,7 @@ def unpacked_wheel(tmp_path_factory):
     for name in ("focal_plugin", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "-d", tmp], cwd=source, check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp], cwd=source, check=True, capture_output=True)
     (sdist,) = tmp.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "-w", tmp, sdist], cwd=tmp, check=True)

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 CLASS_NAMES = tuple("0123456789")
 SPLITS = ("train", "val")
-FORMAT_VERSION = 1  # part of the folder's name: raise it whenever a scene would come out different
+FORMAT_VERSION = 2  # part of the folder's name: raise it whenever a scene would come out different
 
-MIN_SIDE, MAX_SIDE = 14, 36  # longest side of a digit's box, pixels
+MIN_SIDE, MAX_SIDE = 16, 36  # longest side of a digit's box, pixels
 MIN_IMAGE_SIZE = 64
 MAX_DIGITS = 6
 EMPTY_SHARE = 0.09  # of the scenes: clutter, but no digit
@@ -117,7 +117,7 @@ def _warp(rng, source):
     """Rotates, shears and enlarges 8x8 ink into (_CANVAS, _CANVAS) opacity, with strokes thick or thin."""
     padded = np.zeros((8 + 2 * _MARGIN, 8 + 2 * _MARGIN), np.uint8)
     padded[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = source
-    angle, shear, step = math.radians(rng.uniform(-14, 14)), rng.uniform(-0.15, 0.15), len(padded) / _CANVAS
+    angle, shear, step = math.radians(rng.uniform(-10, 10)), rng.uniform(-0.1, 0.1), len(padded) / _CANVAS
     a, b = step * math.cos(angle), step * (math.sin(angle) + shear)
     c, d = -step * math.sin(angle), step * math.cos(angle)
     # Pillow looks up a point (x, y) of the canvas at (ax + by + e, cx + dy + f); the two centres coincide.
@@ -125,7 +125,7 @@ def _warp(rng, source):
     blurred = Image.fromarray(padded).transform(
         (_CANVAS, _CANVAS), Image.Transform.AFFINE, (a, b, e, c, d, f), Image.Resampling.BICUBIC
     )
-    threshold = rng.integers(85, 131)  # the lower, the thicker
+    threshold = rng.integers(95, 126)  # the lower, the thicker
     return np.clip((np.asarray(blurred).astype(np.int32) - threshold) * 4 + 128, 0, 255).astype(np.uint8)
 
 
@@ -151,14 +151,14 @@ def draw_scene(split, index, *, image_size=128, seed=0):
     rng = _generator(seed, SPLITS.index(split), index)
     image = _draw_background(rng, image_size)
     placed = []  # of (box, label), without label if scrambled; digits come first, to find room
-    for label in draw_labels(split, index, seed=seed) + [None] * int(rng.integers(1, 5)):
+    for label in draw_labels(split, index, seed=seed) + [None] * int(rng.integers(0, 3)):
         source = _draw_scrambled_source(rng, split) if label is None else _draw_source(rng, split, label)
         glyph = _render_glyph(rng, source)
         box = _find_place(rng, glyph.shape[1], glyph.shape[0], image_size, [box for box, _ in placed])
         if box is not None:
             _lay_ink(rng, image, glyph, box)
             placed.append((box, label))
-    grain = int(rng.integers(3, 16))
+    grain = int(rng.integers(2, 9))
     image += rng.integers(-grain, grain + 1, image.shape, dtype=np.int8)
     digits = [(box, label) for box, label in placed if label is not None]
     return np.clip(image, 0, 255).astype(np.uint8), [box for box, _ in digits], [label for _, label in digits]
@@ -186,14 +186,16 @@ def _generator(seed, *key):
 
 def _draw_background(rng, size):
     """Smooth shading under strokes, edges and blobs: (size, size, 3) int32."""
-    grey = rng.integers(40, 216, (4, 4, 1))
-    shading = np.clip(grey + rng.integers(-35, 36, (4, 4, 3)), 0, 255).astype(np.uint8)
+    grey = rng.integers(30, 111, (4, 4, 1))
+    shading = np.clip(grey + rng.integers(-25, 26, (4, 4, 3)), 0, 255).astype(np.uint8)
     # Twice the size, then halved: Pillow draws without anti-aliasing.
     canvas = Image.fromarray(shading).resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    for _ in range(int(rng.integers(8, 23) * (size / 128) ** 2)):
+    for _ in range(int(rng.integers(5, 16) * (size / 128) ** 2)):
         draw = _CLUTTER[rng.integers(len(_CLUTTER))]
-        draw(pen, rng, rng.integers(0, 2 * size, 2), tuple(rng.integers(20, 236, 3).tolist()))
+        start = rng.integers(0, 2 * size, 2)
+        ground = canvas.getpixel(tuple(start.tolist()))
+        draw(pen, rng, start, tuple(np.clip(ground + rng.integers(-70, 71, 3), 0, 255).tolist()))
     return np.asarray(canvas.reduce(2)).astype(np.int32)
 
 
@@ -247,12 +249,10 @@ def _intersection(one, other):
 
 
 def _lay_ink(rng, image, glyph, box):
-    """Blends a glyph into the image, in place, in a colour that stands out from what is there on average."""
+    """Blends a glyph into the image, in place, in a light colour: most of the ground is darker, not all of it."""
     x, y, width, height = box
     region = image[y : y + height, x : x + width]
-    ground, contrast = int(region.mean()), int(rng.integers(60, 141))
-    lighter = rng.random() < 0.5 if 87 <= ground <= 167 else ground < 87
-    colour = np.clip(ground + (contrast if lighter else -contrast) + rng.integers(-30, 31, 3), 0, 255)
+    colour = np.clip(rng.integers(170, 256) + rng.integers(-35, 36, 3), 0, 255)
     region += (colour - region) * glyph[..., None].astype(np.int32) // 255
 
 

@@ -85,9 +85,7 @@ def _is_taken(name):
 def _is_registered_as(name, json_file, image_root):
     meta = MetadataCatalog.get(name)
     return (
-        name in DatasetCatalog
-        and meta.get("json_file") == str(json_file)
-        and meta.get("image_root") == str(image_root)
+        name in DatasetCatalog and meta.get("json_file") == str(json_file) and meta.get("image_root") == str(image_root)
     )
 
 

@@ -67,9 +67,7 @@ def test_hash_seed_and_threads_change_nothing():
         "for index in range(3): print(hashlib.sha256(draw_scene('val', index)[0]).hexdigest())"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    )
+    elsewhere = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     here = [hashlib.sha256(draw_scene("val", index)[0]).hexdigest() for index in range(3)]
     assert elsewhere.stdout.split() == here
 
@@ -284,7 +282,7 @@ def test_two_processes_at_once_both_end_with_a_whole_set(tmp_path):
     for worker in workers:
         worker.join()
     assert results[0] == results[1] and len(results[0]) == 12 + 6 + 2
-    assert [path.name for path in tmp_path.iterdir()] == ["v1-train12-val6-size128-seed0"]
+    assert list(tmp_path.iterdir()) == [make_digits(tmp_path, **SMALL)]
 
 
 # --- the catalog ---

@@ -1,0 +1,43 @@
+"""A model small enough to train in a test, and batches for it."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+
+from focal_plugin import get_config
+
+
+@pytest.fixture(autouse=True)
+def datasets_folder(tmp_path, monkeypatch):
+    """No test writes into, or trusts, the data sets of the person who runs it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def tiny_config():
+    """tiny_config("KEY", "VALUE", ...): the recipe of the digits, 3 classes, on the CPU."""
+
+    def make(*opts):
+        return get_config("digits/focal.yaml", ["MODEL.RETINANET.NUM_CLASSES", "3", *opts])
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch([2, 0]): inputs of a model in training, with 2 objects in the first image and none in the second."""
+
+    def make(num_objects, size=(96, 128), num_classes=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        batch = []
+        for num in num_objects:
+            xy = torch.rand(num, 2, generator=generator) * 60
+            wh = 10 + torch.rand(num, 2, generator=generator) * 30
+            instances = Instances(size)
+            instances.gt_boxes = Boxes(torch.cat([xy, xy + wh], dim=1))
+            instances.gt_classes = torch.randint(0, num_classes, (num,), generator=generator)
+            image = torch.randint(0, 256, (3, *size), generator=generator).float()
+            batch.append({"image": image, "instances": instances, "height": size[0], "width": size[1]})
+        return batch
+
+    return make

@@ -1,0 +1,247 @@
+"""FocalRetinaNet against stock RetinaNet, and on the inputs that break losses."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import pairwise_iou
+from detectron2.structures.boxes import Boxes
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from focal_plugin import FocalRetinaNet, add_focal_config
+from focal_plugin.retinanet import LowQualityMatcher
+
+
+def build(cfg, seed=0):
+    torch.manual_seed(seed)
+    return build_model(cfg)
+
+
+def step(model, batch):
+    """Losses, and every parameter's gradient in one vector each."""
+    model.zero_grad()
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return {k: v.item() for k, v in losses.items()}, {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12)).item()
+
+
+BOX_LOSSES = [("smooth_l1", 0.0), ("smooth_l1", 0.1), ("giou", 0.0), ("diou", 0.0), ("ciou", 0.0)]
+
+
+@pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
+def test_losses_and_gradients_equal_stock(tiny_config, make_batch, box_loss, beta):
+    """Over several steps, so that the normaliser's running mean is covered; same seed, so the same weights.
+
+    Stock computes 1 - p_t by subtraction, which costs it digits that the closed form keeps: a gradient further than
+    1e-5 from stock's must be nearer than stock's to float64.
+    """
+    cfg = tiny_config()
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE, cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = box_loss, beta
+    # A bias before a norm has no gradient but noise.
+    cfg.MODEL.RETINANET.NORM = ""
+    ours = build(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    stock = build(cfg)
+    exact = copy.deepcopy(ours).double()
+    for (name, p), (other, q) in zip(ours.named_parameters(), stock.named_parameters()):
+        assert name == other and torch.equal(p, q)
+    for seed in range(3):
+        batch = make_batch([3, 0, 1], seed=seed)
+        got, got_gradients = step(ours, batch)
+        want, want_gradients = step(stock, batch)
+        _, exact_gradients = step(exact, [{**x, "image": x["image"].double()} for x in batch])
+        assert got == pytest.approx(want, rel=1e-5)
+        for name, gradient in want_gradients.items():
+            error = relative(got_gradients[name], gradient)
+            own = relative(got_gradients[name], exact_gradients[name])
+            assert error < 1e-5 or own < relative(gradient, exact_gradients[name]), (seed, name, error)
+    assert ours.loss_normalizer.item() == pytest.approx(stock.loss_normalizer, rel=1e-6)
+
+
+def test_stock_state_dict_loads_strictly_and_inference_is_identical(tiny_config, make_batch):
+    cfg = tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    ours = build(cfg, seed=1).eval()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    stock = build(cfg, seed=2).eval()
+    ours.loss_normalizer.fill_(7.0)
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    assert ours.loss_normalizer == 7
+    with torch.no_grad():
+        for a, b in zip(ours(make_batch([1, 0])), stock(make_batch([1, 0]))):
+            a, b = a["instances"], b["instances"]
+            assert len(a) == len(b) > 0
+            assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+            assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_normalizer_is_in_the_checkpoint(tiny_config, tmp_path):
+    ours = build(tiny_config())
+    ours.loss_normalizer.fill_(321.0)
+    DetectionCheckpointer(ours, str(tmp_path)).save("m")
+    fresh = build(tiny_config(), seed=5)
+    DetectionCheckpointer(fresh).load(str(tmp_path / "m.pth"))
+    assert fresh.loss_normalizer == 321
+
+
+HEADS = {
+    "focal": (),
+    "ce": ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1.0"),
+    "star": ("MODEL.FOCAL.LOSS", "focal_star"),
+    "class_alpha": ("MODEL.FOCAL.CLASS_ALPHA", "[0.2, 0.5, 0.9]"),
+    "ohem": ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0"),
+}
+HEADS["ohem 1:3"] = (*HEADS["ohem"], "MODEL.OHEM.NEG_POS_RATIO", "3.0")
+HEADS["ohem batch cls+box predicted"] = (
+    *HEADS["ohem"],
+    *("MODEL.OHEM.SCOPE", "batch", "MODEL.OHEM.RANK_BY", "cls+box", "MODEL.OHEM.NMS_BOXES", "predicted"),
+)
+HEADS["ohem positives"] = (
+    *HEADS["ohem"],
+    *("MODEL.OHEM.NORMALIZER", "positives", "MODEL.OHEM.BOX_LOSS_ON", "positives", "MODEL.OHEM.NMS_THRESH", "0.0"),
+)
+HEADS["ohem all"] = (*HEADS["ohem"], "MODEL.OHEM.BATCH_SIZE", "1000000", "MODEL.OHEM.NMS_PER_LABEL", "False")
+HEADS["ohem giou"] = (*HEADS["ohem"], "MODEL.OHEM.RANK_BY", "cls+box", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("normalizer", ["ema", "batch"])
+@pytest.mark.parametrize("objects", [[2, 0], [0, 0], [1]], ids=str)
+def test_every_input_gives_finite_losses_that_reach_every_parameter(tiny_config, make_batch, head, normalizer, objects):
+    model = build(tiny_config("MODEL.FOCAL.NORMALIZER", normalizer, *HEADS[head]))
+    losses, gradients = step(model, make_batch(objects))
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    assert all(torch.isfinite(torch.tensor(v)) for v in losses.values())
+    missing = [n for n, g in gradients.items() if g is None or not torch.isfinite(g).all()]
+    assert not missing
+    if not any(objects):
+        assert losses["loss_box_reg"] == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_all_ignored_and_no_image_at_all(tiny_config, head, num_images):
+    model = build(tiny_config(*HEADS[head]))
+    features = [torch.rand(num_images, 32, s, s) for s in (16, 8, 4)]
+    logits, deltas = model.head(features[: len(model.head_in_features)])
+    anchors = model.anchor_generator(features)
+    num_anchors = sum(len(a) for a in anchors)
+    labels = [torch.full((num_anchors,), -1) for _ in range(num_images)]
+    boxes = [torch.zeros(num_anchors, 4) for _ in range(num_images)]
+    losses = model.losses(anchors, logits, labels, deltas, boxes)
+    assert all(v.item() == 0 for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_works_without_an_event_storage(tiny_config, make_batch):
+    assert torch.isfinite(sum(build(tiny_config())(make_batch([1])).values()))
+
+
+@pytest.mark.parametrize("head", ["focal", "ohem"])
+def test_channels_last_gives_the_same(tiny_config, make_batch, head):
+    model = build(tiny_config(*HEADS[head]))
+    features = [torch.rand(2, 32, s, s, requires_grad=True) for s in (16, 8, 4)]
+    anchors = model.anchor_generator(features)
+    batch = make_batch([2, 1], size=(128, 128))
+    labels, boxes = model.label_anchors(anchors, [x["instances"] for x in batch])
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits, deltas = model.head(features)
+        logits = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in logits]
+        deltas = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in deltas]
+        losses = model.losses(anchors, logits, labels, deltas, boxes)
+        model.loss_normalizer.fill_(100.0)
+        results.append((losses, torch.autograd.grad(sum(losses.values()), logits + deltas)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+
+
+def test_normalizers(tiny_config, make_batch):
+    batch = make_batch([2, 1])
+    ema, per_batch = (build(tiny_config("MODEL.FOCAL.NORMALIZER", n)) for n in ("ema", "batch"))
+    losses, _ = step(ema, batch)
+    with EventStorage() as storage:
+        per_batch(batch)
+    num_pos = 2 * storage.latest()["num_pos_anchors"][0]
+    assert ema.loss_normalizer.item() == pytest.approx(0.9 * 100 + 0.1 * num_pos)
+    want, _ = step(per_batch, batch)
+    for key in losses:
+        assert losses[key] * ema.loss_normalizer.item() == pytest.approx(want[key] * num_pos, rel=1e-5)
+
+
+# ------------------------------ matching
+
+
+def test_low_quality_floor():
+    boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [100, 100, 104, 104], [500, 500, 510, 510]]))
+    anchors = Boxes(torch.tensor([[0.0, 0, 10, 11], [98, 98, 108, 108], [0, 3, 10, 13], [300, 300, 310, 310]]))
+    iou = pairwise_iou(boxes, anchors)
+    assert iou[1, 1] == pytest.approx(0.16)
+    _, stock = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(iou)
+    # The third box touches no anchor: upstream then makes a match of every anchor of IoU 0.
+    assert stock.tolist() == [1, 1, 1, 1]
+    assert LowQualityMatcher([0.4, 0.5], [0, -1, 1])(iou)[1].tolist() == [1, 1, 1, 0]
+    assert LowQualityMatcher([0.4, 0.5], [0, -1, 1], 0.4)(iou)[1].tolist() == [1, 0, 1, 0]
+
+
+def test_matcher_equals_upstream_at_the_default():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        xy = 80 * torch.rand(60, 2, generator=generator)
+        boxes = Boxes(torch.cat([xy, xy + 5 + 30 * torch.rand(60, 2, generator=generator)], dim=1))
+        iou = pairwise_iou(boxes[:6], boxes)
+        want = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(iou)
+        got = LowQualityMatcher([0.4, 0.5], [0, -1, 1])(iou)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+# ------------------------------ errors and use without a cfg
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.FOCAL.NORMALIZER", "sum", "MODEL.FOCAL.NORMALIZER must be ema or batch"),
+        ("MODEL.FOCAL.MIN_LOW_QUALITY_IOU", "1.5", "MODEL.FOCAL.MIN_LOW_QUALITY_IOU must be in"),
+        ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l2", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be smooth_l1, giou"),
+    ],
+)
+def test_bad_values_name_their_key(tiny_config, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(tiny_config(key, value))
+
+
+def test_config_without_the_keys_says_what_to_call(tiny_config):
+    cfg = tiny_config()
+    del cfg.MODEL["FOCAL"]
+    with pytest.raises(ValueError, match="add_focal_config"):
+        build_model(cfg)
+    add_focal_config(cfg)
+    build_model(cfg)
+
+
+def test_without_a_cfg(tiny_config, make_batch):
+    """@configurable: explicit arguments, a stock head refused."""
+    model = build(tiny_config())
+    parts = {
+        "backbone": model.backbone,
+        "head_in_features": model.head_in_features,
+        "anchor_generator": model.anchor_generator,
+        "box2box_transform": model.box2box_transform,
+        "anchor_matcher": model.anchor_matcher,
+        "num_classes": 3,
+        "pixel_mean": [0.0] * 3,
+        "pixel_std": [1.0] * 3,
+    }
+    again = FocalRetinaNet(head=model.head, normalizer="batch", **parts)
+    assert torch.isfinite(sum(again(make_batch([1])).values()))
+    with pytest.raises(TypeError, match="Identity has no method losses"):
+        FocalRetinaNet(head=nn.Identity(), **parts)
