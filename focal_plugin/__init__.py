@@ -14,6 +14,7 @@ except ImportError as e:
         "  pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
     ) from e
 
+from . import backbone as _backbone  # noqa: F401, registers a builder
 from .config import add_focal_config, get_config, load_config
 from .data.digits import register_digits
 from .heads import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, build_retinanet_head

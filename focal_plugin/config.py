@@ -22,6 +22,9 @@ def add_focal_config(cfg: CN) -> None:
         cfg.MODEL.FOCAL = _focal_defaults()
     if "OHEM" not in cfg.MODEL:
         cfg.MODEL.OHEM = _ohem_defaults()
+    if "OPTIMIZER" not in cfg.SOLVER:
+        # SGD (upstream's, with its keys) or ADAMW (BASE_LR, WEIGHT_DECAY and its clipping), for FocalTrainer
+        cfg.SOLVER.OPTIMIZER = "SGD"
 
 
 def _focal_defaults() -> CN:
@@ -141,9 +144,20 @@ def _merge_opts(cfg: CN, opts: list[str]) -> None:
         raise ValueError(f"overrides must be KEY VALUE pairs, got an odd number of words: {' '.join(map(str, opts))}")
     for key, value in zip(opts[::2], opts[1::2]):
         try:
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, _as_float(cfg, key, value)])
         except (AssertionError, AttributeError, KeyError, ValueError) as e:
             raise ValueError(f"override {key} {value}: {_explain(cfg, e, key)}") from e
+
+
+def _as_float(cfg: CN, key: str, value: str) -> Union[str, float]:
+    """``value`` as a float where the key holds one, so that ``FOCAL_LOSS_GAMMA 2`` is no type error."""
+    node = cfg
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, CN) else None
+    try:
+        return float(value) if isinstance(node, float) else value
+    except ValueError:
+        return value
 
 
 def _explain(cfg: CN, error: Exception, key: str = "") -> str:

@@ -96,11 +96,20 @@ def _load(args: Namespace) -> CfgNode:
         # Upstream's AMPTrainer needs CUDA.
         cfg.SOLVER.AMP.ENABLED = False
     check_datasets(cfg)
-    has_checkpoint = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if args.eval_only and not cfg.MODEL.WEIGHTS and not has_checkpoint:
-        raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
+    _check_weights(cfg, args)
     cfg.freeze()
     return cfg
+
+
+def _check_weights(cfg: CfgNode, args: Namespace) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    has_checkpoint = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if has_checkpoint:
+        return
+    if args.eval_only and not weights:
+        raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {weights!r}")
 
 
 def _check_workers(args: Namespace) -> None:

@@ -5,8 +5,11 @@ import os
 import weakref
 from contextlib import contextmanager, nullcontext
 
+import torch
 from detectron2.engine import DefaultTrainer, defaults
 from detectron2.evaluation import COCOEvaluator
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 
 from .checkpoint import SafeCheckpointer
 
@@ -22,6 +25,18 @@ class FocalTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str = ""):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "ADAMW":
+            raise ValueError(f"SOLVER.OPTIMIZER must be SGD or ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
+        params = get_default_optimizer_params(
+            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
+        )
+        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     def build_hooks(self):
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.

@@ -1,0 +1,208 @@
+"""tools/train_net.py and the trainer on a real, tiny data set: train, evaluate, resume, two CPU workers, bad input."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from focal_plugin import get_config
+from focal_plugin.data import make_digits
+from focal_plugin.engine import SafeCheckpointer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp("digits"), num_train=12, num_val=6)
+
+
+def train_net(digits, tmp_path, *flags, opts=(), config="digits/focal.yaml"):
+    """The real command in a process of its own: 4 steps of 4 images."""
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", config]
+    command += ["--register", f"my_train={digits / 'train.json'}:{digits / 'train'}"]
+    command += ["--register", f"my_val={digits / 'val.json'}:{digits / 'val'}", *flags]
+    command += ["DATASETS.TRAIN", '("my_train",)', "DATASETS.TEST", '("my_val",)', "OUTPUT_DIR", str(tmp_path / "out")]
+    command += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "4", *opts]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def last_metrics(tmp_path):
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    return json.loads(lines[-1])
+
+
+def test_trains_evaluates_and_resumes(digits, tmp_path):
+    done = train_net(digits, tmp_path, opts=["SOLVER.CHECKPOINT_PERIOD", "2"])
+    assert done.returncode == 0, done.stderr
+    assert "No GPU found: running on the CPU" in done.stdout or torch.cuda.is_available()
+    out = tmp_path / "out"
+    assert {"model_final.pth", "config.yaml", "metrics.json", "log.txt"} <= {p.name for p in out.iterdir()}
+    assert (out / "inference" / "coco_instances_results.json").is_file()
+    metrics = last_metrics(tmp_path)
+    assert metrics["iteration"] == 3 and metrics["loss_cls"] > 0 and "bbox/AP" in metrics
+
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    done = train_net(digits, tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Starting training from iteration 2" in done.stdout
+
+    done = train_net(digits, tmp_path, "--eval-only", opts=["MODEL.WEIGHTS", str(out / "model_final.pth")])
+    assert done.returncode == 0, done.stderr
+    assert "copypaste: AP,AP50,AP75" in done.stdout and "Starting training" not in done.stdout
+
+
+def test_two_cpu_workers_train(digits, tmp_path):
+    """gloo; DDP without find_unused_parameters, so every parameter took part."""
+    opts = ["MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0"]
+    opts += ["MODEL.FOCAL.NORMALIZER_SYNC", "True"]
+    done = train_net(digits, tmp_path, "--num-gpus", "2", "--dist-url", "auto", opts=opts)
+    assert done.returncode == 0, done.stderr
+    metrics = last_metrics(tmp_path)
+    assert metrics["iteration"] == 3 and metrics["ohem/num_neg"] > 0 and "bbox/AP" in metrics
+
+
+@pytest.mark.parametrize(
+    "flags, opts, message",
+    [
+        ((), ["MODEL.RETINANET.NUM_CLASSES", "7"], "'my_train' has 10 classes .* set MODEL.RETINANET.NUM_CLASSES 10"),
+        ((), ["MODEL.RETINANET.FOCAL_LOSS_GAMA", "1"], "did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        ((), ["DATASETS.TEST", '("my_vall",)'], "no data set 'my_vall' is registered"),
+        (("--eval-only",), [], "--eval-only would evaluate random weights"),
+        (("--register", "x=nowhere.json:nowhere"), [], "there is no file .*nowhere.json"),
+        (("--num-gpus", "0"), [], "--num-gpus 0: at least 1"),
+        ((), ["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
+    ],
+)
+def test_bad_input_is_one_message_and_no_traceback(digits, tmp_path, flags, opts, message):
+    done = train_net(digits, tmp_path, *flags, opts=opts)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert re.search(message, last), last
+
+
+def test_no_config_file(tmp_path, digits):
+    assert "no config" in train_net(digits, tmp_path, config="").stderr
+
+
+# ------------------------------ two workers equal one with the joint batch
+
+WORKER = """
+import sys, torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, {here!r})
+from test_training import gradients, parallel_model, parallel_batch
+
+def main(opts, out):
+    model = DistributedDataParallel(parallel_model(opts))
+    half = slice(0, 2) if comm.get_rank() == 0 else slice(2, 5)
+    result = [gradients(model, parallel_batch(seed)[half]) for seed in range(2)]
+    if comm.is_main_process():
+        torch.save(result, out)
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto", args=({opts!r}, {out!r}))
+"""
+
+
+def parallel_model(opts):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    # Norms over the batch would differ between a half and the whole.
+    fixed = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    return build_model(get_config("digits/focal.yaml", [*fixed, *opts]))
+
+
+def parallel_batch(seed):
+    from detectron2.structures import Boxes, Instances
+
+    g = torch.Generator().manual_seed(seed)
+    batch = []
+    for num in (3, 0, 1, 4, 0):
+        instances = Instances((64, 64))
+        xy = 40 * torch.rand(num, 2, generator=g)
+        instances.gt_boxes = Boxes(torch.cat([xy, xy + 10 + 12 * torch.rand(num, 2, generator=g)], dim=1))
+        instances.gt_classes = torch.randint(0, 3, (num,), generator=g)
+        batch.append({"image": 255 * torch.rand(3, 64, 64, generator=g), "instances": instances})
+    return batch
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    sum(model(batch).values()).backward()
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+OHEM = ["MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16"]
+PARALLEL = {
+    "focal ema": [],
+    "focal batch": ["MODEL.FOCAL.NORMALIZER", "batch"],
+    "ohem selected": OHEM,
+    "ohem 1:3 positives batch": [
+        *OHEM,
+        *("MODEL.OHEM.NEG_POS_RATIO", "3.0", "MODEL.OHEM.NORMALIZER", "positives", "MODEL.FOCAL.NORMALIZER", "batch"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", PARALLEL)
+def test_two_workers_with_sync_give_the_gradients_of_the_joint_batch(case, tmp_path):
+    """With batches of 2 and 3 images, two steps, so that the running mean is covered."""
+    opts = ["MODEL.FOCAL.NORMALIZER_SYNC", "True", *PARALLEL[case]]
+    out, script = str(tmp_path / "gradients.pth"), tmp_path / "worker.py"
+    script.write_text(WORKER.format(here=str(Path(__file__).parent), opts=opts, out=out))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = parallel_model(opts)
+    for seed, got in enumerate(torch.load(out)):
+        want = gradients(model, parallel_batch(seed))
+        assert got.keys() == want.keys()
+        for name in want:
+            # A bias before a norm has no gradient but noise.
+            noise = 1e-6 * max(g.norm() for g in want.values())
+            assert (got[name] - want[name]).norm() <= 1e-4 * want[name].norm() + noise, name
+
+
+# ------------------------------ checkpoints
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"evil.{suffix}"
+    with path.open("wb") as f:
+        pickle.dump({"model": Malicious(), "__author__": "x"}, f)
+    with pytest.raises(ValueError, match="refused"):
+        SafeCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_model_zoo_pickle_of_arrays_loads(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    arrays = {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)}
+    for protocol in (2, 4):
+        path = tmp_path / f"zoo{protocol}.pkl"
+        with path.open("wb") as f:
+            pickle.dump({"model": dict(arrays), "__author__": "zoo"}, f, protocol=protocol)
+        torch.nn.init.zeros_(layer.weight)
+        SafeCheckpointer(layer).load(str(path))
+        assert torch.equal(layer.weight, torch.ones(3, 2))

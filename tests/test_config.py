@@ -1,0 +1,172 @@
+"""Keys and loading: what is added, what is refused, and that the COCO configs are upstream's but for what they name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import detectron2
+import pytest
+import yaml
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from focal_plugin import add_focal_config, get_config, load_config
+from focal_plugin.config import config_dir
+
+COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "retina_ohem_1to3.yaml", "retina_ce.yaml"]
+ALL = sorted(p.relative_to(config_dir()).as_posix() for p in config_dir().rglob("*.yaml"))
+
+
+def flat(node, prefix=""):
+    out = {}
+    for key, value in node.items():
+        out.update(flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
+    return out
+
+
+def upstream(name):
+    cfg = get_cfg()
+    # Upstream's own file with a !!python tag; not through model_zoo, which wants an old setuptools.
+    cfg.merge_from_file(str(Path(detectron2.__file__).parent / "model_zoo" / "configs" / name), allow_unsafe=True)
+    return flat(cfg)
+
+
+def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    once = cfg.clone()
+    cfg.MODEL.FOCAL.STAR_BETA = 0.5
+    add_focal_config(cfg)
+    assert cfg.MODEL.FOCAL.STAR_BETA == 0.5
+    stock = flat(get_cfg())
+    added = {k: v for k, v in flat(once).items() if k not in stock}
+    assert {k: v for k, v in flat(once).items() if k in stock} == stock
+    assert added == {
+        "MODEL.FOCAL.HEAD": "FocalHead",
+        "MODEL.FOCAL.LOSS": "focal",
+        "MODEL.FOCAL.STAR_BETA": 1.0,
+        "MODEL.FOCAL.CLASS_ALPHA": [],
+        "MODEL.FOCAL.NORMALIZER": "ema",
+        "MODEL.FOCAL.NORMALIZER_SYNC": False,
+        "MODEL.FOCAL.MIN_LOW_QUALITY_IOU": 0.0,
+        "MODEL.OHEM.BATCH_SIZE": 128,
+        "MODEL.OHEM.NMS_THRESH": 0.5,
+        "MODEL.OHEM.NEG_POS_RATIO": 0.0,
+        "MODEL.OHEM.SCOPE": "image",
+        "MODEL.OHEM.RANK_BY": "cls",
+        "MODEL.OHEM.NMS_BOXES": "anchors",
+        "MODEL.OHEM.NMS_PER_LABEL": True,
+        "MODEL.OHEM.NORMALIZER": "selected",
+        "MODEL.OHEM.BOX_LOSS_ON": "selected",
+        "SOLVER.OPTIMIZER": "SGD",
+    }
+
+
+# Every upstream key in which a COCO config differs from COCO-Detection/retinanet_R_50_FPN_1x, and why.
+META = {"MODEL.META_ARCHITECTURE": "FocalRetinaNet"}  # the plugin's
+CE = {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": 0.0}  # cross entropy
+DIFFERENT = {
+    "retina_focal.yaml": META,
+    # The backbone; the schedule stays 1x, so that R-50 and R-101 differ in one thing.
+    "retina_focal_R_101.yaml": {
+        **META,
+        "MODEL.RESNETS.DEPTH": 101,
+        "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-101.pkl",
+    },
+    "retina_ce.yaml": {**META, **CE, "MODEL.RETINANET.FOCAL_LOSS_ALPHA": 0.75},  # Table 1a's best
+    "retina_ohem.yaml": {**META, **CE, "MODEL.RETINANET.FOCAL_LOSS_ALPHA": -1.0},  # mining replaces weighting
+    "retina_ohem_1to3.yaml": {**META, **CE, "MODEL.RETINANET.FOCAL_LOSS_ALPHA": -1.0},
+}
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_coco_configs_are_upstreams_but_for_what_is_listed(name):
+    stock, ours = upstream("COCO-Detection/retinanet_R_50_FPN_1x.yaml"), flat(get_config(name))
+    different = {k: ours[k] for k in stock if ours[k] != stock[k]}
+    assert different == DIFFERENT[name]
+
+
+def test_coco_configs_differ_in_the_head():
+    heads = {n: (c := get_config(n).MODEL).FOCAL.HEAD + f" {c.OHEM.NEG_POS_RATIO}" for n in COCO}
+    assert heads["retina_ohem.yaml"] == "OHEMHead 0.0" and heads["retina_ohem_1to3.yaml"] == "OHEMHead 3.0"
+    assert {heads[n] for n in ("retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ce.yaml")} == {"FocalHead 0.0"}
+    ohem = get_config("retina_ohem.yaml").MODEL.OHEM
+    assert (ohem.BATCH_SIZE, ohem.NMS_THRESH) == (128, 0.5)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "Base" not in n])
+def test_every_config_builds(name):
+    model = build_model(get_config(name, ["MODEL.DEVICE", "cpu"]))
+    assert type(model).__name__ == "FocalRetinaNet"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_is_plain_yaml(name):
+    yaml.safe_load((config_dir() / name).read_text())
+
+
+def test_overrides():
+    cfg = get_config("retina_ohem.yaml", ["MODEL.OHEM.BATCH_SIZE", "256", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "2"])
+    assert cfg.MODEL.OHEM.BATCH_SIZE == 256
+    assert cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA == 2.0 and isinstance(cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA, float)
+
+
+# ------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (["MODEL.OHEM.BATCH_SIZE", "many"], "override MODEL.OHEM.BATCH_SIZE many: Type mismatch"),
+        (["MODEL.OHEM.BATCH_SIZE"], "KEY VALUE pairs"),
+        (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "--resume comes after the first KEY VALUE pair"),
+        (["MODEL.NOPE.X", "2"], "unknown config key MODEL.NOPE.X"),
+    ],
+)
+def test_bad_overrides(opts, message):
+    with pytest.raises(ValueError, match=message):
+        get_config("retina_focal.yaml", opts)
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        ("MODEL: !!python/object/apply:os.system ['touch pwned']", ValueError, r"line 1\). Python tags .* are refused"),
+        ("MODEL: {FOCAL: {HED: x}}", ValueError, "unknown config key MODEL.FOCAL.HED; did you mean MODEL.FOCAL.HEAD"),
+        ("MODEL: {OHEM: {BATCH_SIZE: lots}}", ValueError, "Type mismatch .*MODEL.OHEM.BATCH_SIZE"),
+        ("MODEL: {FOCAL: {STAR_BETA: 1}}", ValueError, r"write a float with a point"),
+        ("MODEL: [", ValueError, "not valid YAML"),
+        ("_BASE_: nowhere.yaml", FileNotFoundError, "_BASE_ .*nowhere.yaml' is not there"),
+        ("- 1", ValueError, "c.yaml: "),
+        ("", ValueError, "c.yaml: "),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(error, match=r"c\.yaml: ") as caught:
+        load_config("c.yaml")
+    assert caught.match(message)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_missing_file_lists_what_there_is():
+    with pytest.raises(FileNotFoundError, match=r"no config file 'retina_fokal.yaml'; .*retina_focal.yaml"):
+        get_config("retina_fokal.yaml")
+
+
+def test_import_registers_and_touches_nothing_else(tmp_path):
+    code = (
+        "import sys; import focal_plugin as f\n"
+        "from detectron2.modeling import META_ARCH_REGISTRY as m\n"
+        "from detectron2.data import DatasetCatalog as d\n"
+        "assert m.get('FocalRetinaNet') is f.FocalRetinaNet and 'digits_train' in d\n"
+        "assert 'sklearn' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    root = str(config_dir().parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
