@@ -7,12 +7,14 @@ __version__ = "0.1.0"
 
 try:
     import detectron2  # noqa: F401
-except ImportError as e:
+except ModuleNotFoundError as e:
+    if e.name != "detectron2":  # it is there, but something that it needs is not
+        raise
     raise ImportError(
         "focal_plugin needs Detectron2, which is not on the package index under its own name. After torch and "
         "torchvision, install it with:\n"
         "  pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
-    ) from e
+    ) from None
 
 from . import backbone as _backbone  # noqa: F401, registers a builder
 from .config import add_focal_config, get_config, load_config

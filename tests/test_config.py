@@ -117,7 +117,10 @@ def test_overrides():
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (
+            ["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"],
+            "unknown config key .*; did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA",
+        ),
         (["MODEL.OHEM.BATCH_SIZE", "many"], "override MODEL.OHEM.BATCH_SIZE many: Type mismatch"),
         (["MODEL.OHEM.BATCH_SIZE"], "KEY VALUE pairs"),
         (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "--resume comes after the first KEY VALUE pair"),

@@ -203,9 +203,7 @@ def check_version(version, runs=runs):
         return
     names = [f"python3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
     raise SetupError(
-        "the pinned versions need Python {}.{} to {}.{}, and this is {}.{}.\n".format(
-            *OLDEST, *NEWEST, *version
-        )
+        "the pinned versions need Python {}.{} to {}.{}, and this is {}.{}.\n".format(*OLDEST, *NEWEST, *version)
         + f"  What to do: make setup PYTHON={next(filter(runs, names), '/path/to/python3.11')}"
     )
 

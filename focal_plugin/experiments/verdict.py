@@ -51,7 +51,7 @@ def verdict(results: Sequence[RunResult], scope: str) -> str:
     seeds = ", ".join(sorted({str(r.config().get("SEED")) for r in results}))
     steps = " or ".join(sorted({str(r.config()["SOLVER"]["MAX_ITER"]) for r in results}))
     text.append(
-        f"One seed ({seeds}), {scope}, {steps} steps: another seed can move an AP by a point or more, and "
+        f"One seed ({seeds}), {scope}, {steps} steps: another seed may order them differently, and "
         "none of this says how the methods compare at the scale of COCO."
     )
     return " ".join(text)

@@ -36,9 +36,12 @@ def train_net(digits, tmp_path, *flags, opts=(), config="digits/focal.yaml"):
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
-def last_metrics(tmp_path):
-    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
-    return json.loads(lines[-1])
+def read_metrics(tmp_path):
+    """The newest value of everything that was logged."""
+    metrics = {}
+    for line in (tmp_path / "out" / "metrics.json").read_text().splitlines():
+        metrics.update(json.loads(line))
+    return metrics
 
 
 def test_trains_evaluates_and_resumes(digits, tmp_path):
@@ -48,8 +51,8 @@ def test_trains_evaluates_and_resumes(digits, tmp_path):
     out = tmp_path / "out"
     assert {"model_final.pth", "config.yaml", "metrics.json", "log.txt"} <= {p.name for p in out.iterdir()}
     assert (out / "inference" / "coco_instances_results.json").is_file()
-    metrics = last_metrics(tmp_path)
-    assert metrics["iteration"] == 3 and metrics["loss_cls"] > 0 and "bbox/AP" in metrics
+    metrics = read_metrics(tmp_path)
+    assert metrics["loss_cls"] > 0 and "bbox/AP" in metrics
 
     (out / "last_checkpoint").write_text("model_0000001.pth")
     done = train_net(digits, tmp_path, "--resume")
@@ -67,8 +70,8 @@ def test_two_cpu_workers_train(digits, tmp_path):
     opts += ["MODEL.FOCAL.NORMALIZER_SYNC", "True"]
     done = train_net(digits, tmp_path, "--num-gpus", "2", "--dist-url", "auto", opts=opts)
     assert done.returncode == 0, done.stderr
-    metrics = last_metrics(tmp_path)
-    assert metrics["iteration"] == 3 and metrics["ohem/num_neg"] > 0 and "bbox/AP" in metrics
+    metrics = read_metrics(tmp_path)
+    assert metrics["ohem/num_neg"] > 0 and "bbox/AP" in metrics
 
 
 @pytest.mark.parametrize(
@@ -87,9 +90,7 @@ def test_bad_input_is_one_message_and_no_traceback(digits, tmp_path, flags, opts
     done = train_net(digits, tmp_path, *flags, opts=opts)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert re.search(message, last), last
+    assert re.search(f"^error: .*{message}", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_no_config_file(tmp_path, digits):
