@@ -12,7 +12,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import focal_plugin
-from focal_plugin.experiments.report import Data, format_table, write_report
+from focal_plugin.experiments.report import Data, format_class_table, format_table, write_report
 from focal_plugin.experiments.runner import Row, run_rows
 from focal_plugin.experiments.verdict import title_of
 
@@ -69,7 +69,8 @@ def main():
         return 130
     command = shlex.join(["python", "tools/demo.py", *sys.argv[1:]])
     report = write_report(results, args.output, data=data, command=command, expected=rows)
-    print(f"\n{format_table(results)}\n\nThe report is in {report}")
+    done = [result for result in results if result.ok]
+    print(f"\n{format_table(results)}\n\nAP per class:\n\n{format_class_table(done, data)}\n\nThe report is in {report}")
     return 0 if all(result.ok for result in results) else 1
 
 
