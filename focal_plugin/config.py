@@ -18,12 +18,12 @@ def add_focal_config(cfg: CN) -> None:
     ``FOCAL_LOSS_GAMMA`` and ``PRIOR_PROB``. The focal-loss paper does not say how its OHEM baseline was ranked,
     scoped, normalised and de-duplicated: each of those choices is a key of ``MODEL.OHEM``.
     """
-    if "FOCAL" not in cfg.MODEL:
-        cfg.MODEL.FOCAL = _focal_defaults()
-    if "OHEM" not in cfg.MODEL:
-        cfg.MODEL.OHEM = _ohem_defaults()
+    for name, defaults in (("FOCAL", _focal_defaults()), ("OHEM", _ohem_defaults())):
+        node = cfg.MODEL.setdefault(name, CN())
+        for key, value in defaults.items():
+            node.setdefault(key, value)
     if "OPTIMIZER" not in cfg.SOLVER:
-        # SGD (upstream's, with its keys) or ADAMW (BASE_LR, WEIGHT_DECAY and its clipping), for FocalTrainer
+        # SGD (upstream's) or ADAMW (with the same keys, but MOMENTUM and NESTEROV), for FocalTrainer
         cfg.SOLVER.OPTIMIZER = "SGD"
 
 
@@ -62,9 +62,9 @@ def _ohem_defaults() -> CN:
     node.NMS_BOXES = "anchors"
     # Suppress only examples of the same label, background being one (the original OHEM)
     node.NMS_PER_LABEL = True
-    # What divides the classification loss: selected (examples kept) or positives (as for the box loss)
+    # What divides the classification loss: selected (examples kept) or positives (all, by MODEL.FOCAL.NORMALIZER)
     node.NORMALIZER = "selected"
-    # Positives whose boxes are trained: selected (those kept) or positives (all)
+    # Positives whose boxes are trained, and what divides the box loss: selected (those kept) or positives (all)
     node.BOX_LOSS_ON = "selected"
     return node
 
@@ -132,6 +132,10 @@ def _merge_file(cfg: CN, path: str) -> None:
         ) from e
     except yaml.YAMLError as e:
         raise ValueError(f"{path}: not valid YAML: {e}") from e
+    except RecursionError as e:
+        raise ValueError(f"{path}: its _BASE_ leads back to itself") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not valid YAML: not UTF-8 text") from e
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: {_explain(cfg, e)}") from e
 
@@ -167,8 +171,10 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
         key = key or message.rsplit(" ", 1)[-1]
         near = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0.6)
         return f"unknown config key {key}" + (f"; did you mean {near[0]}?" if near else "")
-    if "float" in message and "int" in message and "ype mismatch" in message:
+    if "ype mismatch" in message and "'float'" in message and "'int'" in message:
         message += " (write a float with a point: 2.0)"
+    if "ype mismatch" in message and "'tuple'" in message and "'str'" in message:
+        message += ' (write a tuple: ("name",))'
     return message
 
 

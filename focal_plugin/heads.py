@@ -5,6 +5,7 @@ upstream's order (level, row, column, anchor). Logits stay as the convolution wr
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,13 +66,15 @@ class HeadLosses(NamedTuple):
     Attributes:
         loss_cls: the sum of the classification loss over the examples trained on, a scalar.
         box_mask: (N, R) bool, the foreground anchors whose boxes are trained.
-        num_examples: scalar tensor, what to divide ``loss_cls`` by; None: the model's normaliser of positives, which
-            counts ``box_mask``.
+        num_examples: scalar tensor, what to divide ``loss_cls`` by; None: the model's normaliser, which counts all
+            positives.
+        num_boxes: the same for the box loss.
     """
 
     loss_cls: Tensor
     box_mask: Tensor
     num_examples: Optional[Tensor] = None
+    num_boxes: Optional[Tensor] = None
 
 
 @RETINANET_HEAD_REGISTRY.register()
@@ -108,13 +111,14 @@ class FocalHead(RetinaNetHead):
         check_gamma(gamma, star=loss == "focal_star", name="MODEL.RETINANET.FOCAL_LOSS_GAMMA")
         if len(class_alpha):
             check_class_alpha(class_alpha, num_classes, name="MODEL.FOCAL.CLASS_ALPHA")
+        if not math.isfinite(star_beta):
+            raise ValueError(f"MODEL.FOCAL.STAR_BETA must be a finite number, got {star_beta}")
         prior_prob = kwargs.get("prior_prob", 0.01)
         if not 0 < prior_prob < 1:
             raise ValueError(f"MODEL.RETINANET.PRIOR_PROB must be between 0 and 1, got {prior_prob}")
         super().__init__(num_classes=num_classes, **kwargs)
         self.num_classes = num_classes
-        self.loss, self.gamma, self.star_beta = loss, gamma, star_beta
-        self.alpha = alpha
+        self.loss, self.alpha, self.gamma, self.star_beta = loss, alpha, gamma, star_beta
         # Not persistent: a stock checkpoint must load key for key.
         self.register_buffer("class_alpha", torch.tensor(class_alpha) if len(class_alpha) else None, False)
 
@@ -194,8 +198,10 @@ class OHEMHead(FocalHead):
             rank_by: "cls" or "cls+box".
             nms_boxes: "anchors" or "predicted".
             nms_per_label: suppress only examples of the same label.
-            normalizer: "selected" or "positives", what divides the classification loss.
-            box_loss_on: "selected" or "positives", whose boxes are trained.
+            normalizer: "selected" (the examples kept) or "positives" (the model's normaliser, as for FocalHead), what
+                divides the classification loss.
+            box_loss_on: "selected" (those kept) or "positives" (all), whose boxes are trained; the box loss is divided
+                by the number of the former, or by the model's normaliser.
             gamma: as in FocalHead; here cross entropy by default.
             alpha: as in FocalHead; here no weighting by default.
             kwargs: of :class:`FocalHead`.
@@ -258,8 +264,11 @@ class OHEMHead(FocalHead):
             _log_mining(ranks, labels, kept, self.num_classes)
         loss_cls = self.classification_loss(*self._kept_rows(pred_logits, labels, kept), "sum", class_dim=-1)
         is_foreground = (labels >= 0) & (labels < self.num_classes)
-        box_mask = is_foreground & kept if self.box_loss_on == "selected" else is_foreground
-        return HeadLosses(loss_cls, box_mask, kept.sum() if self.normalizer == "selected" else None)
+        num_examples = kept.sum() if self.normalizer == "selected" else None
+        if self.box_loss_on == "positives":
+            return HeadLosses(loss_cls, is_foreground, num_examples)
+        box_mask = is_foreground & kept
+        return HeadLosses(loss_cls, box_mask, num_examples, box_mask.sum())
 
     def _scores(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """(N, R) classification loss of each anchor, summed over classes."""

@@ -32,8 +32,9 @@ def mine_hard_examples(
 ) -> Tensor:
     """The hardest examples left by a greedy NMS whose scores are the losses.
 
-    Exactly what sorting all examples, suppressing greedily and cutting to size would keep, without looking at more
-    of them than that takes.
+    Exactly what sorting all examples, suppressing greedily and cutting to size would keep. Examples are gone through
+    from the hardest down, until enough are kept; only with a ratio and without ``per_label`` that means down to the
+    easiest positive, which can be all of them and then takes seconds for 100,000.
 
     Args:
         losses: (R,) loss of each example; ties are broken by the lower index.
@@ -134,7 +135,7 @@ def _greedy(overlaps: Tensor) -> Tensor:
     """Which of n examples, hardest first, greedy NMS keeps, from the (n, n) matrix of who overlaps whom.
 
     The greedy result is the one fixed point of "kept unless a harder kept one overlaps it"; the first k entries are
-    final after k rounds at the latest, in practice all of them after a few.
+    final after k rounds at the latest. Random losses take a few rounds, long chains of overlaps many.
     """
     harder = overlaps.triu(diagonal=1)
     keep = harder.new_ones(len(harder))

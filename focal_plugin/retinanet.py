@@ -47,8 +47,9 @@ class LowQualityMatcher(Matcher):
 class FocalRetinaNet(RetinaNet):
     """RetinaNet whose head computes the classification loss and says which examples are trained on.
 
-    Parameters, anchors, matching and inference are upstream's, and so, with the default keys, are loss and
-    gradients. A stock state_dict loads strictly.
+    Parameters, anchors, matching (but for a box that no anchor touches, see :class:`LowQualityMatcher`) and inference
+    are upstream's, and so, with the default keys, are loss and gradients. A stock state_dict loads strictly; one of
+    this model has one key more, ``loss_normalizer``.
     """
 
     @configurable
@@ -57,9 +58,11 @@ class FocalRetinaNet(RetinaNet):
         Args:
             normalizer: "ema" (upstream's running mean of positives, from 100, momentum 0.9) or "batch" (those of
                 this step).
-            normalizer_sync: count over all workers: N workers then give the gradients of one with the joint batch.
+            normalizer_sync: count over all workers: N workers then give the gradients of one with the joint batch
+                (not with ``MODEL.OHEM.SCOPE batch``, which mines each worker's batch).
             kwargs: of upstream's ``RetinaNet``. ``head`` needs the method ``losses`` of the heads in
-                :data:`focal_plugin.heads.RETINANET_HEAD_REGISTRY`.
+                :data:`focal_plugin.heads.RETINANET_HEAD_REGISTRY`; alpha, gamma and the number of classes are the
+                head's, and may be given here only if they agree.
 
         Raises:
             ValueError: a value out of range; the message names its config key.
@@ -74,8 +77,18 @@ class FocalRetinaNet(RetinaNet):
             )
         if not hasattr(self.head, "losses"):
             raise TypeError(f"{type(self.head).__name__} has no method losses(pred_logits, targets)")
+        for name, of_head in (
+            ("focal_loss_alpha", "alpha"),
+            ("focal_loss_gamma", "gamma"),
+            ("num_classes", "num_classes"),
+        ):
+            given = kwargs.get(name)
+            if given is not None and given != getattr(self.head, of_head, given):
+                raise ValueError(
+                    f"{name}={given}, but the head, which owns the loss, has {getattr(self.head, of_head)}"
+                )
         self.normalizer, self.normalizer_sync = normalizer, normalizer_sync
-        # Upstream keeps a Python float, which a checkpoint does not save and which makes the host wait each step.
+        # Upstream keeps a Python float, which no checkpoint saves: a resumed run starts again from 100.
         self.register_buffer("loss_normalizer", torch.tensor(100.0))
 
     @classmethod
@@ -156,10 +169,11 @@ class FocalRetinaNet(RetinaNet):
         out: HeadLosses = self.head.losses(pred_logits, targets)
         loss_box = self._box_losses(anchors, deltas, boxes, out.box_mask).sum()
 
-        num_pos = self._positives_normalizer(out.box_mask.sum())
-        num_examples = num_pos if out.num_examples is None else self._per_worker(out.num_examples).clamp(min=1)
+        num_pos = self._normalizer(is_foreground.sum(), running_mean=self.normalizer == "ema")
+        num_examples = num_pos if out.num_examples is None else self._normalizer(out.num_examples)
+        num_boxes = num_pos if out.num_boxes is None else self._normalizer(out.num_boxes)
         self._log(labels, is_foreground, num_pos)
-        return {"loss_cls": out.loss_cls / num_examples, "loss_box_reg": loss_box / num_pos}
+        return {"loss_cls": out.loss_cls / num_examples, "loss_box_reg": loss_box / num_boxes}
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
         """(M,) box losses of the M anchors in the (N, R) ``mask``, as upstream's ``_dense_box_regression_loss``."""
@@ -183,26 +197,18 @@ class FocalRetinaNet(RetinaNet):
         flat = self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), anchors.repeat(num_images, 1))
         return flat.view(num_images, len(anchors), 4)
 
-    def _positives_normalizer(self, num_pos: Tensor) -> Tensor:
-        """The number of positives to divide by, at least 1; ``ema`` moves the running mean on."""
-        total = num_pos.float()
+    def _normalizer(self, count: Tensor, running_mean: bool = False) -> Tensor:
+        """What to divide a sum over ``count`` examples by: at least 1; optionally the running mean, moved on."""
+        total = count.float()
         world_size = comm.get_world_size() if self.normalizer_sync else 1
         if world_size > 1:
             torch.distributed.all_reduce(total)
         total = total.clamp(min=1)
-        if self.normalizer == "ema":
+        if running_mean:
             total = 0.9 * self.loss_normalizer + 0.1 * total
             self.loss_normalizer.copy_(total)
         # DDP averages the workers' gradients, so the joint count is shared out among them.
         return total / world_size
-
-    def _per_worker(self, count: Tensor) -> Tensor:
-        """The mean of ``count`` over the workers where they are to act as one, else this worker's."""
-        count = count.float()
-        if self.normalizer_sync and comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-            count /= comm.get_world_size()
-        return count
 
     def _log(self, labels: Tensor, is_foreground: Tensor, num_pos: Tensor) -> None:
         if has_event_storage():

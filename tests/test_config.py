@@ -38,6 +38,9 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
     cfg.MODEL.FOCAL.STAR_BETA = 0.5
     add_focal_config(cfg)
     assert cfg.MODEL.FOCAL.STAR_BETA == 0.5
+    del cfg.MODEL.OHEM["SCOPE"]
+    add_focal_config(cfg)
+    assert cfg.MODEL.OHEM.SCOPE == "image"
     stock = flat(get_cfg())
     added = {k: v for k, v in flat(once).items() if k not in stock}
     assert {k: v for k, v in flat(once).items() if k in stock} == stock
@@ -124,6 +127,7 @@ def test_overrides():
         (["MODEL.OHEM.BATCH_SIZE", "many"], "override MODEL.OHEM.BATCH_SIZE many: Type mismatch"),
         (["MODEL.OHEM.BATCH_SIZE"], "KEY VALUE pairs"),
         (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "--resume comes after the first KEY VALUE pair"),
+        (["DATASETS.TRAIN", "digits_train"], r'write a tuple: \("name",\)'),
         (["MODEL.NOPE.X", "2"], "unknown config key MODEL.NOPE.X"),
     ],
 )
@@ -152,6 +156,15 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, me
         load_config("c.yaml")
     assert caught.match(message)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "round.yaml").write_text("_BASE_: round.yaml")
+    with pytest.raises(ValueError, match=r"round\.yaml: its _BASE_ leads back"):
+        load_config(tmp_path / "round.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary\.yaml: not valid YAML"):
+        load_config(tmp_path / "binary.yaml")
 
 
 def test_missing_file_lists_what_there_is():

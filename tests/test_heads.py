@@ -91,8 +91,11 @@ def test_ohem_trains_on_what_the_naive_selection_keeps(
 
     torch.testing.assert_close(out.loss_cls, per_anchor[kept].sum(), rtol=1e-6, atol=0)
     foreground = (labels >= 0) & (labels < K)
-    assert torch.equal(out.box_mask, foreground & kept if box_loss_on == "selected" else foreground)
     assert (out.num_examples is None) if normalizer == "positives" else out.num_examples == kept.sum()
+    if box_loss_on == "selected":
+        assert torch.equal(out.box_mask, foreground & kept) and out.num_boxes == out.box_mask.sum()
+    else:
+        assert torch.equal(out.box_mask, foreground) and out.num_boxes is None
     # Only the kept rows have a gradient.
     out.loss_cls.backward()
     assert torch.equal((flatten([x.grad for x in leaves]) != 0).any(-1), kept)
@@ -128,6 +131,7 @@ def test_ohem_logs_what_it_kept():
         ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5", r"MODEL.RETINANET.FOCAL_LOSS_ALPHA must be in \[0, 1\]"),
         ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-2.0", "MODEL.RETINANET.FOCAL_LOSS_GAMMA must be a finite number >= 0"),
         ("MODEL.RETINANET.PRIOR_PROB", "0.0", "MODEL.RETINANET.PRIOR_PROB must be between 0 and 1"),
+        ("MODEL.FOCAL.STAR_BETA", "nan", "MODEL.FOCAL.STAR_BETA must be a finite number"),
         ("MODEL.FOCAL.CLASS_ALPHA", "[0.5]", "MODEL.FOCAL.CLASS_ALPHA must have one value a class: 3 expected, got 1"),
         ("MODEL.FOCAL.CLASS_ALPHA", "[0.5, 1.5, 0.1]", r"MODEL.FOCAL.CLASS_ALPHA must hold numbers in \[0, 1\]"),
         ("MODEL.OHEM.BATCH_SIZE", "0", "MODEL.OHEM.BATCH_SIZE must be at least 1"),

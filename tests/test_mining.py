@@ -82,15 +82,15 @@ def test_equals_naive_over_many_blocks(per_label, ratio):
     assert got.tolist() == want
 
 
-def test_groups_do_not_suppress_each_other():
+@pytest.mark.parametrize("per_label", [True, False])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0])
+def test_groups_do_not_suppress_each_other(per_label, ratio):
     generator = torch.Generator().manual_seed(3)
-    losses, boxes, labels = examples(300, 2, generator, tied=False)
+    losses, boxes, labels = examples(300, 2, generator, tied=False, background=0.4)
     groups = torch.randint(0, 4, (300,), generator=generator)
-    for per_label in (True, False):
-        got = mine_hard_examples(
-            losses, boxes, labels, num_classes=2, batch_size=50, nms_thresh=0.3, per_label=per_label, groups=groups
-        )
-        assert got.tolist() == naive(losses, boxes, labels, 2, 50, 0.3, 0.0, per_label, groups)
+    options = {"num_classes": 2, "batch_size": 100, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
+    got = mine_hard_examples(losses, boxes, labels, groups=groups, **options)
+    assert got.tolist() == naive(losses, boxes, labels, *options.values(), groups)
 
 
 def test_no_matrix_of_all_pairs(monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import pairwise_iou
 from detectron2.structures.boxes import Boxes
 from detectron2.utils.events import EventStorage
@@ -177,6 +179,86 @@ def test_normalizers(tiny_config, make_batch):
         assert losses[key] * ema.loss_normalizer.item() == pytest.approx(want[key] * num_pos, rel=1e-5)
 
 
+# ------------------------------ what the model hands to OHEM, and what it divides by
+
+
+def ohem_case(model, make_batch):
+    """Anchors, head outputs and labels of one batch."""
+    features = [torch.rand(3, 32, s, s) for s in (12, 6, 3)]
+    anchors = model.anchor_generator(features)
+    batch = make_batch([3, 0, 2], size=(96, 96))
+    labels, boxes = model.label_anchors(anchors, [x["instances"] for x in batch])
+    torch.manual_seed(4)
+    logits = [torch.randn(3, 4 * 3, *f.shape[-2:]) for f in features]
+    deltas = [0.3 * torch.randn(3, 4 * 4, *f.shape[-2:]) for f in features]
+    return anchors, logits, labels, deltas, boxes
+
+
+@pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
+def test_box_losses_and_boxes_given_to_the_head_are_upstreams(tiny_config, make_batch, box_loss, beta):
+    keys = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", str(beta))
+    model = build(tiny_config(*HEADS["ohem"], *keys))
+    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
+    seen = []
+    model.head.losses = lambda x, targets, losses=model.head.losses: seen.append(targets) or losses(x, targets)
+    model.losses(anchors, logits, labels, deltas, boxes)
+    targets = seen[0]
+    flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
+    foreground = (targets.labels >= 0) & (targets.labels < 3)
+    assert foreground.sum() > 5
+    got = targets.box_losses()
+    assert (got[~foreground] == 0).all()
+    for i, j in foreground.nonzero().tolist()[:10]:
+        only = torch.zeros_like(foreground)
+        only[i, j] = True
+        want = _dense_box_regression_loss(anchors, model.box2box_transform, flat, boxes, only, box_loss, beta)
+        assert got[i, j].item() == pytest.approx(want.item(), rel=1e-5)
+    for i, image_deltas in enumerate(torch.cat(flat, dim=1)):
+        want = model.box2box_transform.apply_deltas(image_deltas, Boxes.cat(anchors).tensor)
+        assert torch.equal(targets.pred_boxes()[i], want)
+
+
+@pytest.mark.parametrize("normalizer", ["selected", "positives"])
+@pytest.mark.parametrize("box_loss_on", ["selected", "positives"])
+def test_ohem_divides_by_what_its_keys_say(tiny_config, make_batch, normalizer, box_loss_on):
+    opts = ("MODEL.OHEM.NORMALIZER", normalizer, "MODEL.OHEM.BOX_LOSS_ON", box_loss_on, "MODEL.OHEM.BATCH_SIZE", "200")
+    model = build(tiny_config(*HEADS["ohem"], *opts, "MODEL.OHEM.NMS_THRESH", "0.0"))
+    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
+    seen = []
+    model.head.losses = lambda x, targets, losses=model.head.losses: seen.append(losses(x, targets)) or seen[0]
+    got = model.losses(anchors, logits, labels, deltas, boxes)
+    num_pos = sum(((y >= 0) & (y < 3)).sum().item() for y in labels)
+    running_mean = 0.9 * 100 + 0.1 * num_pos
+    assert model.loss_normalizer.item() == pytest.approx(running_mean)
+    assert got["loss_cls"].item() == pytest.approx(
+        seen[0].loss_cls.item() / (600 if normalizer == "selected" else running_mean), rel=1e-5
+    )
+    flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
+    box_loss = _dense_box_regression_loss(anchors, model.box2box_transform, flat, boxes, seen[0].box_mask)
+    num_boxes = seen[0].box_mask.sum().item() if box_loss_on == "selected" else running_mean
+    assert 0 < seen[0].box_mask.sum() < num_pos or box_loss_on == "positives"
+    assert got["loss_box_reg"].item() == pytest.approx(box_loss.item() / num_boxes, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["focal", "ohem batch cls+box predicted"])
+def test_half_precision_outputs_of_the_head(tiny_config, make_batch, head, dtype):
+    """As under autocast: the losses are those of the rounded outputs in float32, the gradients keep the dtype."""
+    model = build(tiny_config(*HEADS[head]))
+    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
+    results = []
+    for cast in (lambda x: x, torch.Tensor.float):
+        outputs = [[cast(x.to(dtype)).requires_grad_() for x in level] for level in (logits, deltas)]
+        model.loss_normalizer.fill_(100.0)
+        losses = model.losses(anchors, outputs[0], labels, outputs[1], boxes)
+        results.append((losses, torch.autograd.grad(sum(losses.values()), outputs[0] + outputs[1])))
+    (low, low_gradients), (full, full_gradients) = results
+    torch.testing.assert_close(low, full, rtol=1e-6, atol=0)
+    for a, b in zip(low_gradients, full_gradients):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype))
+
+
 # ------------------------------ matching
 
 
@@ -243,5 +325,8 @@ def test_without_a_cfg(tiny_config, make_batch):
     }
     again = FocalRetinaNet(head=model.head, normalizer="batch", **parts)
     assert torch.isfinite(sum(again(make_batch([1])).values()))
+    for wrong in ({"focal_loss_alpha": 0.7}, {"focal_loss_gamma": 0.0}, {"num_classes": 80}):
+        with pytest.raises(ValueError, match=next(iter(wrong)) + "=.* but the head"):
+            FocalRetinaNet(head=model.head, **{**parts, **wrong})
     with pytest.raises(TypeError, match="Identity has no method losses"):
         FocalRetinaNet(head=nn.Identity(), **parts)

@@ -67,10 +67,15 @@ def main():
         )
     except KeyboardInterrupt:
         return 130
+    except FileExistsError as error:  # a folder in --output that is no run
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     command = shlex.join(["python", "tools/demo.py", *sys.argv[1:]])
     report = write_report(results, args.output, data=data, command=command, expected=rows)
     done = [result for result in results if result.ok]
-    print(f"\n{format_table(results)}\n\nAP per class:\n\n{format_class_table(done, data)}\n\nThe report is in {report}")
+    print(
+        f"\n{format_table(results)}\n\nAP per class:\n\n{format_class_table(done, data)}\n\nThe report is in {report}"
+    )
     return 0 if all(result.ok for result in results) else 1
 
 

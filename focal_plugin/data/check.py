@@ -1,6 +1,7 @@
 """Checks that take a moment before training and save a long search after it."""
 
 import difflib
+import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -8,24 +9,29 @@ _DEFAULT_NUM_CLASSES = 80
 _SHOWN = 10  # class names in a message
 
 
-def check_datasets(cfg):
-    """Checks that every data set of a config is registered and has as many classes as the model.
+def check_datasets(cfg, splits=("TRAIN", "TEST")):
+    """Checks that every data set of a config is registered, on disk, and has as many classes as the model.
 
     A data set whose class names are known only after loading is not compared.
 
     Args:
         cfg: a Detectron2 CfgNode.
+        splits: which of DATASETS.TRAIN and DATASETS.TEST to check.
 
     Raises:
         ValueError: with one line per problem, each saying what to type.
     """
     problems = []
-    for key in ("TRAIN", "TEST"):
+    for key in splits:
         names = cfg.DATASETS[key]
         if isinstance(names, str):
             problems.append(f'DATASETS.{key} is the string "{names}", not a tuple: write ("{names}",)')
         else:
-            problems += [_check_registered(key, name) or _check_classes(cfg, name) for name in names]
+            problems += [
+                _check_registered(key, name) or _check_files(key, name) or _check_classes(cfg, name) for name in names
+            ]
+        if key == "TRAIN" and not names:
+            problems.append("DATASETS.TRAIN is empty: there is nothing to train on")
     problems = [problem for problem in dict.fromkeys(problems) if problem]  # in order, each once
     if problems:
         raise ValueError("\n".join(problems))
@@ -39,6 +45,21 @@ def _check_registered(key, name):
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     own = f"--register {name}=annotations.json:image_dir"
     return f"DATASETS.{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
+
+
+def _check_files(key, name):
+    """The problem with what a registered data set needs on disk, or None."""
+    meta = MetadataCatalog.get(name)
+    if meta.get("made_on_first_use"):
+        return None
+    for what in ("json_file", "image_root"):
+        path = meta.get(what)
+        if path and "://" not in path and not os.path.exists(path):
+            return (
+                f"DATASETS.{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
+                "folder that holds them (Detectron2's own data sets), or --register them"
+            )
+    return None
 
 
 def _check_classes(cfg, name):

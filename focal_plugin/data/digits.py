@@ -404,5 +404,6 @@ def _set_metadata(split):
         json_file=str(folder / f"{split}.json"),
         image_root=str(folder / split),
         evaluator_type="coco",
+        made_on_first_use=True,
         thing_classes=list(CLASS_NAMES),
     )

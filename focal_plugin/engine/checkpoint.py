@@ -1,6 +1,7 @@
 """Loading of checkpoints without running code from them."""
 
 import pickle
+from contextlib import contextmanager
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -17,6 +18,8 @@ _ARRAY_GLOBALS = {
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
         for name in ("_reconstruct", "scalar")
     ),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
 
 
@@ -27,23 +30,32 @@ class SafeCheckpointer(DetectionCheckpointer):
     """
 
     def _torch_load(self, f):
-        try:
+        with _refusing(f):
             return torch.load(f, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as e:
-            raise ValueError(
-                f"{f} is not a plain checkpoint of tensors: it is damaged, or would run code when loaded, and is "
-                f"refused. If you trust it, load it with torch.load and save its state_dict again. ({e})"
-            ) from e
 
     def _load_file(self, filename):
         if filename.endswith(".pkl"):
-            with PathManager.open(filename, "rb") as f:
+            with _refusing(filename), PathManager.open(filename, "rb") as f:
                 _ArrayUnpickler(f, encoding="latin1").load()
         return super()._load_file(filename)
+
+
+@contextmanager
+def _refusing(filename):
+    """Turns whatever a damaged or hostile file raises (anything, from KeyError to EOFError) into one error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{filename} is refused: it is damaged, or no plain checkpoint of tensors and arrays but one that would "
+            f"run code when loaded. If you trust it, load it yourself and save its state_dict again. ({e!r})"
+        ) from e
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in _ARRAY_GLOBALS:
-            raise ValueError(f"the checkpoint holds {module}.{name}, not only arrays, and is refused")
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
         return super().find_class(module, name)

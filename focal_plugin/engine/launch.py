@@ -9,13 +9,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import find_config, load_config
 from ..data import check_datasets, register_from_args
+from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
-from .trainer import FocalTrainer
+from .trainer import OPTIMIZERS, FocalTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +40,18 @@ def argument_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Trains or evaluates as the command line says, on as many workers as it says; returns the exit code.
 
-    What is wrong with the command line, the config or a data set is found before a worker starts, and printed as
-    one message.
+    What can be seen to be wrong with the command line, the config or a data set is found before a worker starts, and
+    printed as one message.
     """
     try:
-        _load(args)
-        _check_workers(args)
+        cfg = _load(args)
+        _check_workers(args, cfg)
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    if cfg.MODEL.DEVICE == "cpu":
+        # Upstream's launch goes by the machine, not by MODEL.DEVICE, and would give CPU workers NCCL.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     launch(
         main,
         args.num_gpus,
@@ -79,8 +85,9 @@ def setup(args: Namespace) -> CfgNode:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_plugin")
-    if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
-        logger.warning(f"No GPU found: running on the CPU, with {args.num_gpus} worker(s).")
+    if cfg.MODEL.DEVICE == "cpu":
+        found = "" if torch.cuda.is_available() else "No GPU found: "
+        logger.warning(f"{found}running on the CPU in float32, with {args.num_gpus} worker(s).")
     return cfg
 
 
@@ -91,20 +98,29 @@ def _load(args: Namespace) -> CfgNode:
     # Upstream's default_setup opens this path again.
     args.config_file = str(find_config(args.config_file))
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-        # Upstream's AMPTrainer needs CUDA.
-        cfg.SOLVER.AMP.ENABLED = False
-    check_datasets(cfg)
+    _choose_device(cfg)
+    check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     _check_weights(cfg, args)
+    _check_model(cfg)
     cfg.freeze()
     return cfg
 
 
+def _choose_device(cfg: CfgNode) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE).type
+    except RuntimeError as e:
+        raise ValueError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cuda or cpu") from e
+    if device == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu":
+        # Upstream's AMPTrainer needs CUDA.
+        cfg.SOLVER.AMP.ENABLED = False
+
+
 def _check_weights(cfg: CfgNode, args: Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
-    has_checkpoint = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if has_checkpoint:
+    if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
     if args.eval_only and not weights:
         raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
@@ -112,9 +128,31 @@ def _check_weights(cfg: CfgNode, args: Namespace) -> None:
         raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {weights!r}")
 
 
-def _check_workers(args: Namespace) -> None:
+def _check_model(cfg: CfgNode) -> None:
+    """What a worker would say minutes later, from a head on features of one channel width."""
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SOLVER.OPTIMIZER!r}")
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCH_REGISTRY:
+        raise ValueError(f"MODEL.META_ARCHITECTURE: {name!r} is not registered; FocalRetinaNet is this plugin's")
+    if name == "FocalRetinaNet":
+        shapes = [ShapeSpec(channels=64, stride=2**i) for i, _ in enumerate(cfg.MODEL.RETINANET.IN_FEATURES, start=3)]
+        build_retinanet_head(cfg, shapes)
+
+
+def _check_workers(args: Namespace, cfg: CfgNode) -> None:
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 1 of each is needed; on the CPU "
+            "--num-gpus counts workers"
+        )
     num_gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and args.num_gpus > num_gpus:
+    if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > num_gpus:
         raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
-    if args.num_gpus < 1:
-        raise ValueError(f"--num-gpus {args.num_gpus}: at least 1 is needed; without a GPU it counts CPU workers")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
+    num_workers = args.num_gpus * args.num_machines
+    if not args.eval_only and cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and cfg.SOLVER.IMS_PER_BATCH % num_workers:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared out evenly among {num_workers} workers"
+        )

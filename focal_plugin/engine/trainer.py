@@ -13,6 +13,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 
 from .checkpoint import SafeCheckpointer
 
+OPTIMIZERS = ("SGD", "ADAMW")
+
 
 class FocalTrainer(DefaultTrainer):
     """``DefaultTrainer`` that evaluates with ``COCOEvaluator`` and also trains on several CPU workers."""
@@ -28,15 +30,20 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
+        if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+            raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SOLVER.OPTIMIZER!r}")
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "ADAMW":
-            raise ValueError(f"SOLVER.OPTIMIZER must be SGD or ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
+        solver = cfg.SOLVER
         params = get_default_optimizer_params(
-            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         )
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
     def build_hooks(self):
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.

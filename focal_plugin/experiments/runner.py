@@ -68,6 +68,8 @@ def run_rows(
     parallel = parallel or max(1, min(len(rows), cores))
     threads = threads or max(1, cores // parallel)
     jobs = [_Job(row, Path(output_dir), train_net, overrides, threads, parallel) for row in rows]
+    for job in jobs:  # before one is started that this would end
+        _check_folder(job.result.folder)
     progress = make_progress([job.state for job in jobs], stream or sys.stderr)
     try:
         with _signals_interrupt():
@@ -224,11 +226,14 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _clear(folder: Path) -> None:
     """Empties a row's folder, for metrics.json is appended to; refuses to delete what no run has written."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / CONSOLE).is_file():
-            raise FileExistsError(f"{folder} is not empty and no earlier run; choose another output folder")
-        shutil.rmtree(folder)
+    _check_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONSOLE).is_file():
+        raise FileExistsError(f"{folder} is not empty and no earlier run; choose another output folder")
 
 
 def _config_chain(path: Path) -> list[Path]:

@@ -35,7 +35,8 @@ def sigmoid_focal_loss(
     """Focal loss, eq. (5) of Lin et al. 2017: ``-alpha_t * (1 - p_t)**gamma * log(p_t)`` with ``p = sigmoid(inputs)``.
 
     A drop-in for ``fvcore.nn.sigmoid_focal_loss`` and ``torchvision.ops.sigmoid_focal_loss``, finite for every
-    gamma >= 0 and every finite logit. float16 and bfloat16 inputs are computed in, and returned as, float32.
+    gamma >= 0 and every finite logit. The defaults are torchvision's; fvcore's alpha is -1. float16 and bfloat16
+    inputs are computed in, and returned as, float32. No gradient flows to the targets.
 
     Args:
         inputs: logits, of any shape (..., K).
@@ -225,7 +226,7 @@ def _check_labels(inputs: Tensor, labels: Tensor, class_dim: int) -> None:
 
 
 def _dense_loss(formula, x: Tensor, targets: Tensor, pos_weight: Tensor, neg_weight: Tensor) -> Tensor:
-    t = targets.to(x.dtype)
+    t = targets.detach().to(x.dtype)
     weight = pos_weight * t + neg_weight * (1 - t)
     if isinstance(formula, _FocalStar):
         return weight * formula.value((1 - 2 * t) * x)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,7 +21,7 @@ def data_sets():
         catalog.data = entries
 
 
-def config(train=(), test=(), num_classes=3):
+def config(train=("cells_train",), test=(), num_classes=3):
     cfg = get_cfg()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
@@ -35,8 +37,25 @@ def message(cfg):
 def test_what_fits_passes():
     check_datasets(config(("cells_train",), ("cells_train", "unknown_classes")))
     check_datasets(config(["cells_train"], []))
+    check_datasets(config((), ("cells_train",)), splits=("TEST",))
+
+
+def test_nothing_to_train_on():
+    assert message(config(())) == "DATASETS.TRAIN is empty: there is nothing to train on"
+
+
+@pytest.mark.skipif(os.path.exists(MetadataCatalog.get("coco_2017_train").json_file), reason="COCO is here")
+def test_builtin_data_that_are_not_there():
+    text = message(config(("coco_2017_train",), num_classes=80))
+    assert "'coco_2017_train' has no " in text and "instances_train2017.json" in text and "DETECTRON2_DATASETS" in text
+
+
+def test_registered_data_that_have_gone(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    MetadataCatalog.get("cells_train").set(json_file=str(tmp_path / "a.json"), image_root=str(tmp_path))
     check_datasets(config())
-    check_datasets(config(("coco_2017_train",), ("coco_2017_val",), num_classes=80))
+    MetadataCatalog.get("cells_train").__dict__["image_root"] = str(tmp_path / "images")
+    assert f"'cells_train' has no {tmp_path / 'images'}" in message(config())
 
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])

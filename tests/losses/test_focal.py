@@ -121,6 +121,12 @@ def test_dense_targets_equal_labels(gamma):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-300)
 
 
+def test_defaults_are_torchvisions_and_targets_get_no_gradient():
+    x, t = torch.randn(5, 3), torch.tensor([0.0, 1.0, 0.5]).expand(5, 3).clone().requires_grad_()
+    torch.testing.assert_close(sigmoid_focal_loss(x, t), torchvision.ops.sigmoid_focal_loss(x, t), rtol=1e-5, atol=1e-7)
+    assert not sigmoid_focal_loss(x, t).requires_grad
+
+
 def test_gamma_0_without_alpha_is_cross_entropy():
     x, labels = 5 * torch.randn(50, 6), torch.randint(0, 7, (50,))
     dense = F.one_hot(labels, 7)[:, :-1].float()
