@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
-from .heads import AnchorTargets, HeadLosses, build_retinanet_head
+from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
@@ -77,16 +77,11 @@ class FocalRetinaNet(RetinaNet):
             )
         if not hasattr(self.head, "losses"):
             raise TypeError(f"{type(self.head).__name__} has no method losses(pred_logits, targets)")
-        for name, of_head in (
-            ("focal_loss_alpha", "alpha"),
-            ("focal_loss_gamma", "gamma"),
-            ("num_classes", "num_classes"),
-        ):
-            given = kwargs.get(name)
-            if given is not None and given != getattr(self.head, of_head, given):
-                raise ValueError(
-                    f"{name}={given}, but the head, which owns the loss, has {getattr(self.head, of_head)}"
-                )
+        if isinstance(self.head, FocalHead):
+            for name in ("focal_loss_alpha", "focal_loss_gamma", "num_classes"):
+                given, of_head = kwargs.get(name), getattr(self.head, name.replace("focal_loss_", ""))
+                if given is not None and given != of_head:
+                    raise ValueError(f"{name}={given}, but the head, which owns the loss, has {of_head}")
         self.normalizer, self.normalizer_sync = normalizer, normalizer_sync
         # Upstream keeps a Python float, which no checkpoint saves: a resumed run starts again from 100.
         self.register_buffer("loss_normalizer", torch.tensor(100.0))

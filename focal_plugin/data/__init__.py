@@ -1,8 +1,8 @@
 """Data sets: your own from a COCO json, checks before training, and one that needs no download."""
 
-from focal_plugin.data.check import check_datasets
-from focal_plugin.data.digits import make_digits, register_digits
-from focal_plugin.data.register import parse_register_arg, register_coco_json, register_from_args
+from .check import check_datasets
+from .digits import make_digits, register_digits
+from .register import parse_register_arg, register_coco_json, register_from_args
 
 __all__ = [
     "check_datasets",
