@@ -124,6 +124,17 @@ def test_own_environment_is_emptied(setup_env, tmp_path):
     assert outside.is_dir()
 
 
+def test_environment_of_another_checkout_is_foreign(setup_env, tmp_path, monkeypatch):
+    setup_env.claim(tmp_path / "venv")
+    (tmp_path / "venv" / setup_env.COMPLETE).write_text("pins")
+    (tmp_path / "venv" / "keep").touch()
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path / "another checkout")
+    assert setup_env.state(tmp_path / "venv", "pins") == "foreign"
+    with pytest.raises(setup_env.SetupError, match="not touched"):
+        setup_env.empty(tmp_path / "venv")
+    assert (tmp_path / "venv" / "keep").exists()
+
+
 def test_foreign_environment_is_never_emptied(setup_env, tmp_path):
     keep = tmp_path / "keep.txt"
     keep.touch()

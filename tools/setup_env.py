@@ -83,7 +83,7 @@ def state(venv, want):
     """absent, foreign, unfinished, outdated or complete."""
     if not venv.exists() or (venv.is_dir() and not any(venv.iterdir())):
         return "absent"
-    if not (venv / OWNED).is_file():
+    if not is_ours(venv):
         return "foreign"
     if not (venv / COMPLETE).is_file():
         return "unfinished"
@@ -94,13 +94,19 @@ def state(venv, want):
 
 def claim(venv):
     venv.mkdir(parents=True, exist_ok=True)
-    (venv / OWNED).write_text("tools/setup_env.py made this environment and empties it when it has to.\n")
+    text = "The checkout whose tools/setup_env.py made this environment, and empties it when it has to.\n"
+    (venv / OWNED).write_text(f"{ROOT}\n{text}")
+
+
+def is_ours(venv):
+    """Made by this very checkout: what another one made may be in use there."""
+    return (venv / OWNED).is_file() and (venv / OWNED).read_text().splitlines()[:1] == [str(ROOT)]
 
 
 def empty(venv):
     """Everything but OWNED goes, COMPLETE first: stopped anywhere, the rest is ours, and is not trusted."""
-    if not (venv / OWNED).is_file():
-        raise SetupError(f"{venv} was not made by this script, so it is not touched")
+    if not is_ours(venv):
+        raise SetupError(f"{venv} was not made by this checkout, so it is not touched")
     if (venv / COMPLETE).exists():
         (venv / COMPLETE).unlink()
     for path in venv.iterdir():
@@ -261,7 +267,7 @@ def setup(venv):
             reason = {
                 "absent": "making it",
                 "unfinished": "never finished; making it again from nothing",
-                "outdated": "made from other versions, or for another place; making it again from nothing",
+                "outdated": "made from other versions; making it again from nothing",
             }
             say(f"setup: {venv}: {reason[found]}")
             build(venv, want, lock)
