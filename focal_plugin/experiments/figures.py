@@ -50,7 +50,8 @@ def draw_training_curves(
             records = [(r["iteration"] + 1, r[name]) for r in history if name in r]
             if records:
                 steps, losses = np.array(records).T
-                axis.plot(steps, _smoothed(losses, smooth), label=method, **_style(order, method))
+                marker = "o" if len(steps) == 1 else None  # one point makes no line
+                axis.plot(steps, _smoothed(losses, smooth), marker=marker, label=method, **_style(order, method))
         axis.set(title=title, xlabel="training step", ylabel=name, yscale=scale)
         axis.grid(alpha=0.3, which="both")
     axes[1].legend(loc="upper right", fontsize=8)
