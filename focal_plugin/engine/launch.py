@@ -18,7 +18,7 @@ from ..config import find_config, load_config
 from ..data import check_datasets, register_from_args
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
-from .trainer import OPTIMIZERS, FocalTrainer
+from .trainer import FocalTrainer, check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,7 @@ def _check_weights(cfg: CfgNode, args: Namespace) -> None:
 
 def _check_model(cfg: CfgNode) -> None:
     """What a worker would say minutes later, from a head on features of one channel width."""
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SOLVER.OPTIMIZER!r}")
+    check_optimizer(cfg)
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCH_REGISTRY:
         raise ValueError(f"MODEL.META_ARCHITECTURE: {name!r} is not registered; FocalRetinaNet is this plugin's")

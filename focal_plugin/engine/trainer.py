@@ -13,8 +13,6 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 
 from .checkpoint import SafeCheckpointer
 
-OPTIMIZERS = ("SGD", "ADAMW")
-
 
 class FocalTrainer(DefaultTrainer):
     """``DefaultTrainer`` that evaluates with ``COCOEvaluator`` and also trains on several CPU workers."""
@@ -30,8 +28,7 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-            raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}; got {cfg.SOLVER.OPTIMIZER!r}")
+        check_optimizer(cfg)
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return build_optimizer(cfg, model)
         solver = cfg.SOLVER
@@ -49,6 +46,12 @@ class FocalTrainer(DefaultTrainer):
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         return super().build_hooks()
+
+
+def check_optimizer(cfg) -> None:
+    """Raises a ValueError unless ``SOLVER.OPTIMIZER`` is one that ``FocalTrainer`` builds."""
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
+        raise ValueError(f"SOLVER.OPTIMIZER must be one of SGD, ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
 
 
 @contextmanager
