@@ -20,7 +20,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from .losses import sigmoid_focal_loss, sigmoid_focal_loss_star
-from .losses.focal import check_alpha, check_class_alpha, check_gamma
+from .losses.alpha import check_alpha, check_class_alpha, check_gamma
 from .mining import mine_hard_examples
 
 logger = logging.getLogger(__name__)

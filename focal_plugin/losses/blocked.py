@@ -1,0 +1,185 @@
+"""Losses evaluated block by block: what they need beside logits and gradient fits into the cache.
+
+The logits of a detector are the largest tensor of its loss by far, and an elementwise formula of ten operations on
+them moves them, or a copy, twenty times through memory. Here they are gone through in blocks that stay in cache
+until the block is done: the logits are read once for the loss, read once more for the gradient, which is written once.
+Nothing but the logits is kept between the two passes.
+
+Shapes: logits are seen as (outer, K, inner), in the order in which they lie in memory: K classes, whatever varies
+slower than the class in ``outer`` and faster in ``inner``. That is a view both of what a convolution writes
+(N, A * K, H, W: outer = N * A, inner = H * W) and of its channels_last form (outer = N * H * W * A, inner = 1).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Entries of a block, for each thread; torch gives a thread 32,768 at the least. Three float32 buffers of this size
+# fit into the second-level cache of a core. On a GPU the size only bounds the memory.
+_BLOCK_PER_THREAD, _BLOCK_ON_DEVICE = 2**16, 2**24
+
+IGNORE = -1
+"""Label of an example that takes no part in the loss."""
+
+
+class Layout(NamedTuple):
+    """The order in which the dimensions of some logits lie in memory, and what that makes of them."""
+
+    order: tuple[int, ...]
+    class_dim: int
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, class_dim: int) -> "Layout":
+        """That of ``x``, or, if ``x`` is not one dense piece of memory, of its contiguous copy."""
+        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+        if not x.permute(order).is_contiguous():
+            order = list(range(x.dim()))
+        place = order.index(class_dim)
+        sizes = [x.shape[d] for d in order]
+        outer, inner = torch.Size(sizes[:place]).numel(), torch.Size(sizes[place + 1 :]).numel()
+        return cls(tuple(order), class_dim, (outer, x.shape[class_dim], inner))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(outer, K, inner) of the logits, or of something of their shape: a view if it lies as they do."""
+        return x.permute(self.order).reshape(self.shape)
+
+    def flat_rows(self, rows: Tensor) -> Tensor:
+        """(outer, inner) of labels, or of anything that has the logits' shape without the class."""
+        order = [d - (d > self.class_dim) for d in self.order if d != self.class_dim]
+        return rows.permute(order).reshape(self.shape[0], self.shape[2])
+
+    def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
+        """(outer, K, inner) as a view of the shape of the logits ``like``."""
+        back = [self.order.index(d) for d in range(len(self.order))]
+        return flat.view([like.shape[d] for d in self.order]).permute(back)
+
+
+class BlockedLoss(ABC):
+    """A loss of (outer, K, inner) logits and their targets, in terms of one block.
+
+    Subclasses give the loss of a block and its differentiable form; a gradient of their own where speed counts.
+    ``per_entry``: the loss has an entry for each logit, else one for each row of K.
+    """
+
+    per_entry = True
+
+    @abstractmethod
+    def formula(self, x: Tensor, target: Tensor) -> Tensor:
+        """The loss of float32 or float64 logits, from differentiable operations only."""
+
+    def block_loss(self, x: Tensor, target: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The loss of a block, which is free to overwrite ``x`` and the two ``buffers`` of its shape."""
+        return self.formula(x, target)
+
+    def block_rows(self, x: Tensor, target: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The loss of a block summed over the classes, as :meth:`block_loss`."""
+        return self.block_loss(x, target, buffers).sum(dim=1)
+
+    def block_gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The gradient of a block, as :meth:`block_loss`; ``grad_loss`` broadcasts to the loss."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            loss = self.formula(leaf, target)
+            return torch.autograd.grad(loss, leaf, grad_loss.expand_as(loss))[0]
+
+    def __call__(self, x: Tensor, target: Tensor, reduce: bool) -> Tensor:
+        """The loss, or its sum, in float32 (float64 for float64).
+
+        Args:
+            x: (outer, K, inner).
+            target: as the subclass takes it, with ``outer`` first and ``inner`` last.
+            reduce: sum it.
+        """
+        if torch.compiler.is_compiling():
+            # One fused kernel is what the compiler makes of this, and a loop over blocks is what it cannot see through.
+            loss = self.formula(upcast(x), target)
+            return loss.sum() if reduce else loss
+        return _Blocked.apply(x, target, self, reduce)
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, target: Tensor) -> Tensor:
+        """The loss of each entry or row."""
+        out = x.new_empty(x.shape if self.per_entry else (x.shape[0], x.shape[2]), dtype=_float_dtype(x))
+        for block, (values, *buffers) in _blocks(x):
+            out[block if self.per_entry else block[::2]] = self.block_loss(values, target[_of(target, block)], buffers)
+        return out
+
+    @torch.no_grad()
+    def rows(self, x: Tensor, target: Tensor) -> Tensor:
+        """(outer, inner) sums of the loss over the classes, which is all that a sum or a ranking needs of it."""
+        if not self.per_entry:
+            return self.losses(x, target)
+        out = x.new_empty((x.shape[0], x.shape[2]), dtype=_float_dtype(x))
+        for block, (values, *buffers) in _blocks(x):
+            out[block[::2]] = self.block_rows(values, target[_of(target, block)], buffers)
+        return out
+
+    def gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor) -> Tensor:
+        """The gradient for ``grad_loss``, which broadcasts to the loss; rounded to x's dtype when it is complete."""
+        out = torch.empty_like(x)
+        shape = x.shape if self.per_entry else (x.shape[0], x.shape[2])
+        grad_loss = grad_loss.expand(shape)
+        for block, (values, *buffers) in _blocks(x):
+            grad = grad_loss[block if self.per_entry else block[::2]]
+            out[block] = self.block_gradient(values, target[_of(target, block)], grad, buffers)
+        return out
+
+
+class _Blocked(torch.autograd.Function):
+    """Nothing but logits and targets is saved; the gradient is recomputed, so a second backward gives the same."""
+
+    @staticmethod
+    def forward(x, target, loss, reduce):
+        # Two stages, so that the sum does not depend on how threads or a GPU's blocks come out of the race.
+        return loss.rows(x, target).sum() if reduce else loss.losses(x, target)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, target, ctx.loss, ctx.reduce = inputs
+        ctx.save_for_backward(x, target)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, target = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ctx.loss.gradient(x, target, grad_output), None, None, None
+        # create_graph=True: the gradient is to be differentiated in its turn.
+        value = ctx.loss.formula(upcast(x), target)
+        value = value.sum() if ctx.reduce else value
+        return torch.autograd.grad(value, x, grad_output, create_graph=True)[0], None, None, None
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float16 and bfloat16 are computed in float32; float32 and float64 in themselves."""
+    return x.to(_float_dtype(x))
+
+
+def _float_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _of(target: Tensor, block: tuple[slice, ...]) -> tuple[slice, ...]:
+    return block if target.dim() == 3 else block[::2]
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], list[Tensor]]]:
+    """Each block's place, with its logits in float and two buffers of its shape, all three overwritten by the next."""
+    outer, num_classes, inner = x.shape
+    if x.numel() == 0:
+        return
+    size = _BLOCK_PER_THREAD * torch.get_num_threads() if x.device.type == "cpu" else _BLOCK_ON_DEVICE
+    width = min(inner, max(size // num_classes, 1))
+    height = min(outer, max(size // (num_classes * width), 1))
+    scratch = x.new_empty((3, height * num_classes * width), dtype=_float_dtype(x))
+    for o in range(0, outer, height):
+        for i in range(0, inner, width):
+            block = (slice(o, o + height), slice(None), slice(i, i + width))
+            logits = x[block]
+            buffers = [b[: logits.numel()].view(logits.shape) for b in scratch]
+            # The only time that the logits themselves are read.
+            buffers[0].copy_(logits)
+            yield block, buffers
