@@ -15,13 +15,14 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.common.registry import Registry
 from torch import Tensor
 
-from .losses import sigmoid_focal_loss, sigmoid_focal_loss_star
-from .losses.alpha import check_alpha, check_class_alpha, check_gamma
+from .losses.alpha import alpha_weights, check_alpha, check_class_alpha, check_gamma
+from .losses.focal import check_label_range, label_loss, small_labels
+from .losses.formulas import Focal, FocalStar
 from .mining import mine_hard_examples
+from .scalars import DeferredScalars
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,17 @@ class FocalHead(RetinaNetHead):
         }
 
     def classification_loss(self, logits: Tensor, labels: Tensor, reduction: str, class_dim: int) -> Tensor:
-        """The loss that the config names; see :func:`focal_plugin.losses.sigmoid_focal_loss`."""
-        loss = sigmoid_focal_loss
-        if self.loss == "focal_star":
-            loss = partial(sigmoid_focal_loss_star, beta=self.star_beta)
-        alpha = self.alpha if self.class_alpha is None else self.class_alpha
-        return loss(logits, labels, alpha, self.gamma, reduction, class_dim=class_dim)
+        """The loss that the config names, of labels that are known to be in range.
+
+        Args:
+            logits: any shape that has K classes along ``class_dim``, in any memory layout.
+            labels: the same shape without ``class_dim``.
+            reduction: "none", "sum", or "rows": summed over the classes, without a gradient, in the labels' shape.
+            class_dim: where the classes are.
+        """
+        formula = Focal(self.gamma) if self.loss == "focal" else FocalStar(self.gamma, self.star_beta)
+        weights = alpha_weights(self.alpha if self.class_alpha is None else self.class_alpha, self.num_classes, logits)
+        return label_loss(formula, logits, labels, weights, reduction, class_dim)
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """
@@ -147,10 +153,11 @@ class FocalHead(RetinaNetHead):
             pred_logits: one (N, A * K, Hi, Wi) per level.
             targets: of the N images.
         """
-        levels = self.by_level(pred_logits, targets.labels)
+        labels = targets.labels
+        check_label_range(labels, self.num_classes)
+        levels = self.by_level(pred_logits, small_labels(labels, self.num_classes))
         loss_cls = sum(self.classification_loss(x, y, "sum", class_dim=2) for x, y in levels)
-        is_foreground = (targets.labels >= 0) & (targets.labels < self.num_classes)
-        return HeadLosses(loss_cls, is_foreground)
+        return HeadLosses(loss_cls, (labels >= 0) & (labels < self.num_classes))
 
     def by_level(self, pred_logits: list[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Per level the logits as (N, A, K, Hi, Wi) and their labels as (N, A, Hi, Wi): views, nothing is copied."""
@@ -228,6 +235,7 @@ class OHEMHead(FocalHead):
             )
         self.scope, self.rank_by, self.nms_boxes = scope, rank_by, nms_boxes
         self.normalizer, self.box_loss_on = normalizer, box_loss_on
+        self._scalars = DeferredScalars()
         self._mine = partial(
             mine_hard_examples,
             num_classes=self.num_classes,
@@ -256,12 +264,13 @@ class OHEMHead(FocalHead):
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """As :meth:`FocalHead.losses`, over the mined examples. Logs what it kept to the event storage."""
         labels = targets.labels
+        check_label_range(labels, self.num_classes)
         with torch.no_grad():
             ranks = self._scores(pred_logits, labels)
             if self.rank_by == "cls+box":
                 ranks = ranks + targets.box_losses()
             kept = self._select(ranks, targets)
-            _log_mining(ranks, labels, kept, self.num_classes)
+            self._log(ranks, labels, kept)
         loss_cls = self.classification_loss(*self._kept_rows(pred_logits, labels, kept), "sum", class_dim=-1)
         is_foreground = (labels >= 0) & (labels < self.num_classes)
         num_examples = kept.sum() if self.normalizer == "selected" else None
@@ -273,8 +282,8 @@ class OHEMHead(FocalHead):
     def _scores(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """(N, R) classification loss of each anchor, summed over classes."""
         scores = [
-            self.classification_loss(x, y, "none", class_dim=2).sum(dim=2).permute(0, 2, 3, 1).flatten(1)
-            for x, y in self.by_level(pred_logits, labels)
+            self.classification_loss(x, y, "rows", class_dim=2).permute(0, 2, 3, 1).flatten(1)
+            for x, y in self.by_level(pred_logits, small_labels(labels, self.num_classes))
         ]
         return torch.cat(scores, dim=1)
 
@@ -306,22 +315,19 @@ class OHEMHead(FocalHead):
             row_labels.append(y[k])
         return torch.cat(rows), torch.cat(row_labels)
 
-
-def _log_mining(scores: Tensor, labels: Tensor, kept: Tensor, num_classes: int) -> None:
-    """Examples kept per image, and the mean score of those kept and those dropped."""
-    if not has_event_storage():
-        return
-    num_images = max(len(labels), 1)
-    dropped = (labels >= 0) & ~kept
-    positive = kept & (labels < num_classes)
-    get_event_storage().put_scalars(
-        **{
-            "ohem/num_pos": positive.sum() / num_images,
-            "ohem/num_neg": (kept & ~positive).sum() / num_images,
-            "ohem/loss_kept": scores[kept].sum() / kept.sum().clamp(min=1),
-            "ohem/loss_dropped": scores[dropped].sum() / dropped.sum().clamp(min=1),
-        }
-    )
+    def _log(self, scores: Tensor, labels: Tensor, kept: Tensor) -> None:
+        """Examples kept per image, and the mean score of those kept and those dropped."""
+        num_images = max(len(labels), 1)
+        dropped = (labels >= 0) & ~kept
+        positive = kept & (labels < self.num_classes)
+        self._scalars.put(
+            {
+                "ohem/num_pos": positive.sum() / num_images,
+                "ohem/num_neg": (kept & ~positive).sum() / num_images,
+                "ohem/loss_kept": torch.where(kept, scores, 0).sum() / kept.sum().clamp(min=1),
+                "ohem/loss_dropped": torch.where(dropped, scores, 0).sum() / dropped.sum().clamp(min=1),
+            }
+        )
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -12,11 +12,11 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head
+from .scalars import DeferredScalars
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
@@ -85,6 +85,7 @@ class FocalRetinaNet(RetinaNet):
         self.normalizer, self.normalizer_sync = normalizer, normalizer_sync
         # Upstream keeps a Python float, which no checkpoint saves: a resumed run starts again from 100.
         self.register_buffer("loss_normalizer", torch.tensor(100.0))
+        self._scalars = DeferredScalars()
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -206,13 +207,22 @@ class FocalRetinaNet(RetinaNet):
         return total / world_size
 
     def _log(self, labels: Tensor, is_foreground: Tensor, num_pos: Tensor) -> None:
-        if has_event_storage():
-            num_images = max(len(labels), 1)
-            get_event_storage().put_scalars(
-                num_pos_anchors=is_foreground.sum() / num_images,
-                num_neg_anchors=(labels == self.num_classes).sum() / num_images,
-                loss_normalizer=num_pos,
-            )
+        num_images = max(len(labels), 1)
+        self._scalars.put(
+            {
+                "num_pos_anchors": is_foreground.sum() / num_images,
+                "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
+                "loss_normalizer": num_pos,
+            }
+        )
+
+    def _apply(self, fn, recurse=True):
+        # A model cast to 16 bits keeps its running mean in 32: a step moves it by less than bfloat16 resolves.
+        before = self.loss_normalizer
+        super()._apply(fn, recurse)
+        if not before.is_meta:
+            self.loss_normalizer = before.to(self.loss_normalizer.device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A stock or model-zoo checkpoint knows no normaliser: it goes on from the value it has.

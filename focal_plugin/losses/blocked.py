@@ -10,6 +10,7 @@ slower than the class in ``outer`` and faster in ``inner``. That is a view both 
 (N, A * K, H, W: outer = N * A, inner = H * W) and of its channels_last form (outer = N * H * W * A, inner = 1).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,22 +27,26 @@ IGNORE = -1
 
 
 class Layout(NamedTuple):
-    """The order in which the dimensions of some logits lie in memory, and what that makes of them."""
+    """How logits lie in memory, and the way to (outer, K, inner) and back."""
 
-    order: tuple[int, ...]
+    sizes: tuple[int, ...]
     class_dim: int
-    shape: tuple[int, int, int]
+    order: tuple[int, ...]
+    """The dimensions in the order in which they lie in memory."""
 
     @classmethod
     def of(cls, x: Tensor, class_dim: int) -> "Layout":
         """That of ``x``, or, if ``x`` is not one dense piece of memory, of its contiguous copy."""
         order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
         if not x.permute(order).is_contiguous():
-            order = list(range(x.dim()))
-        place = order.index(class_dim)
-        sizes = [x.shape[d] for d in order]
-        outer, inner = torch.Size(sizes[:place]).numel(), torch.Size(sizes[place + 1 :]).numel()
-        return cls(tuple(order), class_dim, (outer, x.shape[class_dim], inner))
+            order = range(x.dim())
+        return cls(tuple(x.shape), class_dim % x.dim(), tuple(order))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(outer, K, inner)."""
+        sizes, place = [self.sizes[d] for d in self.order], self.order.index(self.class_dim)
+        return math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
 
     def flat(self, x: Tensor) -> Tensor:
         """(outer, K, inner) of the logits, or of something of their shape: a view if it lies as they do."""
@@ -49,13 +54,20 @@ class Layout(NamedTuple):
 
     def flat_rows(self, rows: Tensor) -> Tensor:
         """(outer, inner) of labels, or of anything that has the logits' shape without the class."""
-        order = [d - (d > self.class_dim) for d in self.order if d != self.class_dim]
-        return rows.permute(order).reshape(self.shape[0], self.shape[2])
+        outer, _, inner = self.shape
+        return rows.permute([d - (d > self.class_dim) for d in self.order if d != self.class_dim]).reshape(outer, inner)
 
-    def unflat(self, flat: Tensor, like: Tensor) -> Tensor:
-        """(outer, K, inner) as a view of the shape of the logits ``like``."""
-        back = [self.order.index(d) for d in range(len(self.order))]
-        return flat.view([like.shape[d] for d in self.order]).permute(back)
+    def unflat(self, flat: Tensor) -> Tensor:
+        """The logits' shape of (outer, K, inner)."""
+        return flat.view([self.sizes[d] for d in self.order]).permute(self._back())
+
+    def unflat_rows(self, rows: Tensor) -> Tensor:
+        """The labels' shape of (outer, inner)."""
+        sizes = [1 if d == self.class_dim else self.sizes[d] for d in self.order]
+        return rows.view(sizes).permute(self._back()).squeeze(self.class_dim)
+
+    def _back(self) -> list[int]:
+        return [self.order.index(d) for d in range(len(self.order))]
 
 
 class BlockedLoss(ABC):

@@ -108,7 +108,7 @@ def dense_loss(
     layout = Layout.of(inputs, class_dim)
     target = layout.flat(targets.detach())
     loss = _DenseLoss(formula, weights)(layout.flat(inputs), target, reduce=reduction != "none")
-    return layout.unflat(loss, inputs) if reduction == "none" else loss
+    return layout.unflat(loss) if reduction == "none" else loss
 
 
 def label_loss(
@@ -122,10 +122,9 @@ def label_loss(
     target = small_labels(layout.flat_rows(labels), inputs.shape[class_dim])
     op, flat = _LabelLoss(formula, weights), layout.flat(inputs)
     if reduction == "rows":
-        rows = op.rows(flat.detach(), target)
-        return layout.unflat(rows[:, None], inputs.select(class_dim, 0).unsqueeze(class_dim)).squeeze(class_dim)
+        return layout.unflat_rows(op.rows(flat.detach(), target))
     loss = op(flat, target, reduce=reduction != "none")
-    return layout.unflat(loss, inputs) if reduction == "none" else loss
+    return layout.unflat(loss) if reduction == "none" else loss
 
 
 def small_labels(labels: Tensor, num_classes: int) -> Tensor:
@@ -145,25 +144,30 @@ def check_inputs(inputs: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, shape: torch.Size, class_dim: int, max_label: int) -> None:
-    """Raises a ValueError unless these are integer labels in [-1, max_label] for logits of ``shape``.
-
-    On a GPU a label out of range is a device-side assertion: to read it here would make the host wait.
-    """
+    """Raises a ValueError unless these are integer labels in [-1, max_label] for logits of ``shape``."""
     expected = shape[:class_dim] + shape[class_dim + 1 :]
     if len(shape) == 0 or labels.shape != expected or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"targets must be dense and of the shape {tuple(shape)} of inputs, or integer labels of shape "
             f"{tuple(expected)}; got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    check_label_range(labels, max_label)
+
+
+def check_label_range(labels: Tensor, max_label: int) -> None:
+    """Raises a ValueError for labels that are not in [-1, max_label].
+
+    On a GPU it is a device-side assertion instead: to read the labels here would make the host wait.
+    """
     if labels.numel() == 0 or torch.compiler.is_compiling():
         return
-    message = f"labels must be in [-1, {max_label}]"
+    message = f"labels must be in [-1, {max_label}] (-1: ignored)"
     if labels.is_cuda:
         torch._assert_async(((labels >= IGNORE) & (labels <= max_label)).all(), message)
     elif labels.device.type == "cpu":
         low, high = (int(v) for v in labels.aminmax())
         if low < IGNORE or high > max_label:
-            raise ValueError(f"{message} (-1 ignored); got values from {low} to {high}")
+            raise ValueError(f"{message}; got values from {low} to {high}")
 
 
 class _LabelLoss(BlockedLoss):
