@@ -21,7 +21,7 @@ class Weights(NamedTuple):
     def along(self, dim: int, num_dims: int) -> "Weights":
         """Both shaped to broadcast along ``dim`` of a tensor of ``num_dims`` dimensions."""
         shape = [-1 if d == dim else 1 for d in range(num_dims)]
-        return Weights(*(w.view(shape) if isinstance(w, Tensor) else w for w in self))
+        return Weights(*(w.view(shape) if isinstance(w, Tensor) and w.dim() else w for w in self))
 
 
 def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:

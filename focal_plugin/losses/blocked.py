@@ -53,16 +53,16 @@ class Layout(NamedTuple):
         return x.permute(self.order).reshape(self.shape)
 
     def flat_rows(self, rows: Tensor) -> Tensor:
-        """(outer, inner) of labels, or of anything that has the logits' shape without the class."""
+        """(outer, 1, inner) of labels, or of anything that has the logits' shape without the class."""
         outer, _, inner = self.shape
-        return rows.permute([d - (d > self.class_dim) for d in self.order if d != self.class_dim]).reshape(outer, inner)
+        return rows.unsqueeze(self.class_dim).permute(self.order).reshape(outer, 1, inner)
 
     def unflat(self, flat: Tensor) -> Tensor:
         """The logits' shape of (outer, K, inner)."""
         return flat.view([self.sizes[d] for d in self.order]).permute(self._back())
 
     def unflat_rows(self, rows: Tensor) -> Tensor:
-        """The labels' shape of (outer, inner)."""
+        """The labels' shape of (outer, 1, inner)."""
         sizes = [1 if d == self.class_dim else self.sizes[d] for d in self.order]
         return rows.view(sizes).permute(self._back()).squeeze(self.class_dim)
 
@@ -71,43 +71,39 @@ class Layout(NamedTuple):
 
 
 class BlockedLoss(ABC):
-    """A loss of (outer, K, inner) logits and their targets, in terms of one block.
+    """A loss of (outer, K, inner) logits and their targets, in terms of one block of them.
 
-    Subclasses give the loss of a block and its differentiable form; a gradient of their own where speed counts.
-    ``per_entry``: the loss has an entry for each logit, else one for each row of K.
+    Targets are (outer, K, inner) or, one for each row of K logits, (outer, 1, inner); so is the loss. A subclass gives
+    the differentiable form, and the loss and the gradient of a block in its own way where speed counts.
     """
 
     per_entry = True
+    """Whether the loss has an entry for each logit or one for each row."""
 
     @abstractmethod
     def formula(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss of float32 or float64 logits, from differentiable operations only."""
 
-    def block_loss(self, x: Tensor, target: Tensor, buffers: list[Tensor]) -> Tensor:
+    def prepare(self, x: Tensor, target: Tensor, for_gradient: bool) -> tuple[Tensor, ...]:
+        """What each block is to be given its part of: the target, or what can be made of it for all blocks at once."""
+        return (target,)
+
+    def block_loss(self, x: Tensor, targets: tuple[Tensor, ...], buffers: list[Tensor]) -> Tensor:
         """The loss of a block, which is free to overwrite ``x`` and the two ``buffers`` of its shape."""
-        return self.formula(x, target)
+        return self.formula(x, *targets)
 
-    def block_rows(self, x: Tensor, target: Tensor, buffers: list[Tensor]) -> Tensor:
-        """The loss of a block summed over the classes, as :meth:`block_loss`."""
-        return self.block_loss(x, target, buffers).sum(dim=1)
-
-    def block_gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor, buffers: list[Tensor]) -> Tensor:
-        """The gradient of a block, as :meth:`block_loss`; ``grad_loss`` broadcasts to the loss."""
+    def block_gradient(
+        self, x: Tensor, targets: tuple[Tensor, ...], grad_loss: Tensor, buffers: list[Tensor]
+    ) -> Tensor:
+        """The gradient of a block for the ``grad_loss`` of its loss's shape; else as :meth:`block_loss`."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            loss = self.formula(leaf, target)
-            return torch.autograd.grad(loss, leaf, grad_loss.expand_as(loss))[0]
+            return torch.autograd.grad(self.formula(leaf, *targets), leaf, grad_loss)[0]
 
     def __call__(self, x: Tensor, target: Tensor, reduce: bool) -> Tensor:
-        """The loss, or its sum, in float32 (float64 for float64).
-
-        Args:
-            x: (outer, K, inner).
-            target: as the subclass takes it, with ``outer`` first and ``inner`` last.
-            reduce: sum it.
-        """
+        """The loss, or its sum if ``reduce``, in float32 (float64 for float64)."""
         if torch.compiler.is_compiling():
-            # One fused kernel is what the compiler makes of this, and a loop over blocks is what it cannot see through.
+            # One fused kernel is what the compiler makes of this; a loop over blocks it would only unroll.
             loss = self.formula(upcast(x), target)
             return loss.sum() if reduce else loss
         return _Blocked.apply(x, target, self, reduce)
@@ -115,29 +111,31 @@ class BlockedLoss(ABC):
     @torch.no_grad()
     def losses(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss of each entry or row."""
-        out = x.new_empty(x.shape if self.per_entry else (x.shape[0], x.shape[2]), dtype=_float_dtype(x))
+        out = x.new_zeros(_loss_shape(self, x), dtype=_float_dtype(x))
+        targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
         for block, (values, *buffers) in _blocks(x):
-            out[block if self.per_entry else block[::2]] = self.block_loss(values, target[_of(target, block)], buffers)
+            out[block] = self.block_loss(values, [t[block] for t in targets], buffers)
         return out
 
     @torch.no_grad()
     def rows(self, x: Tensor, target: Tensor) -> Tensor:
-        """(outer, inner) sums of the loss over the classes, which is all that a sum or a ranking needs of it."""
+        """(outer, 1, inner) sums of the loss over the classes, all that a sum or a ranking needs of it."""
         if not self.per_entry:
             return self.losses(x, target)
-        out = x.new_empty((x.shape[0], x.shape[2]), dtype=_float_dtype(x))
+        out = x.new_zeros((x.shape[0], 1, x.shape[2]), dtype=_float_dtype(x))
+        targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
         for block, (values, *buffers) in _blocks(x):
-            out[block[::2]] = self.block_rows(values, target[_of(target, block)], buffers)
+            loss = self.block_loss(values, [t[block] for t in targets], buffers)
+            torch.sum(loss, dim=1, keepdim=True, out=out[block])
         return out
 
     def gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor) -> Tensor:
-        """The gradient for ``grad_loss``, which broadcasts to the loss; rounded to x's dtype when it is complete."""
+        """The gradient for a ``grad_loss`` that broadcasts to the loss; rounded to x's dtype when it is complete."""
         out = torch.empty_like(x)
-        shape = x.shape if self.per_entry else (x.shape[0], x.shape[2])
-        grad_loss = grad_loss.expand(shape)
+        grad_loss = grad_loss.expand(_loss_shape(self, x))
+        targets = self.prepare(x, target, for_gradient=True) if x.numel() else ()
         for block, (values, *buffers) in _blocks(x):
-            grad = grad_loss[block if self.per_entry else block[::2]]
-            out[block] = self.block_gradient(values, target[_of(target, block)], grad, buffers)
+            out[block] = self.block_gradient(values, [t[block] for t in targets], grad_loss[block], buffers)
         return out
 
 
@@ -146,7 +144,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(x, target, loss, reduce):
-        # Two stages, so that the sum does not depend on how threads or a GPU's blocks come out of the race.
+        # Two stages, so that the sum does not depend on which thread or GPU block comes first.
         return loss.rows(x, target).sum() if reduce else loss.losses(x, target)
 
     @staticmethod
@@ -174,8 +172,8 @@ def _float_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _of(target: Tensor, block: tuple[slice, ...]) -> tuple[slice, ...]:
-    return block if target.dim() == 3 else block[::2]
+def _loss_shape(loss: BlockedLoss, x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1] if loss.per_entry else 1, x.shape[2]
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], list[Tensor]]]:

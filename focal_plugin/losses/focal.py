@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import focal_triton
 from .alpha import Alpha, Weights, alpha_weights, check_gamma
-from .blocked import IGNORE, BlockedLoss, Layout
+from .blocked import IGNORE, BlockedLoss, Layout, upcast
 from .formulas import Focal, FocalStar
 
 Formula = Union[Focal, FocalStar]
@@ -171,7 +171,7 @@ def check_label_range(labels: Tensor, max_label: int) -> None:
 
 
 class _LabelLoss(BlockedLoss):
-    """Sigmoid loss of integer labels: (outer, inner), a class in [0, K), K for background, -1 ignored.
+    """Sigmoid loss of integer labels: a class in [0, K), K for background, -1 ignored.
 
     No one-hot target is made: every entry of a block is treated as "class absent", then the one entry a row that is
     its class is put right with a gather and a scatter.
@@ -181,28 +181,28 @@ class _LabelLoss(BlockedLoss):
         self.entry, self.weights = entry, weights
 
     def formula(self, x: Tensor, target: Tensor) -> Tensor:
-        labels = target[:, None]
-        present = labels == torch.arange(x.shape[1], device=x.device)[:, None]
+        present = target == torch.arange(x.shape[1], device=x.device)[:, None]
         pos, neg = self.weights.along(1, 3)
-        # Ignored logits go before the formula, not after it: its derivative at a NaN times 0 is a NaN.
-        s = torch.where(present, -x, x).masked_fill(labels == IGNORE, 0.0)
+        # Ignored logits go before the formula, not after it: its derivative at a NaN, times 0, is a NaN.
+        s = torch.where(present, -x, x).masked_fill(target == IGNORE, 0.0)
         loss = self.entry.value(s)
-        return torch.where(present, pos * loss, neg * loss).masked_fill(labels == IGNORE, 0.0)
+        return torch.where(present, pos * loss, neg * loss).masked_fill(target == IGNORE, 0.0)
 
-    def block_loss(self, x, target, buffers):
-        return self._unmasked_loss(x, target[:, None], buffers).masked_fill_(target[:, None] == IGNORE, 0.0)
-
-    def block_rows(self, x, target, buffers):
-        return self._unmasked_loss(x, target[:, None], buffers).sum(dim=1).masked_fill_(target == IGNORE, 0.0)
-
-    def block_gradient(self, x, target, grad_loss, buffers):
-        labels, derivative = target[:, None], self.entry.derivative
-        index = _class_index(labels, x.shape[1])
+    def prepare(self, x, target, for_gradient):
+        # An index that is valid for background and ignored rows as well.
+        index = target.clamp(0, x.shape[1] - 1).long()
+        s = -upcast(x.gather(1, index))
         # The chain rule at the entry of the class itself: d/dx value(-x) = -derivative(-x).
-        at_class = -derivative(-x.gather(1, index))
-        grad = derivative(x, *buffers)
-        grad = self._put_right(grad, at_class, index, labels).mul_(grad_loss)
-        return grad.masked_fill_(labels == IGNORE, 0.0)
+        at_class = -self.entry.derivative(s) if for_gradient else self.entry.value(s)
+        pos = self.weights.pos
+        at_class *= pos[index] if isinstance(pos, Tensor) and pos.dim() else pos
+        return target == IGNORE, index, at_class, (target >= 0) & (target < x.shape[1])
+
+    def block_loss(self, x, targets, buffers):
+        return self._put_right(self.entry.value(x, *buffers), *targets)
+
+    def block_gradient(self, x, targets, grad_loss, buffers):
+        return self._put_right(self.entry.derivative(x, *buffers), *targets).mul_(grad_loss)
 
     def rows(self, x, target):
         if focal_triton.is_usable(x, self.entry):
@@ -214,23 +214,11 @@ class _LabelLoss(BlockedLoss):
             return focal_triton.gradient(x, target, self.entry, self.weights, grad_loss)
         return super().gradient(x, target, grad_loss)
 
-    def _unmasked_loss(self, x, labels, buffers):
-        index = _class_index(labels, x.shape[1])
-        at_class = self.entry.value(-x.gather(1, index))
-        return self._put_right(self.entry.value(x, *buffers), at_class, index, labels)
-
-    def _put_right(self, absent: Tensor, at_class: Tensor, index: Tensor, labels: Tensor) -> Tensor:
-        """``absent`` weighted as negatives, with the (outer, 1, inner) ``at_class`` as positives in its place."""
-        pos = self.weights.pos
+    def _put_right(self, absent: Tensor, ignored: Tensor, index: Tensor, at_class: Tensor, present: Tensor) -> Tensor:
+        """``absent`` weighted as negatives, with ``at_class`` where a row has a class, 0 where it is ignored."""
         absent.mul_(self.weights.along(1, 3).neg)
-        at_class = at_class * (pos if isinstance(pos, float) else pos[index])
-        is_foreground = (labels >= 0) & (labels < absent.shape[1])
-        return absent.scatter_(1, index, torch.where(is_foreground, at_class, absent.gather(1, index)))
-
-
-def _class_index(labels: Tensor, num_classes: int) -> Tensor:
-    """The labels as an index that is valid for background and ignored rows as well."""
-    return labels.clamp(0, num_classes - 1).long()
+        absent.scatter_(1, index, torch.where(present, at_class, absent.gather(1, index)))
+        return absent.masked_fill_(ignored, 0.0)
 
 
 class _DenseLoss(BlockedLoss):
