@@ -25,6 +25,9 @@ def add_focal_config(cfg: CN) -> None:
     if "OPTIMIZER" not in cfg.SOLVER:
         # SGD (upstream's) or ADAMW (with the same keys, but MOMENTUM and NESTEROV), for FocalTrainer
         cfg.SOLVER.OPTIMIZER = "SGD"
+    if "PRECISION" not in cfg.SOLVER.AMP:
+        # What AMP.ENABLED computes in: float16 (upstream's, with a loss scaler) or bfloat16 (without one)
+        cfg.SOLVER.AMP.PRECISION = "float16"
 
 
 def _focal_defaults() -> CN:

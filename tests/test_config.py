@@ -62,6 +62,7 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
         "MODEL.OHEM.NORMALIZER": "selected",
         "MODEL.OHEM.BOX_LOSS_ON": "selected",
         "SOLVER.OPTIMIZER": "SGD",
+        "SOLVER.AMP.PRECISION": "float16",
     }
 
 

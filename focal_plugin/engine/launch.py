@@ -18,7 +18,7 @@ from ..config import find_config, load_config
 from ..data import check_datasets, register_from_args
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
-from .trainer import FocalTrainer, check_optimizer
+from .trainer import FocalTrainer, check_amp_precision, check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ def _check_weights(cfg: CfgNode, args: Namespace) -> None:
 def _check_model(cfg: CfgNode) -> None:
     """What a worker would say minutes later, from a head on features of one channel width."""
     check_optimizer(cfg)
+    check_amp_precision(cfg)
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCH_REGISTRY:
         raise ValueError(f"MODEL.META_ARCHITECTURE: {name!r} is not registered; FocalRetinaNet is this plugin's")

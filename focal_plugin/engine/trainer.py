@@ -15,11 +15,16 @@ from .checkpoint import SafeCheckpointer
 
 
 class FocalTrainer(DefaultTrainer):
-    """``DefaultTrainer`` that evaluates with ``COCOEvaluator`` and also trains on several CPU workers."""
+    """``DefaultTrainer`` that evaluates with ``COCOEvaluator``; also trains in bfloat16 and on several CPU workers."""
 
     def __init__(self, cfg):
+        check_amp_precision(cfg)
         with _ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
+        if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16":
+            self._trainer.precision = torch.bfloat16
+            # bfloat16 has float32's range: no gradient underflows, and a scale would only cost its steps.
+            self._trainer.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str = ""):
@@ -52,6 +57,12 @@ def check_optimizer(cfg) -> None:
     """Raises a ValueError unless ``SOLVER.OPTIMIZER`` is one that ``FocalTrainer`` builds."""
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
         raise ValueError(f"SOLVER.OPTIMIZER must be one of SGD, ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
+
+
+def check_amp_precision(cfg) -> None:
+    """Raises a ValueError unless ``SOLVER.AMP.PRECISION`` is one that ``FocalTrainer`` trains in."""
+    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+        raise ValueError(f"SOLVER.AMP.PRECISION must be one of float16, bfloat16; got {cfg.SOLVER.AMP.PRECISION!r}")
 
 
 @contextmanager

@@ -1,0 +1,79 @@
+"""The losses as modules, for those who keep their criterion in one."""
+
+import torch
+from torch import Tensor, nn
+
+from .alpha import Alpha, check_alpha, check_gamma
+from .focal import check_reduction, sigmoid_focal_loss, sigmoid_focal_loss_star
+from .softmax import softmax_focal_loss
+
+
+class _Loss(nn.Module):
+    """Calls ``function`` with what the constructor was given; one alpha a class moves with the module."""
+
+    function = None
+
+    def __init__(self, alpha: Alpha, gamma: float, reduction: str, class_dim: int, **options):
+        super().__init__()
+        is_number = isinstance(alpha, (int, float))
+        check_gamma(gamma, star="beta" in options)
+        check_reduction(reduction)
+        if is_number:
+            check_alpha(alpha)
+        self.options = {"gamma": gamma, "reduction": reduction, "class_dim": class_dim, **options}
+        self.alpha = alpha if is_number else None
+        # Not persistent: it is an argument, not something that was learned.
+        self.register_buffer(
+            "class_alpha", None if is_number else torch.as_tensor(alpha, dtype=torch.float32), persistent=False
+        )
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        alpha = self.alpha if self.class_alpha is None else self.class_alpha
+        return type(self).function(inputs, targets, alpha, **self.options)
+
+    def extra_repr(self) -> str:
+        alpha = self.alpha if self.class_alpha is None else self.class_alpha.tolist()
+        return ", ".join(f"{k}={v!r}" for k, v in {"alpha": alpha, **self.options}.items())
+
+
+class SigmoidFocalLoss(_Loss):
+    """:func:`focal_plugin.losses.sigmoid_focal_loss`; its arguments but for ``inputs`` and ``targets``."""
+
+    function = staticmethod(sigmoid_focal_loss)
+
+    def __init__(self, alpha: Alpha = 0.25, gamma: float = 2.0, reduction: str = "mean", *, class_dim: int = -1):
+        super().__init__(alpha, gamma, reduction, class_dim)
+
+
+class SigmoidFocalLossStar(_Loss):
+    """:func:`focal_plugin.losses.sigmoid_focal_loss_star`; its arguments but for ``inputs`` and ``targets``."""
+
+    function = staticmethod(sigmoid_focal_loss_star)
+
+    def __init__(
+        self,
+        alpha: Alpha = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+        *,
+        beta: float = 1.0,
+        class_dim: int = -1,
+    ):
+        super().__init__(alpha, gamma, reduction, class_dim, beta=beta)
+
+
+class SoftmaxFocalLoss(_Loss):
+    """:func:`focal_plugin.losses.softmax_focal_loss`; its arguments but for ``inputs`` and ``targets``."""
+
+    function = staticmethod(softmax_focal_loss)
+
+    def __init__(
+        self,
+        alpha: Alpha = -1.0,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+        *,
+        class_dim: int = -1,
+        background: bool = True,
+    ):
+        super().__init__(alpha, gamma, reduction, class_dim, background=background)

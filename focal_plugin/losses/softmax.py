@@ -1,0 +1,105 @@
+"""Softmax focal loss, in the same closed form as the sigmoid one.
+
+With ``s = logsumexp(x_j, j != y) - x_y``, the logit of being wrong, ``p_y = sigmoid(-s)`` exactly as for a sigmoid, so
+that the formulas of :mod:`focal_plugin.losses.formulas` serve both. No ``1 - p_y`` is taken from rounded probabilities.
+"""
+
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from .alpha import Alpha, alpha_weights, check_alpha, check_gamma
+from .blocked import IGNORE, BlockedLoss, Layout
+from .focal import check_inputs, check_labels, check_reduction, small_labels
+from .formulas import Focal
+
+
+def softmax_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: Alpha = -1.0,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    class_dim: int = -1,
+    background: bool = True,
+) -> Tensor:
+    """Eq. (5) of Lin et al. 2017 for a softmax: ``-alpha_y * (1 - p_y)**gamma * log(p_y)`` with ``p = softmax(inputs)``.
+
+    gamma = 0 without alpha is ``torch.nn.functional.cross_entropy``. Finite for every gamma >= 0 and all finite logits.
+    float16 and bfloat16 inputs are computed in, and returned as, float32. No gradient flows to targets and alpha.
+
+    Args:
+        inputs: logits of C >= 2 classes along ``class_dim``, of any shape and memory layout. With ``background``, C is
+            K + 1 and the last class is background, as in Detectron2's ROI heads; without, all C = K are alike.
+        targets: integer labels of that shape without ``class_dim``: in [0, C), -1 to ignore.
+        alpha: negative: no weighting. A number in [0, 1]: the weight of foreground, 1 - alpha that of background; needs
+            ``background``. A sequence or tensor of C values: the weight of each class, background included.
+        gamma: focusing parameter, >= 0.
+        reduction: "none", "sum" or "mean". The mean is over the examples that are not ignored.
+        class_dim: the dimension of ``inputs`` that runs over classes.
+        background: whether the last class is background; only a number as alpha asks for it.
+
+    Returns:
+        The loss of each example, of the shape of ``targets`` (0 where ignored), else a scalar.
+
+    Raises:
+        ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
+            assertion).
+    """
+    check_gamma(gamma)
+    check_reduction(reduction)
+    check_inputs(inputs)
+    class_dim = class_dim % max(inputs.dim(), 1)
+    num_classes = inputs.shape[class_dim] if inputs.dim() else 1
+    if num_classes < 2:
+        raise ValueError(f"a softmax needs 2 classes or more along class_dim {class_dim}, got {num_classes}")
+    weights = _class_weights(alpha, num_classes, background, inputs)
+    check_labels(targets, inputs.shape, class_dim, num_classes - 1)
+    layout = Layout.of(inputs, class_dim)
+    op = _SoftmaxLoss(Focal(float(gamma)), weights)
+    labels = small_labels(layout.flat_rows(targets), num_classes)
+    loss = op(layout.flat(inputs), labels, reduce=reduction != "none")
+    if reduction == "mean":
+        return loss / (targets != IGNORE).sum().clamp(min=1)
+    return loss if reduction == "sum" else layout.unflat_rows(loss)
+
+
+def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
+    """One number for all classes, or (C,) weights."""
+    if isinstance(alpha, Tensor) and alpha.dim() == 0:
+        alpha = alpha.item()
+    if not isinstance(alpha, (int, float)):
+        return alpha_weights(alpha, num_classes, inputs).pos
+    check_alpha(alpha)
+    if alpha < 0:
+        return 1.0
+    if not background:
+        raise ValueError(
+            f"alpha {alpha} weighs foreground against background, and there is none (background=False): give one value "
+            f"a class ({num_classes}), or a negative number to switch the weighting off"
+        )
+    foreground = torch.arange(num_classes, device=inputs.device) < num_classes - 1
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    return torch.where(foreground, alpha, 1.0 - alpha).to(dtype)
+
+
+class _SoftmaxLoss(BlockedLoss):
+    """Softmax loss of integer labels: a class in [0, C), -1 ignored."""
+
+    per_entry = False
+
+    def __init__(self, entry: Focal, weights: Union[float, Tensor]):
+        self.entry, self.weights = entry, weights
+
+    def formula(self, x: Tensor, target: Tensor) -> Tensor:
+        ignored = target == IGNORE
+        index = target.clamp(min=0).long()
+        # Ignored logits go before the formula, not after it: its derivative at a NaN, times 0, is a NaN.
+        x = x.masked_fill(ignored, 0.0)
+        present = torch.arange(x.shape[1], device=x.device)[:, None] == index
+        others = x.masked_fill(present, -torch.inf).logsumexp(dim=1, keepdim=True)
+        loss = self.entry.value(others - x.gather(1, index))
+        weight = self.weights[index] if isinstance(self.weights, Tensor) else self.weights
+        return (weight * loss).masked_fill(ignored, 0.0)
