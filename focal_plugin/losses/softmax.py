@@ -25,7 +25,7 @@ def softmax_focal_loss(
     class_dim: int = -1,
     background: bool = True,
 ) -> Tensor:
-    """Eq. (5) of Lin et al. 2017 for a softmax: ``-alpha_y * (1 - p_y)**gamma * log(p_y)`` with ``p = softmax(inputs)``.
+    """Eq. (5) of Lin et al. 2017, ``-alpha_y * (1 - p_y)**gamma * log(p_y)``, with ``p = softmax(inputs)``.
 
     gamma = 0 without alpha is ``torch.nn.functional.cross_entropy``. Finite for every gamma >= 0 and all finite logits.
     float16 and bfloat16 inputs are computed in, and returned as, float32. No gradient flows to targets and alpha.

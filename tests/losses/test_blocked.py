@@ -1,0 +1,133 @@
+"""The engine: views instead of copies, blocks that leave no trace in the result, and one read for each pass."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from focal_plugin.losses import blocked, sigmoid_focal_loss, softmax_focal_loss
+from focal_plugin.losses.alpha import Weights
+from focal_plugin.losses.blocked import Layout
+from focal_plugin.losses.focal import label_loss
+from focal_plugin.losses.formulas import Focal
+
+N, A, K, H, W = 2, 3, 4, 5, 6
+
+
+def conv_output(memory_format):
+    torch.manual_seed(0)
+    return (3 * torch.randn(N, A * K, H, W)).contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
+    x = conv_output(memory_format)
+    logits = x.view(N, A, K, H, W)
+    layout = Layout.of(logits, 2)
+    flat = layout.flat(logits)
+    assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous()
+    assert flat.shape == ((N * A, K, H * W) if memory_format == torch.contiguous_format else (N * H * W * A, K, 1))
+    assert torch.equal(layout.unflat(flat), logits)
+    # Rows and logits go the same way: row r of the one belongs to row r of the other.
+    where = torch.arange(N * A * H * W).view(N, A, H, W)
+    rows = layout.flat_rows(where)
+    assert torch.equal(layout.unflat_rows(rows), where)
+    assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), rows.expand_as(flat))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(6, 5)[:, ::2],
+        torch.randn(4, 1).expand(4, 3),
+        torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
+        torch.randn(3, 4).T,
+        torch.randn(1, 3, 1),
+        torch.randn(0, 3),
+        torch.randn(2, 0),
+    ],
+    ids=["strided", "expanded", "sliced", "transposed", "ones", "no row", "no class"],
+)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
+    labels = torch.randint(-1, x.shape[-1] + 1, x.shape[:-1])
+    a, b = x.clone(memory_format=torch.contiguous_format).requires_grad_(), x.detach().requires_grad_()
+    results = []
+    for leaf in (a, b):
+        loss = sigmoid_focal_loss(leaf, labels, reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        results.append((loss, gradient))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("block", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("kind", ["labels", "dense", "softmax"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, reduction):
+    """In particular no row's sum depends on how the work is split; the total's order of addition is fixed, too."""
+    torch.manual_seed(1)
+    labels = torch.randint(-1, K, (N, A, H, W))
+    targets = torch.rand(N, A, K, H, W) if kind == "dense" else labels
+    loss_function = softmax_focal_loss if kind == "softmax" else sigmoid_focal_loss
+
+    def run(size):
+        monkeypatch.setattr(blocked, "_BLOCK_PER_THREAD", size)
+        x = conv_output(memory_format).requires_grad_()
+        loss = loss_function(x.view(N, A, K, H, W), targets, 0.25, 2.0, reduction, class_dim=2)
+        (0.3 * loss).sum().backward()
+        assert x.grad.stride() == x.stride()
+        return loss.detach(), x.grad
+
+    whole, split = run(10**6), run(block)
+    for a, b in zip(whole, split):
+        # Vectorised and scalar code of the same function may differ in the last place.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
+class Reads(TorchDispatchMode):
+    """How often the memory of a tensor is an operand of an operation that is no view."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.storage, self.entries = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not any(n in func.name() for n in ("detach", "new_", "_like")):
+            for t in [*args, *(kwargs or {}).values()]:
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() == self.storage:
+                    # A gather reads one logit for each index.
+                    self.entries += out.numel() if "gather" in func.name() else t.numel()
+        return out
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
+    x = torch.randn(N, 2 * 80, H, W).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    labels = torch.randint(-1, 81, (N, 2, H, W))
+    with Reads(x) as reads:
+        loss = sigmoid_focal_loss(x.view(N, 2, 80, H, W), labels, reduction="sum", class_dim=2)
+        forward = reads.entries
+        loss.backward()
+        backward = reads.entries - forward
+    # The class of each row once more: 1/80.
+    assert forward == backward == x.numel() + labels.numel()
+    assert x.grad.dtype == dtype and x.grad.stride() == x.stride()
+
+
+def test_rows_are_the_sums_over_the_classes():
+    x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
+    rows = label_loss(Focal(2.0), x, labels, Weights(0.25, 0.75), "rows", 2)
+    want = sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2)
+    torch.testing.assert_close(rows, want)
+    assert rows.shape == labels.shape and not rows.requires_grad
+
+
+def test_only_logits_and_labels_are_kept_for_the_backward_pass():
+    x = torch.randn(10, 80, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sigmoid_focal_loss(x, torch.randint(-1, 81, (10,)), reduction="sum")
+    assert sum(t.numel() * t.element_size() for t in saved) == 10 * 80 * 4 + 10
+    assert saved[0].data_ptr() == x.data_ptr()

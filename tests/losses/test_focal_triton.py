@@ -1,0 +1,177 @@
+"""The Triton kernels against the eager path: on a GPU, or in Triton's interpreter in a process of its own.
+
+Triton decides when it is imported whether it interprets, so the interpreter cannot be switched on in here.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from focal_plugin.losses import focal_triton, sigmoid_focal_loss, sigmoid_focal_loss_star
+from focal_plugin.losses.alpha import Weights, alpha_weights
+from focal_plugin.losses.blocked import BlockedLoss
+from focal_plugin.losses.focal import _LabelLoss, small_labels
+from focal_plugin.losses.formulas import Focal, FocalStar
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs_kernels = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="no GPU, and not in the interpreter")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda" or INTERPRETED, reason="no GPU")
+
+FORMULAS = [Focal(0.0), Focal(0.5), Focal(1.0), Focal(2.0), Focal(5.0), FocalStar(2.0, 1.0)]
+# Rows side by side as a convolution writes them, and classes side by side as channels_last does; one tile and several.
+SHAPES = [
+    (3, 1, 37),
+    (2, 2, 5),
+    (2, 3, 300),
+    (2, 80, 150),
+    (7, 1, 1),
+    (300, 2, 1),
+    (5, 3, 1),
+    (140, 80, 1),
+    (4, 130, 1),
+]
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here")
+def test_in_the_interpreter():
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert f"{len(FORMULAS) * len(SHAPES) + 3} passed" in done.stdout, done.stdout[-500:]
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("formula", FORMULAS, ids=str)
+def test_kernels_equal_the_eager_path(formula, shape):
+    torch.manual_seed(0)
+    labels = torch.randint(-1, shape[1] + 1, (shape[0], 1, shape[2])).to(DEVICE)
+    per_class = alpha_weights(torch.rand(shape[1]).to(DEVICE), shape[1], torch.zeros(1, device=DEVICE))
+    grad_loss = torch.tensor(3.0, device=DEVICE)
+    small = small_labels(labels, shape[1])
+    for dtype, y, weights in (
+        (torch.float32, small, Weights(0.25, 0.75)),
+        (torch.float32, labels.int(), per_class),
+        (torch.float16, small, Weights(1.0, 1.0)),
+        (torch.bfloat16, small, per_class),
+    ):
+        x = (8 * torch.randn(shape)).to(DEVICE, dtype)
+        assert focal_triton.is_usable(x, formula)
+        loss = _LabelLoss(formula, weights)
+        rows = BlockedLoss.rows(loss, x, y)
+        torch.testing.assert_close(loss.rows(x, y), rows, rtol=1e-5, atol=1e-12)
+        gradient = loss.gradient(x, y, grad_loss)
+        assert gradient.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        want = BlockedLoss.gradient(loss, x, y, grad_loss)
+        # Below float16's smallest normal number one unit is what rounding may differ by.
+        torch.testing.assert_close(gradient, want, rtol=tolerance, atol=1e-7 if dtype == torch.float16 else 1e-12)
+
+
+@runs_kernels
+def test_accurate_and_finite_over_logits_of_200():
+    x = torch.cat([torch.linspace(-200, 200, 4001), torch.linspace(-20, 20, 4001)])[:, None, None].to(DEVICE)
+    for gamma in (0.0, 0.1, 0.5, 1.0, 2.0, 5.0):
+        for label in (0, 1):
+            y = torch.full((len(x), 1, 1), label, dtype=torch.int8, device=DEVICE)
+            loss = _LabelLoss(Focal(gamma), Weights(0.25, 0.75))
+            one = torch.tensor(1.0, device=DEVICE)
+            for got, want in (
+                (loss.rows(x, y), loss.rows(x.double(), y)),
+                (loss.gradient(x, y, one), loss.gradient(x.double(), y, one.double())),
+            ):
+                assert torch.isfinite(got).all()
+                # Squared probabilities underflow earlier than their product with the rest.
+                torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-36)
+
+
+@runs_kernels
+def test_ignored_rows_give_nothing_not_even_nan():
+    for shape in ((4, 3, 1), (1, 3, 4)):
+        y = torch.tensor([0, -1, 3, -1], dtype=torch.int8, device=DEVICE).view(shape[0], 1, shape[2])
+        x = torch.randn(shape, device=DEVICE).masked_fill(y == -1, float("nan"))
+        loss = _LabelLoss(Focal(2.0), Weights(0.25, 0.75))
+        gradient = loss.gradient(x, y, torch.tensor(1.0, device=DEVICE))
+        for result in (loss.rows(x, y).expand(shape), gradient):
+            assert torch.isfinite(result).all() and (result.masked_select(y == -1) == 0).all()
+        assert (gradient.masked_select(y != -1) != 0).all()
+
+
+@runs_kernels
+def test_through_the_public_function():
+    """Forward and backward, with a loss scaler's factor, of float16 logits in a convolution's layout."""
+    x = (torch.randn(2, 3 * 5, 4, 6, device=DEVICE) - 6.5).half()
+    y = torch.randint(-1, 6, (2, 3, 4, 6), device=DEVICE)
+    for function in (sigmoid_focal_loss, sigmoid_focal_loss_star):
+        results = []
+        for dtype in (torch.float16, torch.float64):
+            leaf = x.to(dtype).requires_grad_()
+            loss = function(leaf.view(2, 3, 5, 4, 6), y, 0.25, 2.0, "mean", class_dim=2)
+            (gradient,) = torch.autograd.grad(2.0**16 * loss, leaf, retain_graph=True)
+            (again,) = torch.autograd.grad(2.0**16 * loss, leaf)
+            assert torch.equal(gradient, again)
+            results.append((loss.detach().double(), gradient.double()))
+        torch.testing.assert_close(*results, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize("kernel", ["_rows_kernel", "_gradient_kernel"])
+@pytest.mark.parametrize("rows_adjoin", [True, False], ids=["contiguous", "channels_last"])
+def test_compiles_for_a_gpu_with_wide_loads(kernel, rows_adjoin):
+    """Down to PTX, which takes no GPU: 16 bytes a load, where a pattern that Triton cannot follow gives 4 or 2."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(focal_triton, kernel)
+    rows, classes = focal_triton._tile(80, 15200 if rows_adjoin else 1)
+    constants = {"GAMMA": 2.0, "BETA": 0.0, "IS_STAR": False, "PER_CLASS": False, "ROWS_ADJOIN": rows_adjoin}
+    constants |= {"BLOCK_ROWS": rows, "BLOCK_CLASSES": classes, "EVEN": True}
+    if not rows_adjoin:
+        constants["inner"] = 1
+    types = {"labels": "*i8", "grad_loss": "*fp32", "pos": "fp32", "neg": "fp32", "logits": "*bf16"}
+    types |= {"out": "*fp32" if "rows" in kernel.fn.__name__ else "*bf16"}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] in ("i32", "*bf16", "*i8")
+    }
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, divisible)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx
+    if "gradient" in kernel.fn.__name__:
+        assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx
+
+
+@needs_gpu
+def test_no_step_of_it_waits_for_the_gpu():
+    x = torch.randn(2, 9 * 80, 50, 76, device="cuda", requires_grad=True)
+    y = torch.randint(-1, 81, (2, 9, 50, 76), device="cuda")
+    sigmoid_focal_loss(x.view(2, 9, 80, 50, 76), y, reduction="mean", class_dim=2).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sigmoid_focal_loss(x.view(2, 9, 80, 50, 76), y, reduction="mean", class_dim=2).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_eager_path_on_the_gpu_where_the_kernels_are_switched_off(monkeypatch):
+    x, y = torch.randn(50, 80, device="cuda"), torch.randint(-1, 81, (50,), device="cuda")
+    with_kernels = sigmoid_focal_loss(x, y, reduction="sum")
+    monkeypatch.setenv("FOCAL_PLUGIN_TRITON", "0")
+    assert not focal_triton.is_usable(x, Focal(2.0))
+    torch.testing.assert_close(sigmoid_focal_loss(x, y, reduction="sum"), with_kernels)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the CPU is usable there")
+def test_cpu_tensors_and_float64_are_for_the_eager_path():
+    assert not focal_triton.is_usable(torch.zeros(1, 1, 1), Focal(2.0))
+    assert not focal_triton.is_usable(torch.zeros(1, 1, 1, dtype=torch.float64, device=DEVICE), Focal(2.0))
