@@ -170,3 +170,26 @@ def test_own_head_is_found_by_name(tiny_config, make_batch):
         assert results[1]["loss_cls"].item() == pytest.approx(results[0]["loss_cls"].item() / 2)
     finally:
         RETINANET_HEAD_REGISTRY._obj_map.pop("HalfHead")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("class_alpha", [(), (0.1, 0.5, 0.9)], ids=["alpha", "class alpha"])
+@pytest.mark.parametrize("loss", ["focal", "focal_star"])
+def test_focal_loss_never_asks_for_a_value(loss, class_alpha, memory_format):
+    """On tensors without data every .item(), nonzero and boolean index fails: what makes a host wait for its GPU."""
+    logits, targets = make_case()
+    leaves = [x.to("meta").contiguous(memory_format=memory_format).requires_grad_() for x in logits]
+    head = make_head(FocalHead, loss=loss, class_alpha=class_alpha).to("meta")
+    out = head.losses(leaves, AnchorTargets(targets.labels.to("meta"), targets.anchors, None, None))
+    out.loss_cls.backward()
+    assert all(x.grad.stride() == x.stride() for x in leaves)
+    with pytest.raises(RuntimeError, match="meta"):
+        out.loss_cls.item()
+
+
+@pytest.mark.parametrize("head", [FocalHead, OHEMHead])
+def test_labels_out_of_range_are_refused(head):
+    logits, targets = make_case()
+    targets.labels[1, 5] = K + 1
+    with pytest.raises(ValueError, match=r"labels must be in \[-1, 3\].*got values from -1 to 4"):
+        make_head(head).losses(logits, targets)

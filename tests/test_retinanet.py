@@ -1,6 +1,8 @@
 """FocalRetinaNet against stock RetinaNet, and on the inputs that break losses."""
 
 import copy
+import logging
+import pickle
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from focal_plugin import FocalRetinaNet, add_focal_config
+from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.retinanet import LowQualityMatcher
 
 
@@ -92,6 +95,64 @@ def test_normalizer_is_in_the_checkpoint(tiny_config, tmp_path):
     fresh = build(tiny_config(), seed=5)
     DetectionCheckpointer(fresh).load(str(tmp_path / "m.pth"))
     assert fresh.loss_normalizer == 321
+
+
+def test_stock_checkpoint_loads_without_a_word(tiny_config, tmp_path, caplog):
+    """As the model zoo's: a pickle of arrays that knows no normaliser."""
+    cfg = tiny_config()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    stock = build(cfg, seed=2)
+    arrays = {k: v.numpy() for k, v in stock.state_dict().items()}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    ours = build(tiny_config(), seed=1)
+    # Detectron2's loggers do not hand their records up to where pytest listens.
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    try:
+        for logger in loggers:
+            logger.addHandler(caplog.handler)
+        with caplog.at_level("WARNING"):
+            SafeCheckpointer(ours).load(str(tmp_path / "zoo.pkl"))
+    finally:
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert ours.loss_normalizer == 100
+    for name, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalizer_stays_in_float32(tiny_config, dtype):
+    model = build(tiny_config())
+    model.loss_normalizer.fill_(123.456)
+    model.to(dtype)
+    assert model.head.cls_score.weight.dtype == dtype
+    assert model.loss_normalizer.dtype == torch.float32 and model.loss_normalizer.item() == pytest.approx(123.456)
+    assert "loss_normalizer" in model.state_dict()
+
+
+def test_normalizer_never_asks_for_a_value(tiny_config):
+    model = build(tiny_config()).to("meta")
+    for running_mean in (True, False):
+        assert model._normalizer(torch.zeros((), dtype=torch.long, device="meta"), running_mean).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["focal", "ohem"])
+def test_autocast_equals_float32(tiny_config, make_batch, head, dtype):
+    """The network in 16 bits, the loss in 32: the losses are close, and every gradient is finite and in float32."""
+    results = []
+    for enabled in (False, True):
+        model = build(tiny_config(*HEADS[head]))
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            losses = model(make_batch([2, 1]))
+        sum(losses.values()).backward()
+        assert all(v.dtype == torch.float32 for v in losses.values())
+        for name, p in model.named_parameters():
+            assert torch.isfinite(p.grad).all(), name
+        results.append({k: v.item() for k, v in losses.items()})
+    for key, value in results[0].items():
+        assert results[1][key] == pytest.approx(value, rel=0.03)
 
 
 HEADS = {

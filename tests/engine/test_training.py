@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
 
 from focal_plugin import get_config
@@ -89,6 +91,7 @@ def test_two_cpu_workers_train(digits, tmp_path):
         ((), ["MODEL.META_ARCHITECTURE", "Focal"], "MODEL.META_ARCHITECTURE: 'Focal' is not registered"),
         ((), ["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device"),
         ((), ["SOLVER.OPTIMIZER", "LAMB"], "SOLVER.OPTIMIZER must be one of SGD, ADAMW"),
+        ((), ["SOLVER.AMP.PRECISION", "fp8"], "SOLVER.AMP.PRECISION must be one of float16, bfloat16"),
         ((), ["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         ((), ["DATASETS.TEST", '("lvis_v1_val",)'], "'lvis_v1_val' has no .*DETECTRON2_DATASETS"),
         (("--num-gpus", "3"), [], "SOLVER.IMS_PER_BATCH 4 cannot be shared out evenly among 3 workers"),
@@ -206,6 +209,35 @@ def test_optimizers():
     assert adamw.state[model.head.cls_score.weight]["exp_avg_sq"].sum() <= 0.0011
     cfg.SOLVER.OPTIMIZER = "SGD"
     assert isinstance(FocalTrainer.build_optimizer(cfg, model), torch.optim.SGD)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
+@pytest.mark.parametrize("precision, dtype", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_mixed_precision_is_upstreams_trainer_with_another_dtype(digits, tmp_path, precision, dtype):
+    trainer = amp_trainer(digits, tmp_path, "cpu", precision)
+    assert isinstance(trainer._trainer, AMPTrainer) and trainer._trainer.precision == dtype
+    if dtype == torch.bfloat16:
+        # Nothing to scale: the loss goes into the backward pass as it is.
+        assert trainer._trainer.grad_scaler.scale(torch.tensor(3.0)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_mixed_precision_trains(digits, tmp_path, precision):
+    trainer = amp_trainer(digits, tmp_path, "cuda", precision)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def amp_trainer(digits, tmp_path, device, precision):
+    names = [f"amp_{tmp_path.name}_{split}" for split in ("train", "val")]
+    for name, split in zip(names, ("train", "val")):
+        register_coco_instances(name, {}, str(digits / f"{split}.json"), str(digits / split))
+    opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision, "MODEL.DEVICE", device]
+    opts += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path)]
+    cfg = get_config("digits/focal.yaml", opts)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names[0],), (names[1],)
+    return FocalTrainer(cfg)
 
 
 # ------------------------------ checkpoints

@@ -1,5 +1,7 @@
 """sigmoid_focal_loss and FL* against their formulas in float64, finite differences, fvcore and torchvision."""
 
+import shutil
+
 import fvcore.nn
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.autograd import gradcheck, gradgradcheck
 
-from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star
+from focal_plugin.losses import blocked, sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # The smallest normal float32: results below it are zero or denormal, where there are no digits to compare.
@@ -262,3 +264,69 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_star_refuses_gamma_0():
     with pytest.raises(ValueError, match=r"> 0 for FL\*"):
         sigmoid_focal_loss_star(torch.randn(2, 2), torch.tensor([0, 1]), gamma=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    x, labels = torch.randn(20, 4), torch.randint(-1, 5, (20,))
+    for targets in (labels, torch.rand(20, 4)):
+        results = []
+        for enabled in (False, True):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                loss = sigmoid_focal_loss(leaf, targets, reduction="mean")
+            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_dense_targets_are_evaluated_in_blocks_too(monkeypatch):
+    x, targets = torch.randn(300, 7), torch.rand(300, 7)
+    results = []
+    for size in (64, 10**6):
+        monkeypatch.setattr(blocked, "_BLOCK_PER_THREAD", size)
+        leaf = x.clone().requires_grad_()
+        loss = sigmoid_focal_loss(leaf, targets, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 0.5, "mean")
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
+
+
+def test_number_tensors_and_scalars():
+    """A 0-dim alpha, and 0-dim logits with a dense target, as torchvision takes them."""
+    x = torch.tensor(0.3, requires_grad=True)
+    for reduction in ("none", "sum", "mean"):
+        loss = sigmoid_focal_loss(x, torch.tensor(1.0), torch.tensor(0.25), 2.0, reduction)
+        assert loss.shape == () and loss.item() == pytest.approx(
+            torchvision.ops.sigmoid_focal_loss(x, torch.tensor(1.0), 0.25, 2.0, reduction).item()
+        )
+
+
+def test_func_grad_equals_autograd():
+    x, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, -1, 0])
+    got = torch.func.grad(lambda x: sigmoid_focal_loss(x, labels, reduction="sum"))(x)
+    leaf = x.clone().requires_grad_()
+    sigmoid_focal_loss(leaf, labels, reduction="sum").backward()
+    torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-8)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["labels", "channels_last", "dense", "star", "softmax"])
+def test_torch_compile_makes_one_graph_of_it(kind):
+    torch.manual_seed(0)
+    x, labels = 3 * torch.randn(2, 5, 4, 6), torch.randint(-1, 5, (2, 4, 6))
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    function = {"star": sigmoid_focal_loss_star, "softmax": softmax_focal_loss}.get(kind, sigmoid_focal_loss)
+    targets = torch.rand(x.shape) if kind == "dense" else labels
+
+    def loss(x, targets):
+        return function(x, targets, 0.25, 2.0, "mean", class_dim=1)
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        value = f(leaf, targets)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)

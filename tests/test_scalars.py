@@ -1,0 +1,48 @@
+"""Scalars reach the event storage under the step that they belong to."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from focal_plugin.scalars import DeferredScalars
+
+
+def put(scalars, storage, value, device="cpu"):
+    scalars.put({"a": torch.tensor(value, device=device), "b": torch.tensor(2 * value, device=device)})
+    storage.step()
+
+
+def test_on_the_cpu_nothing_is_put_off():
+    scalars = DeferredScalars()
+    with EventStorage(7) as storage:
+        put(scalars, storage, 1)
+        assert storage.latest() == {"a": (1.0, 7), "b": (2.0, 7)}
+
+
+def test_outside_a_training_loop_nothing_happens():
+    DeferredScalars().put({"a": torch.tensor(1.0)})
+
+
+def test_copies_and_pickles_start_empty():
+    scalars = DeferredScalars()
+    scalars._pending = object()
+    for clone in (copy.deepcopy(scalars), pickle.loads(pickle.dumps(scalars))):
+        assert clone._pending is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_a_step_is_read_by_the_next_and_nothing_waits():
+    scalars = DeferredScalars()
+    with EventStorage(7) as storage:
+        put(scalars, storage, 1, "cuda")
+        assert storage.latest() == {}
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scalars.put({"a": torch.full((), 5.0, device="cuda")})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert storage.latest() == {"a": (1.0, 7), "b": (2.0, 7)}
