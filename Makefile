@@ -11,7 +11,7 @@ RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
 SOURCES := focal_plugin tools tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint wheel clean
+.PHONY: help setup demo test bench lint wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: setup ## train CE, OHEM, OHEM 1:3 and FL on the embedded data set, and com
 
 test: setup ## run the tests
 	$(RUN) -m pytest tests $(ARGS)
+
+bench: setup ## measure the losses beside fvcore's, torchvision's and stock RetinaNet's
+	$(RUN) tools/benchmark_loss.py $(ARGS)
 
 lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }

@@ -12,15 +12,20 @@ slower than the class in ``outer`` and faster in ``inner``. That is a view both 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-# Entries of a block, for each thread; torch gives a thread 32,768 at the least. Three float32 buffers of this size
-# fit into the second-level cache of a core. On a GPU the size only bounds the memory.
-_BLOCK_PER_THREAD, _BLOCK_ON_DEVICE = 2**16, 2**24
+# Entries of a block. On a CPU three float32 buffers of this size fit into the second-level cache of a core, and each
+# operation stays below the 32,768 entries from which on torch splits it among threads: thousands of small operations
+# that all have to meet again take seconds as soon as a core is busy with something else. The threads are here, each
+# with blocks of its own. On a GPU the size only bounds the memory.
+_BLOCK, _BLOCK_ON_DEVICE = 2**15 - 1, 2**24
+# More threads than this would wait for each other in Python; fewer blocks for each than this do not pay for a thread.
+_MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
 IGNORE = -1
 """Label of an example that takes no part in the loss."""
@@ -92,8 +97,12 @@ class BlockedLoss(ABC):
         """The loss of a block, which is free to overwrite ``x`` and the two ``buffers`` of its shape."""
         return self.formula(x, *targets)
 
+    def block_rows(self, x: Tensor, targets: tuple[Tensor, ...], buffers: list[Tensor], out: Tensor) -> None:
+        """Writes the loss of a block, summed over the classes, to ``out``; else as :meth:`block_loss`."""
+        torch.sum(self.block_loss(x, targets, buffers), dim=1, keepdim=True, out=out)
+
     def block_gradient(
-        self, x: Tensor, targets: tuple[Tensor, ...], grad_loss: Tensor, buffers: list[Tensor]
+        self, x: Tensor, targets: tuple[Tensor, ...], grad_loss: Optional[Tensor], buffers: list[Tensor]
     ) -> Tensor:
         """The gradient of a block for the ``grad_loss`` of its loss's shape; else as :meth:`block_loss`."""
         with torch.enable_grad():
@@ -113,8 +122,11 @@ class BlockedLoss(ABC):
         """The loss of each entry or row."""
         out = x.new_zeros(_loss_shape(self, x), dtype=_float_dtype(x))
         targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
-        for block, (values, *buffers) in _blocks(x):
+
+        def work(block, values, buffers):
             out[block] = self.block_loss(values, [t[block] for t in targets], buffers)
+
+        _for_each_block(x, work)
         return out
 
     @torch.no_grad()
@@ -124,18 +136,27 @@ class BlockedLoss(ABC):
             return self.losses(x, target)
         out = x.new_zeros((x.shape[0], 1, x.shape[2]), dtype=_float_dtype(x))
         targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
-        for block, (values, *buffers) in _blocks(x):
-            loss = self.block_loss(values, [t[block] for t in targets], buffers)
-            torch.sum(loss, dim=1, keepdim=True, out=out[block])
+
+        def work(block, values, buffers):
+            self.block_rows(values, [t[block] for t in targets], buffers, out[block])
+
+        _for_each_block(x, work)
         return out
 
-    def gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor) -> Tensor:
-        """The gradient for a ``grad_loss`` that broadcasts to the loss; rounded to x's dtype when it is complete."""
+    def gradient(self, x: Tensor, target: Tensor, grad_loss: Optional[Tensor]) -> Tensor:
+        """The gradient for a ``grad_loss`` that broadcasts to the loss; rounded to x's dtype when it is complete.
+
+        A subclass may call this with None, for a factor of 1 that its :meth:`block_gradient` knows of.
+        """
         out = torch.empty_like(x)
-        grad_loss = grad_loss.expand(_loss_shape(self, x))
+        grad_loss = None if grad_loss is None else grad_loss.expand(_loss_shape(self, x))
         targets = self.prepare(x, target, for_gradient=True) if x.numel() else ()
-        for block, (values, *buffers) in _blocks(x):
-            out[block] = self.block_gradient(values, [t[block] for t in targets], grad_loss[block], buffers)
+
+        def work(block, values, buffers):
+            grad = None if grad_loss is None else grad_loss[block]
+            out[block] = self.block_gradient(values, [t[block] for t in targets], grad, buffers)
+
+        _for_each_block(x, work)
         return out
 
 
@@ -176,20 +197,44 @@ def _loss_shape(loss: BlockedLoss, x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1] if loss.per_entry else 1, x.shape[2]
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], list[Tensor]]]:
-    """Each block's place, with its logits in float and two buffers of its shape, all three overwritten by the next."""
+Block = tuple[slice, slice, slice]
+
+
+def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], None]) -> None:
+    """Calls ``work`` with each block's place, its logits in float and two buffers of its shape, to overwrite all three.
+
+    On a CPU from several threads; which of them does a block changes no number, since blocks have nothing in common.
+    """
     outer, num_classes, inner = x.shape
     if x.numel() == 0:
         return
-    size = _BLOCK_PER_THREAD * torch.get_num_threads() if x.device.type == "cpu" else _BLOCK_ON_DEVICE
+    size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
     width = min(inner, max(size // num_classes, 1))
     height = min(outer, max(size // (num_classes * width), 1))
-    scratch = x.new_empty((3, height * num_classes * width), dtype=_float_dtype(x))
-    for o in range(0, outer, height):
-        for i in range(0, inner, width):
-            block = (slice(o, o + height), slice(None), slice(i, i + width))
-            logits = x[block]
-            buffers = [b[: logits.numel()].view(logits.shape) for b in scratch]
-            # The only time that the logits themselves are read.
-            buffers[0].copy_(logits)
-            yield block, buffers
+    starts = [(o, i) for o in range(0, outer, height) for i in range(0, inner, width)]
+    remaining, inference = iter(starts), torch.is_inference_mode_enabled()
+
+    def run():
+        # Threads start with gradients on and inference mode off.
+        with torch.inference_mode(inference), torch.no_grad():
+            scratch, buffers = x.new_empty((3, height * num_classes * width), dtype=_float_dtype(x)), None
+            for o, i in remaining:
+                block = (slice(o, o + height), slice(None), slice(i, i + width))
+                logits = x[block]
+                if buffers is None or buffers[0].shape != logits.shape:
+                    buffers = [b[: logits.numel()].view(logits.shape) for b in scratch]
+                # The only time that the logits themselves are read.
+                work(block, buffers[0].copy_(logits), buffers[1:])
+
+    num_threads = min(torch.get_num_threads(), _MOST_THREADS, len(starts) // _BLOCKS_PER_THREAD)
+    if x.device.type != "cpu" or num_threads < 2 or _is_watched():
+        run()
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        for done in [pool.submit(run) for _ in range(num_threads)]:
+            done.result()
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or dispatch mode listens, which would not hear what other threads do."""
+    return torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack() > 0

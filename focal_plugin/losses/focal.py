@@ -173,8 +173,8 @@ def check_label_range(labels: Tensor, max_label: int) -> None:
 class _LabelLoss(BlockedLoss):
     """Sigmoid loss of integer labels: a class in [0, K), K for background, -1 ignored.
 
-    No one-hot target is made: every entry of a block is treated as "class absent", then the one entry a row that is
-    its class is put right with a gather and a scatter.
+    No one-hot target is made: every entry of a block is treated as "class absent", then one entry a row, that of its
+    class, is overwritten.
     """
 
     def __init__(self, entry: Formula, weights: Weights):
@@ -189,20 +189,30 @@ class _LabelLoss(BlockedLoss):
         return torch.where(present, pos * loss, neg * loss).masked_fill(target == IGNORE, 0.0)
 
     def prepare(self, x, target, for_gradient):
-        # An index that is valid for background and ignored rows as well.
+        # An index that is valid for background and ignored rows as well; these overwrite an entry with what it is.
         index = target.clamp(0, x.shape[1] - 1).long()
-        s = -upcast(x.gather(1, index))
-        # The chain rule at the entry of the class itself: d/dx value(-x) = -derivative(-x).
-        at_class = -self.entry.derivative(s) if for_gradient else self.entry.value(s)
-        pos = self.weights.pos
-        at_class *= pos[index] if isinstance(pos, Tensor) and pos.dim() else pos
-        return target == IGNORE, index, at_class, (target >= 0) & (target < x.shape[1])
+        present = (target >= 0) & (target < x.shape[1])
+        logit = upcast(x.gather(1, index))
+        s = torch.where(present, -logit, logit)
+        pos, neg = (w[index] if isinstance(w, Tensor) and w.dim() else w for w in self.weights)
+        if for_gradient:
+            # The chain rule at the entry of the class itself: d/dx value(-x) = -derivative(-x).
+            return target == IGNORE, index, self.entry.derivative(s) * torch.where(present, -pos, neg)
+        return target == IGNORE, index, self.entry.value(s) * torch.where(present, pos, neg)
 
     def block_loss(self, x, targets, buffers):
-        return self._put_right(self.entry.value(x, *buffers), *targets)
+        ignored, *at_class = targets
+        return self._finish(self.entry.value(x, *buffers), *at_class).masked_fill_(ignored, 0.0)
+
+    def block_rows(self, x, targets, buffers, out):
+        ignored, *at_class = targets
+        torch.sum(self._finish(self.entry.value(x, *buffers), *at_class), dim=1, keepdim=True, out=out)
+        out.masked_fill_(ignored, 0.0)
 
     def block_gradient(self, x, targets, grad_loss, buffers):
-        return self._put_right(self.entry.derivative(x, *buffers), *targets).mul_(grad_loss)
+        ignored, *at_class = targets
+        grad = self._finish(self.entry.derivative(x, *buffers), *at_class).masked_fill_(ignored, 0.0)
+        return grad if grad_loss is None else grad.mul_(grad_loss)
 
     def rows(self, x, target):
         if focal_triton.is_usable(x, self.entry):
@@ -210,15 +220,17 @@ class _LabelLoss(BlockedLoss):
         return super().rows(x, target)
 
     def gradient(self, x, target, grad_loss):
-        if grad_loss.dim() == 0 and focal_triton.is_usable(x, self.entry):
+        if grad_loss.dim():
+            return super().gradient(x, target, grad_loss)
+        if focal_triton.is_usable(x, self.entry):
             return focal_triton.gradient(x, target, self.entry, self.weights, grad_loss)
-        return super().gradient(x, target, grad_loss)
+        # One factor for all goes into the weights.
+        scaled = _LabelLoss(self.entry, Weights(*(w * grad_loss for w in self.weights)))
+        return super(_LabelLoss, scaled).gradient(x, target, None)
 
-    def _put_right(self, absent: Tensor, ignored: Tensor, index: Tensor, at_class: Tensor, present: Tensor) -> Tensor:
-        """``absent`` weighted as negatives, with ``at_class`` where a row has a class, 0 where it is ignored."""
-        absent.mul_(self.weights.along(1, 3).neg)
-        absent.scatter_(1, index, torch.where(present, at_class, absent.gather(1, index)))
-        return absent.masked_fill_(ignored, 0.0)
+    def _finish(self, absent: Tensor, index: Tensor, at_class: Tensor) -> Tensor:
+        """``absent`` weighted as negatives, with ``at_class`` at each row's class."""
+        return absent.mul_(self.weights.along(1, 3).neg).scatter_(1, index, at_class)
 
 
 class _DenseLoss(BlockedLoss):

@@ -71,7 +71,7 @@ def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, r
     loss_function = softmax_focal_loss if kind == "softmax" else sigmoid_focal_loss
 
     def run(size):
-        monkeypatch.setattr(blocked, "_BLOCK_PER_THREAD", size)
+        monkeypatch.setattr(blocked, "_BLOCK", size)
         x = conv_output(memory_format).requires_grad_()
         loss = loss_function(x.view(N, A, K, H, W), targets, 0.25, 2.0, reduction, class_dim=2)
         (0.3 * loss).sum().backward()

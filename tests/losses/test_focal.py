@@ -283,7 +283,7 @@ def test_dense_targets_are_evaluated_in_blocks_too(monkeypatch):
     x, targets = torch.randn(300, 7), torch.rand(300, 7)
     results = []
     for size in (64, 10**6):
-        monkeypatch.setattr(blocked, "_BLOCK_PER_THREAD", size)
+        monkeypatch.setattr(blocked, "_BLOCK", size)
         leaf = x.clone().requires_grad_()
         loss = sigmoid_focal_loss(leaf, targets, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 0.5, "mean")
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
