@@ -19,6 +19,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from .losses.alpha import alpha_weights, check_alpha, check_class_alpha, check_gamma
+from .losses.blocked import Layout
 from .losses.focal import check_label_range, label_loss, small_labels
 from .losses.formulas import Focal, FocalStar
 from .mining import mine_hard_examples
@@ -310,9 +311,11 @@ class OHEMHead(FocalHead):
         """
         rows, row_labels = [], []
         for (x, y), (_, k) in zip(self.by_level(pred_logits, labels), self.by_level(pred_logits, kept)):
-            image, anchor, row, column = k.nonzero(as_tuple=True)
-            rows.append(x[image, anchor, :, row, column])
-            row_labels.append(y[k])
+            # In the order in which the logits lie in memory, so that their gradient is written in it, too.
+            layout = Layout.of(x, class_dim=2)
+            outer, _, inner = layout.flat_rows(k).nonzero(as_tuple=True)
+            rows.append(layout.flat(x)[outer, :, inner])
+            row_labels.append(layout.flat_rows(y)[outer, 0, inner])
         return torch.cat(rows), torch.cat(row_labels)
 
     def _log(self, scores: Tensor, labels: Tensor, kept: Tensor) -> None:

@@ -19,11 +19,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-# Entries of a block. On a CPU three float32 buffers of this size fit into the second-level cache of a core, and each
-# operation stays below the 32,768 entries from which on torch splits it among threads: thousands of small operations
-# that all have to meet again take seconds as soon as a core is busy with something else. The threads are here, each
-# with blocks of its own. On a GPU the size only bounds the memory.
-_BLOCK, _BLOCK_ON_DEVICE = 2**15 - 1, 2**24
+# Entries of a block: on a CPU three float32 buffers of this size fit into the second-level cache of a core, on a GPU
+# the size only bounds the memory.
+_BLOCK, _BLOCK_ON_DEVICE = 2**17, 2**24
 # More threads than this would wait for each other in Python; fewer blocks for each than this do not pay for a thread.
 _MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
@@ -229,10 +227,24 @@ def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], Non
     num_threads = min(torch.get_num_threads(), _MOST_THREADS, len(starts) // _BLOCKS_PER_THREAD)
     if x.device.type != "cpu" or num_threads < 2 or _is_watched():
         run()
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        for done in [pool.submit(run) for _ in range(num_threads)]:
-            done.result()
+    else:
+        _run_in_threads(run, num_threads)
+
+
+def _run_in_threads(run: Callable[[], None], num_threads: int) -> None:
+    """Calls ``run`` in each of so many threads, in which torch does not split operations among threads of its own.
+
+    It would make them meet after each of thousands of small operations, and wait milliseconds there as soon as anything
+    else is busy on one of the cores: 30 seconds for what takes 0.2.
+    """
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for done in [pool.submit(run) for _ in range(num_threads)]:
+                done.result()
+    finally:
+        # The setting is a thread's own, but for being the default of threads to come.
+        torch.set_num_threads(before)
 
 
 def _is_watched() -> bool:

@@ -202,7 +202,7 @@ class _LabelLoss(BlockedLoss):
 
     def block_loss(self, x, targets, buffers):
         ignored, *at_class = targets
-        return self._finish(self.entry.value(x, *buffers), *at_class).masked_fill_(ignored, 0.0)
+        return _clear(self._finish(self.entry.value(x, *buffers), *at_class), ignored)
 
     def block_rows(self, x, targets, buffers, out):
         ignored, *at_class = targets
@@ -211,7 +211,7 @@ class _LabelLoss(BlockedLoss):
 
     def block_gradient(self, x, targets, grad_loss, buffers):
         ignored, *at_class = targets
-        grad = self._finish(self.entry.derivative(x, *buffers), *at_class).masked_fill_(ignored, 0.0)
+        grad = _clear(self._finish(self.entry.derivative(x, *buffers), *at_class), ignored)
         return grad if grad_loss is None else grad.mul_(grad_loss)
 
     def rows(self, x, target):
@@ -231,6 +231,12 @@ class _LabelLoss(BlockedLoss):
     def _finish(self, absent: Tensor, index: Tensor, at_class: Tensor) -> Tensor:
         """``absent`` weighted as negatives, with ``at_class`` at each row's class."""
         return absent.mul_(self.weights.along(1, 3).neg).scatter_(1, index, at_class)
+
+
+def _clear(x: Tensor, ignored: Tensor) -> Tensor:
+    """0 where ignored; not by a product, which would leave a NaN a NaN."""
+    # Most blocks have nothing to clear. A CPU may look; a GPU would have to be waited for.
+    return x if ignored.device.type == "cpu" and not ignored.any() else x.masked_fill_(ignored, 0.0)
 
 
 class _DenseLoss(BlockedLoss):

@@ -62,4 +62,10 @@ class FocalStar(NamedTuple):
 def softplus(s: Tensor, out: Optional[Tensor] = None) -> Tensor:
     """``log(1 + exp(s))``: log1p(exp(s)) up to where exp would overflow, and s from there, to the last digit."""
     # torch's own threshold of 20 costs float64 its last seven digits.
-    return F.softplus(s, 1, 700 if s.dtype == torch.float64 else 80, out=out)
+    threshold = 700 if s.dtype == torch.float64 else 80
+    if out is None:
+        return F.softplus(s, 1, threshold)
+    # Four operations of torch that together take two thirds of the time of its softplus on a CPU. Where the logarithm
+    # was cut off or rounded below s, s is the answer.
+    torch.clamp_max(s, threshold, out=out).exp_().log1p_()
+    return torch.maximum(out, s, out=out)
