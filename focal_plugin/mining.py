@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 
 # Examples compared at a time: the first block answers most calls (128 wanted of 100,000 anchors), the largest
 # bounds the memory (a block is compared with itself and with what is kept, never all anchors with all).
-_FIRST_BLOCK, _LARGEST_BLOCK = 512, 2048
+_FIRST_BLOCK, _LARGEST_BLOCK = 128, 2048
 
 
 def mine_hard_examples(

@@ -110,7 +110,7 @@ def test_no_matrix_of_all_pairs(monkeypatch):
     kept = mine_hard_examples(losses, boxes, labels, num_classes=4, batch_size=128, nms_thresh=0.5)
     assert len(kept) == 128
     assert max(sizes) <= mining._LARGEST_BLOCK**2
-    assert sum(sizes) <= 2 * mining._FIRST_BLOCK**2
+    assert sum(sizes) < 10**6  # of 10**10 pairs
 
 
 def test_takes_no_part_in_the_graph():

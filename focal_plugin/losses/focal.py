@@ -19,7 +19,7 @@ from torch import Tensor
 from . import focal_triton
 from .alpha import Alpha, Weights, alpha_weights, check_gamma
 from .blocked import IGNORE, BlockedLoss, Layout, upcast
-from .formulas import Focal, FocalStar
+from .formulas import Focal, FocalStar, softplus
 
 Formula = Union[Focal, FocalStar]
 
@@ -240,19 +240,59 @@ def _clear(x: Tensor, ignored: Tensor) -> Tensor:
 
 
 class _DenseLoss(BlockedLoss):
-    """Sigmoid loss of dense targets in [0, 1], (outer, K, inner) as the logits."""
+    """Sigmoid loss of dense targets in [0, 1], (outer, K, inner) as the logits.
+
+    With ``s`` the logit of the less likely of the two classes and ``u`` its probability by the target, ``u <= .5``::
+
+        1 - p_t        = q = u + (1 - 2 u) * sigmoid(s)
+        cross entropy  = softplus(s) - u * s
+        d loss / ds    = a * q**gamma * (gamma * ce * (1 - 2 u) * sigmoid(s) * sigmoid(-s) / q + sigmoid(s) - u)
+    """
 
     def __init__(self, entry: Formula, weights: Weights):
         self.entry, self.weights = entry, weights
 
     def formula(self, x: Tensor, target: Tensor) -> Tensor:
         t = target.to(x.dtype)
-        pos, neg = self.weights.along(1, 3)
-        weight = pos * t + neg * (1 - t)
         if isinstance(self.entry, FocalStar):
-            return weight * self.entry.value((1 - 2 * t) * x)
+            return self._alpha(t) * self.entry.value((1 - 2 * t) * x)
         log_p, log_not_p = F.logsigmoid(x), F.logsigmoid(-x)
         # log(1 - p_t) = log(p (1 - t) + (1 - p) t), in log space: exact for t of 0 and 1, finite in between.
         log_wrong = torch.logaddexp(log_p + torch.log1p(-t), log_not_p + torch.log(t))
         cross_entropy = -(t * log_p + (1 - t) * log_not_p)
-        return weight * torch.exp(self.entry.gamma * log_wrong) * cross_entropy
+        return self._alpha(t) * torch.exp(self.entry.gamma * log_wrong) * cross_entropy
+
+    def block_loss(self, x, targets, buffers):
+        t = _copy(targets[0], buffers[0])
+        if isinstance(self.entry, FocalStar):
+            return self.formula(x, t)
+        _, _, _, _, cross_entropy, weight = self._terms(x, t)
+        return weight.mul_(cross_entropy).mul_(self._alpha(t))
+
+    def block_gradient(self, x, targets, grad_loss, buffers):
+        t = _copy(targets[0], buffers[0])
+        if isinstance(self.entry, FocalStar):
+            return super().block_gradient(x, (t,), grad_loss, buffers)
+        flip, u, q, wrong, cross_entropy, weight = self._terms(x, t)
+        # For a hard target q is sigmoid(s), which may have underflowed: the quotient is known.
+        share = torch.where(u == 0, 1 - wrong, (1 - 2 * u) * wrong * (1 - wrong) / q)
+        slope = share.mul_(cross_entropy).mul_(self.entry.gamma).add_(wrong).sub_(u).mul_(weight)
+        return torch.where(flip, -slope, slope).mul_(self._alpha(t)).mul_(grad_loss)
+
+    def _terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Whether s is -x, u, q, sigmoid(s), cross entropy and q**gamma."""
+        flip = t > 0.5
+        s, u = torch.where(flip, -x, x), torch.where(flip, 1 - t, t)
+        wrong, hard = torch.sigmoid(s), softplus(s, torch.empty_like(s))
+        q = torch.addcmul(u, 1 - 2 * u, wrong)
+        log_q = torch.where(u == 0, s - hard, torch.log(q))
+        return flip, u, q, wrong, hard - u * s, log_q.mul_(self.entry.gamma).exp_()
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        pos, neg = self.weights.along(1, 3)
+        return pos * t + neg * (1 - t)
+
+
+def _copy(target: Tensor, buffer: Tensor) -> Tensor:
+    """The block's targets in the logits' dtype; the only time that they are read."""
+    return buffer.copy_(target)

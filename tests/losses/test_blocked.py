@@ -1,5 +1,7 @@
 """The engine: views instead of copies, blocks that leave no trace in the result, and one read for each pass."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,3 +133,49 @@ def test_only_logits_and_labels_are_kept_for_the_backward_pass():
         sigmoid_focal_loss(x, torch.randint(-1, 81, (10,)), reduction="sum")
     assert sum(t.numel() * t.element_size() for t in saved) == 10 * 80 * 4 + 10
     assert saved[0].data_ptr() == x.data_ptr()
+
+
+def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
+    """Blocks on two threads, in which torch itself uses one; elsewhere it goes on with what it had."""
+    monkeypatch.setattr(blocked, "_BLOCK", 64)
+    seen = []
+    formula = blocked.BlockedLoss.block_loss
+
+    def spy(self, x, targets, buffers):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return formula(self, x, targets, buffers)
+
+    monkeypatch.setattr(blocked.BlockedLoss, "block_loss", spy)
+    x, labels = torch.randn(200, 8), torch.randint(-1, 8, (200,))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        threaded = softmax_focal_loss(x, labels)
+        assert torch.get_num_threads() == 2
+        threads, settings = zip(*seen)
+        assert threading.get_ident() not in threads and set(settings) == {1} and len(seen) == 25
+        torch.set_num_threads(1)
+        assert torch.equal(softmax_focal_loss(x, labels), threaded)
+        assert threading.get_ident() == seen[-1][0]
+        torch.set_num_threads(2)
+        monkeypatch.setattr(blocked.BlockedLoss, "block_loss", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            softmax_focal_loss(x, labels)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_threads_take_over_the_callers_mode(monkeypatch, mode):
+    monkeypatch.setattr(blocked, "_BLOCK", 64)
+    x, labels = torch.randn(200, 8, requires_grad=True), torch.randint(-1, 9, (200,))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with mode():
+            loss = sigmoid_focal_loss(x, labels, reduction="sum")
+            loss = loss + sigmoid_focal_loss(x, torch.rand(200, 8)).sum()
+        assert not loss.requires_grad and torch.isfinite(loss)
+    finally:
+        torch.set_num_threads(before)

@@ -290,6 +290,26 @@ def test_dense_targets_are_evaluated_in_blocks_too(monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_soft_targets_in_float32_equal_float64(gamma):
+    """The closed form in blocks against autograd of the definition in log space."""
+    targets = torch.tensor([0.0, 1e-30, 1e-6, 0.1, 0.4999, 0.5, 0.7, 1 - 2**-20, 1.0])
+    x = torch.cat([torch.linspace(-200, 200, 801), torch.linspace(-20, 20, 801)])[:, None].expand(-1, len(targets))
+    t = targets.expand_as(x)
+    got = loss_and_gradient(x, t, torch.float32, gamma)
+    leaf = x.double().requires_grad_()
+    t = t.double()
+    weight = (0.25 * t + 0.75 * (1 - t)) * torch.exp(
+        gamma * torch.logaddexp(F.logsigmoid(leaf) + torch.log1p(-t), F.logsigmoid(-leaf) + torch.log(t))
+    )
+    want = -weight * (t * F.logsigmoid(leaf) + (1 - t) * F.logsigmoid(-leaf))
+    (gradient,) = torch.autograd.grad(want.sum(), leaf)
+    assert_relative(got[0], want.detach(), 2e-5)
+    # Between 0 and 1 the gradient has a zero, where only its absolute size has digits.
+    assert torch.isfinite(got[1]).all()
+    torch.testing.assert_close(got[1], gradient, rtol=5e-5, atol=1e-5)
+
+
 def test_number_tensors_and_scalars():
     """A 0-dim alpha, and 0-dim logits with a dense target, as torchvision takes them."""
     x = torch.tensor(0.3, requires_grad=True)
