@@ -26,7 +26,7 @@ def add_focal_config(cfg: CN) -> None:
         # SGD (upstream's) or ADAMW (with the same keys, but MOMENTUM and NESTEROV), for FocalTrainer
         cfg.SOLVER.OPTIMIZER = "SGD"
     if "PRECISION" not in cfg.SOLVER.AMP:
-        # What AMP.ENABLED computes in: float16 (upstream's, with a loss scaler) or bfloat16 (without one)
+        # What AMP.ENABLED computes in: float16 (upstream's, with a loss scaler) or bfloat16 (without), for FocalTrainer
         cfg.SOLVER.AMP.PRECISION = "float16"
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -18,9 +18,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from fvcore.common.registry import Registry
 from torch import Tensor
 
-from .losses.alpha import alpha_weights, check_alpha, check_class_alpha, check_gamma
+from .losses.alpha import Weights, alpha_weights, check_alpha, check_class_alpha, check_gamma
 from .losses.blocked import Layout
-from .losses.focal import check_label_range, label_loss, small_labels
+from .losses.buffers import Float32Buffers
+from .losses.focal import check_label_range, label_loss
 from .losses.formulas import Focal, FocalStar
 from .mining import mine_hard_examples
 from .scalars import DeferredScalars
@@ -80,8 +81,10 @@ class HeadLosses(NamedTuple):
 
 
 @RETINANET_HEAD_REGISTRY.register()
-class FocalHead(RetinaNetHead):
+class FocalHead(Float32Buffers, RetinaNetHead):
     """Upstream's RetinaNet head with the focal loss over all anchors that are not ignored."""
+
+    float32_buffers = ("class_alpha",)
 
     @configurable
     def __init__(
@@ -141,12 +144,22 @@ class FocalHead(RetinaNetHead):
         Args:
             logits: any shape that has K classes along ``class_dim``, in any memory layout.
             labels: the same shape without ``class_dim``.
-            reduction: "none", "sum", or "rows": summed over the classes, without a gradient, in the labels' shape.
+            reduction: "none" or "sum".
             class_dim: where the classes are.
         """
-        formula = Focal(self.gamma) if self.loss == "focal" else FocalStar(self.gamma, self.star_beta)
-        weights = alpha_weights(self.alpha if self.class_alpha is None else self.class_alpha, self.num_classes, logits)
-        return label_loss(formula, logits, labels, weights, reduction, class_dim)
+        return label_loss(self._formula(), logits, labels, self._weights(logits), reduction, class_dim)
+
+    def row_losses(self, logits: Tensor, labels: Tensor, class_dim: int) -> Tensor:
+        """:meth:`classification_loss` summed over the classes, of the shape of ``labels``, without a gradient."""
+        if type(self).classification_loss is not FocalHead.classification_loss:
+            return self.classification_loss(logits, labels, "none", class_dim).detach().sum(dim=class_dim)
+        return label_loss(self._formula(), logits, labels, self._weights(logits), "rows", class_dim)
+
+    def _formula(self) -> Union[Focal, FocalStar]:
+        return Focal(self.gamma) if self.loss == "focal" else FocalStar(self.gamma, self.star_beta)
+
+    def _weights(self, logits: Tensor) -> Weights:
+        return alpha_weights(self.alpha if self.class_alpha is None else self.class_alpha, self.num_classes, logits)
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """
@@ -156,7 +169,7 @@ class FocalHead(RetinaNetHead):
         """
         labels = targets.labels
         check_label_range(labels, self.num_classes)
-        levels = self.by_level(pred_logits, small_labels(labels, self.num_classes))
+        levels = self.by_level(pred_logits, labels)
         loss_cls = sum(self.classification_loss(x, y, "sum", class_dim=2) for x, y in levels)
         return HeadLosses(loss_cls, (labels >= 0) & (labels < self.num_classes))
 
@@ -283,8 +296,8 @@ class OHEMHead(FocalHead):
     def _scores(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """(N, R) classification loss of each anchor, summed over classes."""
         scores = [
-            self.classification_loss(x, y, "rows", class_dim=2).permute(0, 2, 3, 1).flatten(1)
-            for x, y in self.by_level(pred_logits, small_labels(labels, self.num_classes))
+            self.row_losses(x, y, class_dim=2).permute(0, 2, 3, 1).flatten(1)
+            for x, y in self.by_level(pred_logits, labels)
         ]
         return torch.cat(scores, dim=1)
 

@@ -16,6 +16,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head
+from .losses.buffers import Float32Buffers
 from .scalars import DeferredScalars
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -44,13 +45,16 @@ class LowQualityMatcher(Matcher):
 
 
 @META_ARCH_REGISTRY.register()
-class FocalRetinaNet(RetinaNet):
+class FocalRetinaNet(Float32Buffers, RetinaNet):
     """RetinaNet whose head computes the classification loss and says which examples are trained on.
 
     Parameters, anchors, matching (but for a box that no anchor touches, see :class:`LowQualityMatcher`) and inference
     are upstream's, and so, with the default keys, are loss and gradients. A stock state_dict loads strictly; one of
     this model has one key more, ``loss_normalizer``.
     """
+
+    # The running mean: a step moves it by less than bfloat16 resolves.
+    float32_buffers = ("loss_normalizer",)
 
     @configurable
     def __init__(self, *, normalizer: str = "ema", normalizer_sync: bool = False, **kwargs):
@@ -215,14 +219,6 @@ class FocalRetinaNet(RetinaNet):
                 "loss_normalizer": num_pos,
             }
         )
-
-    def _apply(self, fn, recurse=True):
-        # A model cast to 16 bits keeps its running mean in 32: a step moves it by less than bfloat16 resolves.
-        before = self.loss_normalizer
-        super()._apply(fn, recurse)
-        if not before.is_meta:
-            self.loss_normalizer = before.to(self.loss_normalizer.device)
-        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A stock or model-zoo checkpoint knows no normaliser: it goes on from the value it has.

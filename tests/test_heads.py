@@ -187,6 +187,20 @@ def test_focal_loss_never_asks_for_a_value(loss, class_alpha, memory_format):
         out.loss_cls.item()
 
 
+def test_own_classification_loss_is_what_ohem_ranks_by():
+    """A subclass need know "none" and "sum" only."""
+
+    class Mine(OHEMHead):
+        def classification_loss(self, logits, labels, reduction, class_dim):
+            return sigmoid_focal_loss(logits, labels, 0.25, 1.0, reduction, class_dim=class_dim)
+
+    logits, targets = make_case(seed=4)
+    got = make_head(Mine, ohem_batch_size=9).losses(logits, targets)
+    want = make_head(ohem_batch_size=9, alpha=0.25, gamma=1.0).losses(logits, targets)
+    torch.testing.assert_close(got.loss_cls, want.loss_cls)
+    assert torch.equal(got.box_mask, want.box_mask)
+
+
 @pytest.mark.parametrize("head", [FocalHead, OHEMHead])
 def test_labels_out_of_range_are_refused(head):
     logits, targets = make_case()

@@ -123,9 +123,10 @@ def test_stock_checkpoint_loads_without_a_word(tiny_config, tmp_path, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normalizer_stays_in_float32(tiny_config, dtype):
-    model = build(tiny_config())
+    model = build(tiny_config("MODEL.FOCAL.CLASS_ALPHA", "[0.1, 0.3, 0.999]"))
     model.loss_normalizer.fill_(123.456)
     model.to(dtype)
+    assert torch.equal(model.head.class_alpha, torch.tensor([0.1, 0.3, 0.999]))
     assert model.head.cls_score.weight.dtype == dtype
     assert model.loss_normalizer.dtype == torch.float32 and model.loss_normalizer.item() == pytest.approx(123.456)
     assert "loss_normalizer" in model.state_dict()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from focal_plugin.scalars import DeferredScalars
+from focal_plugin.scalars import DeferredScalars, flush_scalars
 
 
 def put(scalars, storage, value, device="cpu"):
@@ -24,6 +24,32 @@ def test_on_the_cpu_nothing_is_put_off():
 
 def test_outside_a_training_loop_nothing_happens():
     DeferredScalars().put({"a": torch.tensor(1.0)})
+
+
+class OnGPU(DeferredScalars):
+    """Puts off what it takes as it is put off on a GPU."""
+
+    def put(self, scalars):
+        flush, self.flush = self.flush, lambda: None
+        flush()
+        super().put(scalars)
+        del self.flush
+
+
+def test_a_step_is_flushed_under_its_own_iteration_and_scope():
+    scalars = OnGPU()
+    module = torch.nn.Sequential(torch.nn.Identity())
+    module[0].log = scalars
+    with EventStorage(7) as storage:
+        with storage.name_scope("one"):
+            scalars.put({"a": torch.tensor(1.0)})
+        assert storage.latest() == {}
+        storage.step()
+        with storage.name_scope("two"):
+            scalars.put({"a": torch.tensor(2.0)})
+        assert storage.latest() == {"one/a": (1.0, 7)}
+        flush_scalars(module)
+        assert storage.latest() == {"one/a": (1.0, 7), "two/a": (2.0, 8)}
 
 
 def test_copies_and_pickles_start_empty():

@@ -41,6 +41,8 @@ def parse_args():
         parser.error("argument --device: torch finds no CUDA GPU here")
     if args.json and not args.json.parent.is_dir():  # told now, not after minutes
         parser.error(f"argument --json: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        parser.error(f"argument --json: {args.json} is a folder")
     return args
 
 

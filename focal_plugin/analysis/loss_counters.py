@@ -197,7 +197,8 @@ def count_traffic(step: Callable[[], Iterable[Tensor]], cache_size: int = 0) -> 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Runs ``step`` once: the most bytes that were allocated at a time beyond those before it, results included.
 
-    Exact: on a GPU from the caching allocator's statistics, on a CPU from every allocation and release it records.
+    Exact: on a GPU from the caching allocator's statistics, on a CPU from every recorded allocation and release.
+    While a profiler records, our own losses use one thread; each further one would add its scratch, less than 1 MB.
     """
     gc.collect()
     if device.type == "cuda":
@@ -221,19 +222,15 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def cache_size(device: torch.device) -> int:
-    """Bytes of level-2 cache that scratch may stay in: one core's for each of torch's threads; 0 on a GPU.
-
-    Torch hands each thread an equal part of a tensor, so scratch of this size is within reach of its core.
-    """
+    """Bytes of a core's level-2 cache, in which scratch may stay; 0 on a GPU."""
     if device.type != "cpu":
         return 0
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
         number, unit = re.fullmatch(r"(\d+)([KM])", text.strip()).groups()
-        per_core = int(number) * {"K": 2**10, "M": 2**20}[unit]
+        return int(number) * {"K": 2**10, "M": 2**20}[unit]
     except (OSError, AttributeError):  # not Linux, or another way of writing it
-        per_core = 2**20
-    return per_core * torch.get_num_threads()
+        return 2**20
 
 
 class KernelBytes(NamedTuple):

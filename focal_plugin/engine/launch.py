@@ -111,7 +111,7 @@ def _choose_device(cfg: CfgNode) -> None:
         device = torch.device(cfg.MODEL.DEVICE).type
     except RuntimeError as e:
         raise ValueError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cuda or cpu") from e
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cpu" or (device == "cuda" and not torch.cuda.is_available()):
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
         # Upstream's AMPTrainer needs CUDA.

@@ -6,11 +6,12 @@ import weakref
 from contextlib import contextmanager, nullcontext
 
 import torch
-from detectron2.engine import DefaultTrainer, defaults
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 
+from ..scalars import flush_scalars
 from .checkpoint import SafeCheckpointer
 
 
@@ -50,7 +51,20 @@ class FocalTrainer(DefaultTrainer):
     def build_hooks(self):
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        return super().build_hooks()
+        # First, so that what this step logged is there when the writers write it.
+        return [_FlushScalars(), *super().build_hooks()]
+
+    def load_state_dict(self, state_dict):
+        trainer = state_dict["_trainer"]
+        if isinstance(self._trainer, AMPTrainer) and not trainer.get("grad_scaler"):
+            # Saved in float32 or bfloat16, which have no loss scale: float16 starts from its own.
+            trainer = {**trainer, "grad_scaler": self._trainer.grad_scaler.state_dict()}
+        super().load_state_dict({**state_dict, "_trainer": trainer})
+
+
+class _FlushScalars(HookBase):
+    def after_step(self):
+        flush_scalars(self.trainer.model)
 
 
 def check_optimizer(cfg) -> None:
@@ -61,7 +75,7 @@ def check_optimizer(cfg) -> None:
 
 def check_amp_precision(cfg) -> None:
     """Raises a ValueError unless ``SOLVER.AMP.PRECISION`` is one that ``FocalTrainer`` trains in."""
-    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+    if cfg.SOLVER.AMP.get("PRECISION", "float16") not in ("float16", "bfloat16"):
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of float16, bfloat16; got {cfg.SOLVER.AMP.PRECISION!r}")
 
 

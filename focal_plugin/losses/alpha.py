@@ -1,5 +1,6 @@
 """The weights of positives and negatives, and the checks of alpha and gamma."""
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple, Union
 
@@ -35,11 +36,10 @@ def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:
     Raises:
         ValueError: out of range, or not K values. The range of a tensor on a GPU is not looked at.
     """
-    if isinstance(alpha, Tensor) and alpha.dim() == 0:
-        alpha = alpha.item()
-    if isinstance(alpha, (int, float)):
+    alpha = as_number(alpha)
+    if isinstance(alpha, float):
         check_alpha(alpha)
-        return Weights(1.0, 1.0) if alpha < 0 else Weights(float(alpha), 1.0 - alpha)
+        return Weights(1.0, 1.0) if alpha < 0 else Weights(alpha, 1.0 - alpha)
     if not isinstance(alpha, Tensor):
         check_class_alpha(alpha, num_classes)
     elif alpha.shape != (num_classes,):
@@ -47,8 +47,24 @@ def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:
     elif alpha.device.type == "cpu" and not torch.compiler.is_compiling():
         check_class_alpha(alpha.tolist(), num_classes)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    weight = torch.as_tensor(alpha, dtype=dtype, device=like.device).detach()
+    # Cloned: what happens to the caller's tensor until the backward pass is not to change the gradient.
+    weight = torch.as_tensor(alpha, dtype=dtype, device=like.device).detach().clone()
     return Weights(weight, 1.0 - weight)
+
+
+def as_number(alpha: Alpha) -> Union[float, Sequence[float], Tensor]:
+    """A float if alpha is one number, of Python, numpy or torch, else what it is.
+
+    Raises:
+        ValueError: it is neither a number nor a sequence.
+    """
+    if isinstance(alpha, Tensor):
+        return alpha if alpha.dim() else float(alpha)
+    if isinstance(alpha, numbers.Real):
+        return float(alpha)
+    if isinstance(alpha, str) or not hasattr(alpha, "__len__"):
+        raise ValueError(f"alpha must be a number or one number a class, got {alpha!r}")
+    return alpha
 
 
 def check_gamma(gamma: float, *, star: bool = False, name: str = "gamma") -> None:

@@ -14,14 +14,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-# Entries of a block: on a CPU three float32 buffers of this size fit into the second-level cache of a core, on a GPU
-# the size only bounds the memory.
-_BLOCK, _BLOCK_ON_DEVICE = 2**17, 2**24
+# Entries of a block: on a CPU three float32 buffers of this size fit into a second-level cache of 1 MiB, on a GPU the
+# size only bounds the memory.
+_BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
 # More threads than this would wait for each other in Python; fewer blocks for each than this do not pay for a thread.
 _MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
@@ -40,7 +41,13 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, class_dim: int) -> "Layout":
         """That of ``x``, or, if ``x`` is not one dense piece of memory, of its contiguous copy."""
-        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+        order = []
+        for dim in range(x.dim()):
+            # A sort by comparisons: torch.compile cannot follow sorted() where the sizes are symbols.
+            place = len(order)
+            while place and x.stride(order[place - 1]) < x.stride(dim):
+                place -= 1
+            order.insert(place, dim)
         if not x.permute(order).is_contiguous():
             order = range(x.dim())
         return cls(tuple(x.shape), class_dim % x.dim(), tuple(order))
@@ -237,14 +244,25 @@ def _run_in_threads(run: Callable[[], None], num_threads: int) -> None:
     It would make them meet after each of thousands of small operations, and wait milliseconds there as soon as anything
     else is busy on one of the cores: 30 seconds for what takes 0.2.
     """
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(run) for _ in range(num_threads)]:
-                done.result()
-    finally:
-        # The setting is a thread's own, but for being the default of threads to come.
-        torch.set_num_threads(before)
+    before, ready = torch.get_num_threads(), Barrier(num_threads + 1)
+
+    def start():
+        torch.get_num_threads()  # or a thread's first operation takes the default of that moment
+        torch.set_num_threads(1)
+        ready.wait()
+
+    with ThreadPoolExecutor(num_threads, initializer=start) as pool:
+        try:
+            results = [pool.submit(run) for _ in range(num_threads)]
+            ready.wait()
+        except BaseException:
+            ready.abort()
+            raise
+        finally:
+            # The setting is each thread's own, but also the default of threads to come: that for this moment only.
+            torch.set_num_threads(before)
+        for result in results:
+            result.result()
 
 
 def _is_watched() -> bool:

@@ -10,10 +10,10 @@ There is no ``1 - p_t`` that rounds to zero and no ``pow(., gamma - 1)`` of that
 forms return NaN gradients for 0 < gamma < 1 as soon as one easy logit passes |x| = 17.
 """
 
+import math
 from typing import Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import focal_triton
@@ -43,8 +43,9 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits, of any shape (..., K) and memory layout.
-        targets: either dense targets in [0, 1] of the same shape as ``inputs`` (soft ones included), or integer
-            labels of that shape without ``class_dim``: a class in [0, K), K for background, -1 to ignore.
+        targets: either dense targets in [0, 1] of the same shape as ``inputs`` (soft ones included; of floats the
+            range is not checked), or integer labels of that shape without ``class_dim``: a class in [0, K), K for
+            background, -1 to ignore.
         alpha: weight of positives, 1 - alpha that of negatives; at most 1. Negative: no weighting. A sequence or
             tensor of length K gives one alpha a class.
         gamma: focusing parameter, >= 0. 0 is cross entropy.
@@ -79,16 +80,18 @@ def sigmoid_focal_loss_star(
     targets should be 0 or 1: between them FL* is taken at ``x_t = (2 t - 1) x``.
     """
     check_gamma(gamma, star=True)
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, got {beta}")
     return _apply(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
 
 
 def _apply(formula: Formula, inputs, targets, alpha, reduction, class_dim) -> Tensor:
     check_reduction(reduction)
-    check_inputs(inputs)
-    class_dim = class_dim % max(inputs.dim(), 1)
+    class_dim = check_inputs(inputs, class_dim)
     num_classes = inputs.shape[class_dim] if inputs.dim() else 1
     weights = alpha_weights(alpha, num_classes, inputs)
     if targets.shape == inputs.shape:
+        check_dense(targets)
         loss = dense_loss(formula, inputs, targets, weights, reduction, class_dim)
         return loss / max(inputs.numel(), 1) if reduction == "mean" else loss
     check_labels(targets, inputs.shape, class_dim, num_classes)
@@ -96,7 +99,7 @@ def _apply(formula: Formula, inputs, targets, alpha, reduction, class_dim) -> Te
     if reduction != "mean":
         return loss
     # With nothing to average the mean is 0 and still connected to the inputs, not 0/0.
-    return loss / ((targets != IGNORE).sum() * num_classes).clamp(min=1)
+    return loss / ((targets >= 0).sum() * num_classes).clamp(min=1)
 
 
 def dense_loss(
@@ -138,9 +141,28 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
 
 
-def check_inputs(inputs: Tensor) -> None:
+def check_inputs(inputs: Tensor, class_dim: int) -> int:
+    """Raises a ValueError unless these are logits that have such a dimension; returns it counted from the first."""
     if not inputs.is_floating_point():
         raise ValueError(f"inputs must be floating-point logits, got {inputs.dtype}")
+    num_dims = max(inputs.dim(), 1)
+    if not -num_dims <= class_dim < num_dims:
+        raise ValueError(f"class_dim {class_dim} is not among the dimensions of inputs of shape {tuple(inputs.shape)}")
+    return class_dim % num_dims
+
+
+def check_dense(targets: Tensor) -> None:
+    """Raises a ValueError for complex numbers, and for integers other than 0 and 1; floats are not looked at."""
+    if targets.is_complex():
+        raise ValueError(f"dense targets must be real numbers in [0, 1], got {targets.dtype}")
+    is_integer = not targets.is_floating_point() and targets.dtype != torch.bool
+    if not is_integer or targets.device.type != "cpu" or targets.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if int(targets.min()) < 0 or int(targets.max()) > 1:
+        raise ValueError(
+            "targets of the shape of inputs are dense and must be in [0, 1]; got integers from "
+            f"{int(targets.min())} to {int(targets.max())}. Labels have one dimension less, the classes'"
+        )
 
 
 def check_labels(labels: Tensor, shape: torch.Size, class_dim: int, max_label: int) -> None:
@@ -194,11 +216,11 @@ class _LabelLoss(BlockedLoss):
         present = (target >= 0) & (target < x.shape[1])
         logit = upcast(x.gather(1, index))
         s = torch.where(present, -logit, logit)
+        at_class = self.entry.derivative(s) if for_gradient else self.entry.value(s)
         pos, neg = (w[index] if isinstance(w, Tensor) and w.dim() else w for w in self.weights)
-        if for_gradient:
-            # The chain rule at the entry of the class itself: d/dx value(-x) = -derivative(-x).
-            return target == IGNORE, index, self.entry.derivative(s) * torch.where(present, -pos, neg)
-        return target == IGNORE, index, self.entry.value(s) * torch.where(present, pos, neg)
+        # The chain rule at the entry of the class itself: d/dx value(-x) = -derivative(-x).
+        pos = -pos if for_gradient else pos
+        return target == IGNORE, index, torch.where(present, pos * at_class, neg * at_class)
 
     def block_loss(self, x, targets, buffers):
         ignored, *at_class = targets
@@ -256,21 +278,15 @@ class _DenseLoss(BlockedLoss):
         t = target.to(x.dtype)
         if isinstance(self.entry, FocalStar):
             return self._alpha(t) * self.entry.value((1 - 2 * t) * x)
-        log_p, log_not_p = F.logsigmoid(x), F.logsigmoid(-x)
-        # log(1 - p_t) = log(p (1 - t) + (1 - p) t), in log space: exact for t of 0 and 1, finite in between.
-        log_wrong = torch.logaddexp(log_p + torch.log1p(-t), log_not_p + torch.log(t))
-        cross_entropy = -(t * log_p + (1 - t) * log_not_p)
-        return self._alpha(t) * torch.exp(self.entry.gamma * log_wrong) * cross_entropy
+        _, _, _, _, cross_entropy, weight = self._terms(x, t)
+        return self._alpha(t) * weight * cross_entropy
 
     def block_loss(self, x, targets, buffers):
-        t = _copy(targets[0], buffers[0])
-        if isinstance(self.entry, FocalStar):
-            return self.formula(x, t)
-        _, _, _, _, cross_entropy, weight = self._terms(x, t)
-        return weight.mul_(cross_entropy).mul_(self._alpha(t))
+        # The only time that the targets are read.
+        return self.formula(x, buffers[0].copy_(targets[0]))
 
     def block_gradient(self, x, targets, grad_loss, buffers):
-        t = _copy(targets[0], buffers[0])
+        t = buffers[0].copy_(targets[0])
         if isinstance(self.entry, FocalStar):
             return super().block_gradient(x, (t,), grad_loss, buffers)
         flip, u, q, wrong, cross_entropy, weight = self._terms(x, t)
@@ -280,19 +296,17 @@ class _DenseLoss(BlockedLoss):
         return torch.where(flip, -slope, slope).mul_(self._alpha(t)).mul_(grad_loss)
 
     def _terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Whether s is -x, u, q, sigmoid(s), cross entropy and q**gamma."""
+        """Whether s is -x, u, q, sigmoid(s), cross entropy and q**gamma, from differentiable operations only."""
         flip = t > 0.5
         s, u = torch.where(flip, -x, x), torch.where(flip, 1 - t, t)
-        wrong, hard = torch.sigmoid(s), softplus(s, torch.empty_like(s))
+        wrong = torch.sigmoid(s)
+        hard = softplus(s, None if torch.is_grad_enabled() else torch.empty_like(s))
         q = torch.addcmul(u, 1 - 2 * u, wrong)
-        log_q = torch.where(u == 0, s - hard, torch.log(q))
-        return flip, u, q, wrong, hard - u * s, log_q.mul_(self.entry.gamma).exp_()
+        # For a hard target q may have underflowed, its logarithm is known; and log(0), even unused, has no derivative.
+        is_hard = u == 0
+        log_q = torch.where(is_hard, s - hard, torch.log(q.masked_fill(is_hard, 1.0)))
+        return flip, u, q, wrong, hard - u * s, torch.exp(self.entry.gamma * log_q)
 
     def _alpha(self, t: Tensor) -> Tensor:
         pos, neg = self.weights.along(1, 3)
         return pos * t + neg * (1 - t)
-
-
-def _copy(target: Tensor, buffer: Tensor) -> Tensor:
-    """The block's targets in the logits' dtype; the only time that they are read."""
-    return buffer.copy_(target)

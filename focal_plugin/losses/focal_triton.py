@@ -28,7 +28,8 @@ def is_usable(x: Tensor, entry: Union[Focal, FocalStar]) -> bool:
     """Whether the kernels can take these logits. FOCAL_PLUGIN_TRITON=0 in the environment switches them off."""
     if triton is None or x.dtype not in _DTYPES or x.numel() == 0 or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
         return False
-    return x.is_cuda or triton.knobs.runtime.interpret
+    # Within a program rows and steps from class to class are counted in 32 bits.
+    return max(x.shape[0], 16 * x.shape[2]) < 2**30 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def rows(x: Tensor, labels: Tensor, entry: Union[Focal, FocalStar], weights: Weights) -> Tensor:

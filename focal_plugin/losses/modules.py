@@ -3,29 +3,33 @@
 import torch
 from torch import Tensor, nn
 
-from .alpha import Alpha, check_alpha, check_gamma
+from .alpha import Alpha, as_number, check_alpha, check_class_alpha, check_gamma
+from .buffers import Float32Buffers
 from .focal import check_reduction, sigmoid_focal_loss, sigmoid_focal_loss_star
 from .softmax import softmax_focal_loss
 
 
-class _Loss(nn.Module):
+class _Loss(Float32Buffers, nn.Module):
     """Calls ``function`` with what the constructor was given; one alpha a class moves with the module."""
 
     function = None
+    float32_buffers = ("class_alpha",)
 
     def __init__(self, alpha: Alpha, gamma: float, reduction: str, class_dim: int, **options):
         super().__init__()
-        is_number = isinstance(alpha, (int, float))
         check_gamma(gamma, star="beta" in options)
         check_reduction(reduction)
-        if is_number:
-            check_alpha(alpha)
+        alpha = as_number(alpha)
         self.options = {"gamma": gamma, "reduction": reduction, "class_dim": class_dim, **options}
-        self.alpha = alpha if is_number else None
+        self.alpha = class_alpha = None
+        if isinstance(alpha, float):
+            check_alpha(alpha)
+            self.alpha = alpha
+        else:
+            class_alpha = torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
+            check_class_alpha(class_alpha.tolist(), len(class_alpha))
         # Not persistent: it is an argument, not something that was learned.
-        self.register_buffer(
-            "class_alpha", None if is_number else torch.as_tensor(alpha, dtype=torch.float32), persistent=False
-        )
+        self.register_buffer("class_alpha", class_alpha, persistent=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         alpha = self.alpha if self.class_alpha is None else self.class_alpha

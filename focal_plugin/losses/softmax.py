@@ -9,7 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .alpha import Alpha, alpha_weights, check_alpha, check_gamma
+from .alpha import Alpha, alpha_weights, as_number, check_alpha, check_gamma
 from .blocked import IGNORE, BlockedLoss, Layout
 from .focal import check_inputs, check_labels, check_reduction, small_labels
 from .formulas import Focal
@@ -27,8 +27,9 @@ def softmax_focal_loss(
 ) -> Tensor:
     """Eq. (5) of Lin et al. 2017, ``-alpha_y * (1 - p_y)**gamma * log(p_y)``, with ``p = softmax(inputs)``.
 
-    gamma = 0 without alpha is ``torch.nn.functional.cross_entropy``. Finite for every gamma >= 0 and all finite logits.
-    float16 and bfloat16 inputs are computed in, and returned as, float32. No gradient flows to targets and alpha.
+    gamma = 0 without alpha is ``torch.nn.functional.cross_entropy``. Finite for every gamma >= 0 and all logits whose
+    differences are finite. float16 and bfloat16 inputs are computed in, and returned as, float32. No gradient flows to
+    targets and alpha.
 
     Args:
         inputs: logits of C >= 2 classes along ``class_dim``, of any shape and memory layout. With ``background``, C is
@@ -50,8 +51,7 @@ def softmax_focal_loss(
     """
     check_gamma(gamma)
     check_reduction(reduction)
-    check_inputs(inputs)
-    class_dim = class_dim % max(inputs.dim(), 1)
+    class_dim = check_inputs(inputs, class_dim)
     num_classes = inputs.shape[class_dim] if inputs.dim() else 1
     if num_classes < 2:
         raise ValueError(f"a softmax needs 2 classes or more along class_dim {class_dim}, got {num_classes}")
@@ -62,15 +62,14 @@ def softmax_focal_loss(
     labels = small_labels(layout.flat_rows(targets), num_classes)
     loss = op(layout.flat(inputs), labels, reduce=reduction != "none")
     if reduction == "mean":
-        return loss / (targets != IGNORE).sum().clamp(min=1)
+        return loss / (targets >= 0).sum().clamp(min=1)
     return loss if reduction == "sum" else layout.unflat_rows(loss)
 
 
 def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
     """One number for all classes, or (C,) weights."""
-    if isinstance(alpha, Tensor) and alpha.dim() == 0:
-        alpha = alpha.item()
-    if not isinstance(alpha, (int, float)):
+    alpha = as_number(alpha)
+    if not isinstance(alpha, float):
         return alpha_weights(alpha, num_classes, inputs).pos
     check_alpha(alpha)
     if alpha < 0:
@@ -80,9 +79,10 @@ def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Ten
             f"alpha {alpha} weighs foreground against background, and there is none (background=False): give one value "
             f"a class ({num_classes}), or a negative number to switch the weighting off"
         )
-    foreground = torch.arange(num_classes, device=inputs.device) < num_classes - 1
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    return torch.where(foreground, alpha, 1.0 - alpha).to(dtype)
+    weights = inputs.new_full((num_classes,), alpha, dtype=dtype)
+    weights[-1] = 1.0 - alpha
+    return weights
 
 
 class _SoftmaxLoss(BlockedLoss):

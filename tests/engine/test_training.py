@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
@@ -221,6 +222,15 @@ def test_mixed_precision_is_upstreams_trainer_with_another_dtype(digits, tmp_pat
         assert trainer._trainer.grad_scaler.scale(torch.tensor(3.0)) == 3
 
 
+def test_float16_goes_on_from_a_run_that_had_no_loss_scale(digits, tmp_path):
+    saved = amp_trainer(digits, tmp_path, "cpu", "bfloat16").state_dict()
+    trainer = amp_trainer(digits, tmp_path, "cpu", "float16")
+    trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+    for state in (saved, {**saved, "_trainer": {k: v for k, v in saved["_trainer"].items() if k != "grad_scaler"}}):
+        trainer.load_state_dict(state)
+        assert trainer._trainer.grad_scaler.get_scale() == 32
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_mixed_precision_trains(digits, tmp_path, precision):
@@ -232,6 +242,8 @@ def test_mixed_precision_trains(digits, tmp_path, precision):
 def amp_trainer(digits, tmp_path, device, precision):
     names = [f"amp_{tmp_path.name}_{split}" for split in ("train", "val")]
     for name, split in zip(names, ("train", "val")):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
         register_coco_instances(name, {}, str(digits / f"{split}.json"), str(digits / split))
     opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision, "MODEL.DEVICE", device]
     opts += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path)]

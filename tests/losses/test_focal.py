@@ -3,6 +3,7 @@
 import shutil
 
 import fvcore.nn
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,7 @@ def test_gradcheck(gamma):
     torch.manual_seed(1)
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     labels, soft = torch.tensor([0, 2, 3, -1, 1, 3]), torch.rand(6, 3, dtype=torch.float64)
+    soft[0], soft[1] = 0, 1
     for targets in (labels, soft):
         assert gradcheck(lambda x, t=targets: sigmoid_focal_loss(x, t, [0.1, 0.4, 0.9], gamma), x)
         assert gradgradcheck(lambda x, t=targets: sigmoid_focal_loss(x, t, 0.25, gamma), x)
@@ -246,6 +248,12 @@ def test_second_backward_gives_the_same():
         ({"alpha": [0.1, 0.2]}, "3 expected, got 2"),
         ({"alpha": [0.1, 0.2, 2.0]}, r"numbers in \[0, 1\]"),
         ({"alpha": torch.rand(2)}, "one value a class"),
+        ({"alpha": None}, "alpha must be a number or one number a class"),
+        ({"alpha": "0.25"}, "alpha must be a number or one number a class"),
+        ({"class_dim": 2}, "class_dim 2 is not among the dimensions"),
+        ({"class_dim": -3}, "class_dim -3 is not among the dimensions"),
+        ({"targets": torch.full((4, 3), 7)}, r"must be in \[0, 1\]; got integers from 7 to 7"),
+        ({"targets": torch.zeros(4, 3, dtype=torch.complex64)}, "real numbers"),
         ({"gamma": -0.5}, "gamma must be a finite number >= 0"),
         ({"gamma": float("inf")}, "gamma must be"),
         ({"reduction": "avg"}, "reduction must be"),
@@ -261,7 +269,9 @@ def test_bad_arguments_are_named(kwargs, message):
         sigmoid_focal_loss(**{"inputs": torch.randn(4, 3), "targets": torch.tensor([0, 1, 2, 3]), **kwargs})
 
 
-def test_star_refuses_gamma_0():
+def test_star_refuses_gamma_0_and_infinite_beta():
+    with pytest.raises(ValueError, match="beta must be a finite number"):
+        sigmoid_focal_loss_star(torch.randn(2, 2), torch.tensor([0, 1]), beta=float("inf"))
     with pytest.raises(ValueError, match=r"> 0 for FL\*"):
         sigmoid_focal_loss_star(torch.randn(2, 2), torch.tensor([0, 1]), gamma=0.0)
 
@@ -350,3 +360,38 @@ def test_torch_compile_makes_one_graph_of_it(kind):
         value = f(leaf, targets)
         results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [sigmoid_focal_loss, softmax_focal_loss])
+def test_torch_compile_follows_changing_shapes(function):
+    """As a detector's change at each step; on a backend that needs no compiler."""
+    compiled = torch.compile(
+        lambda x, y: function(x, y, 0.25, 2.0, "sum", class_dim=1), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for size in ((2, 5, 4, 6), (2, 5, 7, 3), (3, 5, 2, 9)):
+        x, labels = torch.randn(size), torch.randint(-1, 5, (size[0], *size[2:]))
+        for leaf in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(compiled(leaf, labels), function(leaf, labels, 0.25, 2.0, "sum", class_dim=1))
+
+
+def test_float64_keeps_all_digits_of_alpha_and_numpys_numbers_are_numbers():
+    x, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 3])
+    want = naive(x, labels, torch.full((3,), 0.1, dtype=torch.float64), 2.0)
+    for alpha in (0.1, np.float64(0.1), torch.tensor(0.1, dtype=torch.float64), [0.1, 0.1, 0.1]):
+        torch.testing.assert_close(sigmoid_focal_loss(x, labels, alpha, 2.0), want, rtol=1e-13, atol=0)
+
+
+def test_alpha_may_change_after_the_forward_pass():
+    x, alpha = torch.randn(4, 3, requires_grad=True), torch.tensor([0.1, 0.5, 0.9])
+    loss = sigmoid_focal_loss(x, torch.tensor([0, 1, 2, 3]), alpha, reduction="sum")
+    (before,) = torch.autograd.grad(loss, x, retain_graph=True)
+    alpha.fill_(0.7)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], before)
+
+
+def test_unsigned_labels():
+    x, labels = torch.randn(3, 300), torch.tensor([255, 255, 3])
+    for function in (sigmoid_focal_loss, softmax_focal_loss):
+        torch.testing.assert_close(
+            function(x, labels.to(torch.uint8), reduction="mean"), function(x, labels, reduction="mean")
+        )

@@ -25,11 +25,17 @@ def test_equals_its_function(module, function, alpha):
     assert "gamma=1.5" in repr(criterion)
 
 
-def test_alpha_moves_with_the_module():
+def test_alpha_moves_with_the_module_and_keeps_its_digits():
     assert SigmoidFocalLoss([0.5, 0.5]).to("meta").class_alpha.is_meta
+    alpha = torch.tensor([0.1, 0.999])
+    module = SigmoidFocalLoss(alpha).bfloat16()
+    alpha.fill_(0)
+    assert torch.equal(module.class_alpha, torch.tensor([0.1, 0.999]))
 
 
-@pytest.mark.parametrize("kwargs", [{"alpha": 3.0}, {"gamma": -1.0}, {"reduction": "avg"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"alpha": 3.0}, {"alpha": [0.5, 2.0]}, {"alpha": None}, {"gamma": -1.0}, {"reduction": "avg"}]
+)
 def test_bad_values_are_refused_when_it_is_made(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         SoftmaxFocalLoss(**kwargs)
