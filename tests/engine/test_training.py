@@ -222,6 +222,7 @@ def test_mixed_precision_is_upstreams_trainer_with_another_dtype(digits, tmp_pat
         assert trainer._trainer.grad_scaler.scale(torch.tensor(3.0)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
 def test_float16_goes_on_from_a_run_that_had_no_loss_scale(digits, tmp_path):
     saved = amp_trainer(digits, tmp_path, "cpu", "bfloat16").state_dict()
     trainer = amp_trainer(digits, tmp_path, "cpu", "float16")
