@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
         # Upstream's launch goes by the machine, not by MODEL.DEVICE, and would give CPU workers NCCL.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     launch(
-        main,
+        _worker,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -61,6 +61,14 @@ def run(args: Namespace) -> int:
         args=(args,),
     )
     return 0
+
+
+def _worker(args: Namespace) -> None:
+    main(args)
+    if comm.get_world_size() > 1:
+        # Not left to the end of the process, in which the threads of a process group can abort it.
+        comm.synchronize()
+        torch.distributed.destroy_process_group()
 
 
 def main(args: Namespace):

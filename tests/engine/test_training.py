@@ -127,6 +127,9 @@ def main(opts, out):
     result = [gradients(model, parallel_batch(seed)[half]) for seed in range(2)]
     if comm.is_main_process():
         torch.save(result, out)
+    # As focal_plugin.engine does: at the end of the process its threads could abort it.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     launch(main, 2, dist_url="auto", args=({opts!r}, {out!r}))
