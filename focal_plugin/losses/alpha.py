@@ -25,6 +25,11 @@ class Weights(NamedTuple):
         return Weights(*(w.view(shape) if isinstance(w, Tensor) and w.dim() else w for w in self))
 
 
+def float_dtype(logits: Tensor) -> torch.dtype:
+    """What a loss of ``logits`` is computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:
     """(alpha, 1 - alpha), or (1, 1) for a negative number.
 
@@ -46,9 +51,8 @@ def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:
         raise ValueError(f"alpha must have one value a class ({num_classes}), got shape {tuple(alpha.shape)}")
     elif alpha.device.type == "cpu" and not torch.compiler.is_compiling():
         check_class_alpha(alpha.tolist(), num_classes)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     # Cloned: what happens to the caller's tensor until the backward pass is not to change the gradient.
-    weight = torch.as_tensor(alpha, dtype=dtype, device=like.device).detach().clone()
+    weight = torch.as_tensor(alpha, dtype=float_dtype(like), device=like.device).detach().clone()
     return Weights(weight, 1.0 - weight)
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .alpha import float_dtype
+
 # Entries of a block: on a CPU three float32 buffers of this size fit into a second-level cache of 1 MiB, on a GPU the
 # size only bounds the memory.
 _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
@@ -125,7 +127,7 @@ class BlockedLoss(ABC):
     @torch.no_grad()
     def losses(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss of each entry or row."""
-        out = x.new_zeros(_loss_shape(self, x), dtype=_float_dtype(x))
+        out = x.new_zeros(_loss_shape(self, x), dtype=float_dtype(x))
         targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
 
         def work(block, values, buffers):
@@ -139,7 +141,7 @@ class BlockedLoss(ABC):
         """(outer, 1, inner) sums of the loss over the classes, all that a sum or a ranking needs of it."""
         if not self.per_entry:
             return self.losses(x, target)
-        out = x.new_zeros((x.shape[0], 1, x.shape[2]), dtype=_float_dtype(x))
+        out = x.new_zeros((x.shape[0], 1, x.shape[2]), dtype=float_dtype(x))
         targets = self.prepare(x, target, for_gradient=False) if x.numel() else ()
 
         def work(block, values, buffers):
@@ -191,11 +193,7 @@ class _Blocked(torch.autograd.Function):
 
 def upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 are computed in float32; float32 and float64 in themselves."""
-    return x.to(_float_dtype(x))
-
-
-def _float_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(float_dtype(x))
 
 
 def _loss_shape(loss: BlockedLoss, x: Tensor) -> tuple[int, int, int]:
@@ -222,7 +220,7 @@ def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], Non
     def run():
         # Threads start with gradients on and inference mode off.
         with torch.inference_mode(inference), torch.no_grad():
-            scratch, buffers = x.new_empty((3, height * num_classes * width), dtype=_float_dtype(x)), None
+            scratch, buffers = x.new_empty((3, height * num_classes * width), dtype=float_dtype(x)), None
             for o, i in remaining:
                 block = (slice(o, o + height), slice(None), slice(i, i + width))
                 logits = x[block]

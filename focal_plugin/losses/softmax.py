@@ -9,7 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .alpha import Alpha, alpha_weights, as_number, check_alpha, check_gamma
+from .alpha import Alpha, alpha_weights, as_number, check_alpha, check_gamma, float_dtype
 from .blocked import IGNORE, BlockedLoss, Layout
 from .focal import check_inputs, check_labels, check_reduction, small_labels
 from .formulas import Focal
@@ -79,8 +79,7 @@ def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Ten
             f"alpha {alpha} weighs foreground against background, and there is none (background=False): give one value "
             f"a class ({num_classes}), or a negative number to switch the weighting off"
         )
-    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    weights = inputs.new_full((num_classes,), alpha, dtype=dtype)
+    weights = inputs.new_full((num_classes,), alpha, dtype=float_dtype(inputs))
     weights[-1] = 1.0 - alpha
     return weights
 
