@@ -29,6 +29,7 @@ FORMAT_VERSION = 3  # part of the folder's name: raise it whenever a scene would
 
 MIN_SIDE, MAX_SIDE = 16, 36  # longest side of a digit's box, pixels
 MIN_IMAGE_SIZE = 64
+REGISTERED_SIZES = (128, 192, 256)  # the larger, the more background there is to each digit
 MAX_DIGITS = 6
 EMPTY_SHARE = 0.09  # of the scenes: clutter, but no digit
 TAIL = 5.0  # class "0" is this many times as frequent as class "9", and geometric in between
@@ -368,36 +369,40 @@ def _write_split(folder, split, count, image_size, seed):
 
 
 def register_digits():
-    """Registers `digits_train` and `digits_val`, which are drawn on first use.
+    """Registers `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
 
-    They live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable), as Detectron2's own
-    data sets do. Neither this nor the import of the module touches the disk. Calling it again is harmless and
-    follows a variable that has changed since, as does loading a data set.
+    They are drawn on first use and live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable),
+    as Detectron2's own data sets do. Neither this nor the import of the module touches the disk. Calling it again
+    is harmless and follows a variable that has changed since, as does loading a data set.
     """
-    for split in SPLITS:
-        name = f"digits_{split}"
+    for size, split in itertools.product(REGISTERED_SIZES, SPLITS):
+        name = _name(split, size)
         if name not in DatasetCatalog:
-            DatasetCatalog.register(name, functools.partial(_load_registered, split))
+            DatasetCatalog.register(name, functools.partial(_load_registered, split, size))
         elif getattr(DatasetCatalog[name], "func", None) is not _load_registered:
             logger.warning(f"'{name}' is registered already, and not by focal_plugin: left as it is")
             continue
-        _set_metadata(split)
+        _set_metadata(split, size)
+
+
+def _name(split, size):
+    return f"digits_{split}" if size == REGISTERED_SIZES[0] else f"digits_{size}px_{split}"
 
 
 def _root():
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digits"
 
 
-def _load_registered(split):
-    make_digits(_root())
-    meta = _set_metadata(split)
+def _load_registered(split, size):
+    make_digits(_root(), image_size=size)
+    meta = _set_metadata(split, size)
     return load_coco_json(meta.json_file, meta.image_root, meta.name)
 
 
-def _set_metadata(split):
+def _set_metadata(split, size):
     """Points the metadata to where `_load_registered` draws and reads."""
-    meta = MetadataCatalog.get(f"digits_{split}")
-    folder = _folder(_root())
+    meta = MetadataCatalog.get(_name(split, size))
+    folder = _folder(_root(), image_size=size)
     for key in ("json_file", "image_root"):  # Metadata refuses to change an attribute, but not to lose it
         meta.__dict__.pop(key, None)
     return meta.set(

@@ -1,8 +1,9 @@
-"""What a person sees while rows train: tqdm bars in a terminal, a plain line now and then in a log."""
+"""What a person sees while runs train: tqdm bars in a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import statistics
 import time
@@ -18,7 +19,7 @@ class RowState:
     """What is known about one row while it waits, trains, and after."""
 
     title: str
-    status: str = "queued"  # queued, running, done, failed
+    status: str = "queued"  # queued, waiting (handed to an executor), running, done, diverged, failed
     step: int = 0
     total: int | None = None
     loss: float | None = None
@@ -26,6 +27,11 @@ class RowState:
     started: float = 0.0
     trained: float | None = None  # when the last step was seen; evaluation follows
     ended: float = 0.0
+    ap: float = math.nan
+
+    @property
+    def left(self) -> bool:
+        return self.status in ("queued", "waiting")
 
     @property
     def evaluating(self) -> bool:
@@ -45,7 +51,7 @@ def seconds_left(states: Sequence[RowState], parallel: int, now: float) -> float
 
     A row that has not measured anything is taken to be as long as the mean of those that have.
     """
-    measured = [s for s in states if s.step_seconds and s.total and s.status in ("running", "done")]
+    measured = [s for s in states if s.step_seconds and s.total and s.started and s.status in ("running", "done")]
     if not measured:
         return None
     evaluations = [s.ended - s.trained for s in measured if s.status == "done" and s.evaluating]
@@ -61,9 +67,26 @@ def seconds_left(states: Sequence[RowState], parallel: int, now: float) -> float
     ]
     slots = running + [0.0] * (parallel - len(running))
     heapq.heapify(slots)
-    for _ in range(sum(s.status == "queued" for s in states)):
+    for _ in range(sum(s.left for s in states)):
         heapq.heapreplace(slots, slots[0] + typical)
     return max(slots)
+
+
+def summary(states: Sequence[RowState], left: float | None) -> str:
+    """One line over all rows, such as `3 done, 1 diverged, 2 running, 6 left; last AP 47.6 (...); about 9 min left`."""
+    counts = {
+        "done": sum(s.status == "done" for s in states),
+        "diverged": sum(s.status == "diverged" for s in states),
+        "failed": sum(s.status == "failed" for s in states),
+        "running": sum(s.status == "running" for s in states),
+        "left": sum(s.left for s in states),
+    }
+    words = [", ".join(f"{count} {kind}" for kind, count in counts.items() if count or kind in ("done", "left"))]
+    done = [s for s in states if s.status == "done" and not math.isnan(s.ap)]
+    if done:
+        last = max(done, key=lambda s: s.ended)
+        words.append(f"last AP {last.ap:.1f} ({last.title})")
+    return "; ".join([*words, format_left(left)])
 
 
 def format_left(seconds: float | None) -> str:
@@ -105,9 +128,7 @@ class Lines:
         if not running or running == self._last or now - self._shown < self._period:
             return
         self._last, self._shown = running, now
-        counts = {kind: sum(s.status == kind for s in self._states) for kind in ("queued", "done", "failed")}
-        words = [f"{count} {kind}" for kind, count in counts.items() if count]
-        self.event("; ".join([running, *words, format_left(left)]))
+        self.event(f"{running}; {summary(self._states, left)}")
 
     def event(self, text: str) -> None:
         seconds = int(time.monotonic() - self._begun)
@@ -131,8 +152,7 @@ class Bars:
                 self._draw(index, state)
             elif index in self._bars:
                 self._bars.pop(index).close()
-        ended = sum(s.status in ("done", "failed") for s in self._states)
-        self._overall.set_description_str(f"{ended} of {len(self._states)} finished, {format_left(left)}")
+        self._overall.set_description_str(summary(self._states, left))
 
     def event(self, text: str) -> None:
         tqdm.write(text, file=self._stream)

@@ -7,37 +7,66 @@ import json
 import math
 import re
 import signal
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
 CONSOLE = "console.txt"
-_RESULT = "result.json"
-_SAVED = ("fingerprint", "command", "threads", "parallel", "seconds", "exit_code", "metrics")
+RESULT = "result.json"
+# Upstream's trainer, on the first loss that is no number.
+_DIVERGED = re.compile(r"Loss became infinite or NaN at iteration=(\d+)")
 
 
 @dataclass
 class RunResult:
-    """What is left of one training. `error` is empty if it has gone well."""
+    """How one training ended.
 
-    key: str
+    Attributes:
+        method: key of the paper's method, such as "ohem_128_nms0.5".
+        title: the method by what its configuration does, such as "OHEM 32/.5".
+        seed: of weights and data order.
+        folder: where all of the run is.
+        command: what trained it, as a person would type it.
+        fingerprint: of everything that decides the outcome.
+        status: "done", "diverged", "failed", or "missing" for a run that has not ended.
+        step: of a diverged run, the step whose loss was no number.
+        error: of a diverged or failed run, what it said.
+        exit_code: of the process; None: it was not started.
+        metrics: of the last evaluation, in percent: "bbox/AP", "bbox/AP50", "bbox/APs", "bbox/AP-dog", ...
+        seconds: wall clock of the process, start-up and evaluation included; of the last attempt.
+        attempts: 1, or more for a run that was stopped and went on.
+        peak_memory: bytes; of the GPU, or resident in the process on a CPU. 0: unknown.
+        peak_memory_of: "GPU" or "process".
+        threads: of the process.
+        parallel: how many runs shared the machine.
+        reused: an earlier call trained it.
+    """
+
+    method: str
     title: str
+    seed: int
     folder: Path
     command: list[str]
-    fingerprint: str
-    threads: int
-    parallel: int
-    seconds: float = 0.0
-    exit_code: int | None = None
+    fingerprint: str = ""
+    status: str = "missing"
+    step: Optional[int] = None
     error: str = ""
+    exit_code: Optional[int] = None
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempts: int = 1
+    peak_memory: int = 0
+    peak_memory_of: str = "process"
+    threads: int = 1
+    parallel: int = 1
     reused: bool = False
 
     @property
     def ok(self) -> bool:
-        return not self.error
+        return self.status == "done"
 
     @property
     def ap(self) -> float:
@@ -48,16 +77,21 @@ class RunResult:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of Detectron2's metrics.json, without a last line that is still being written."""
+        """The records of Detectron2's metrics.json in the order of their steps.
+
+        A run that was stopped and went on from a checkpoint has done some steps twice: the later record counts.
+        """
         path = self.folder / "metrics.json"
-        return _parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+        records = _parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+        by_step = {record["iteration"]: record for record in records if "iteration" in record}
+        return [by_step[step] for step in sorted(by_step)]
 
     def config(self) -> dict[str, Any]:
-        """The full configuration the row was trained with; empty if it failed before writing one."""
+        """The full configuration the run was trained with; empty if it failed before writing one."""
         path = self.folder / "config.yaml"
         return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
-    def last_step(self, tail: int = 16384) -> dict[str, Any] | None:
+    def last_step(self, tail: int = 16384) -> Optional[dict[str, Any]]:
         """The newest training record; reads only the end of the file, for long runs write long files."""
         path = self.folder / "metrics.json"
         if not path.is_file():
@@ -68,28 +102,32 @@ class RunResult:
         return next((r for r in reversed(records) if "total_loss" in r and "iteration" in r), None)
 
     def finish(self, exit_code: int, seconds: float) -> None:
-        """Takes in what the ended process has left, and marks the folder as finished if all went well."""
+        """Takes in what the ended process has left, and writes it down if it need not run again."""
         self.exit_code, self.seconds, self.metrics = exit_code, seconds, self._final_metrics()
+        self._find_gpu_memory()
         if exit_code:
             self.error = _last_error(self.folder / CONSOLE, exit_code)
+            diverged = _DIVERGED.search(self.error)
+            self.status, self.step = ("diverged", int(diverged[1])) if diverged else ("failed", None)
         elif "bbox/AP" not in self.metrics or not self.detections.is_file():
-            self.error = "ended well, but left no AP in metrics.json or no detections"
+            self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
         else:
-            self._save()
+            self.status, self.error = "done", ""
+        self._save()
 
-    def saved(self) -> RunResult | None:
-        """The finished result of an earlier call in this folder, or None if none has this fingerprint."""
+    def load(self) -> bool:
+        """Takes over how an earlier attempt in this folder ended, if it has this fingerprint."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((self.folder / _RESULT).read_text(encoding="utf-8"))
-            if saved["fingerprint"] == self.fingerprint and self.detections.is_file():
-                return replace(self, **saved, reused=True)
-        return None
+            saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+            if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or self.detections.is_file()):
+                for name in _SAVED:
+                    setattr(self, name, saved[name])
+                return True
+        return False
 
     def _save(self) -> None:
         text = json.dumps({key: value for key, value in asdict(self).items() if key in _SAVED}, indent=1)
-        temporary = self.folder / (_RESULT + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.folder / _RESULT)  # whole or not at all
+        write_whole(self.folder / RESULT, text + "\n")
 
     def _final_metrics(self) -> dict[str, float]:
         metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}
@@ -98,6 +136,30 @@ class RunResult:
             if json.loads(self.detections.read_text(encoding="utf-8")) == []:
                 metrics = {k: 0.0 if math.isnan(v) else v for k, v in metrics.items()}
         return metrics
+
+    def _find_gpu_memory(self) -> None:
+        """Upstream's printer ends its lines with PyTorch's peak on the GPU, such as `max_mem: 4012M`."""
+        with contextlib.suppress(OSError):
+            peaks = re.findall(
+                r"max_mem: (\d+)M", (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+            )
+            if peaks:
+                self.peak_memory, self.peak_memory_of = max(map(int, peaks)) * 2**20, "GPU"
+
+
+# Where a run lies and how it is called are the asker's to say.
+_SAVED = [f.name for f in fields(RunResult) if f.name not in ("method", "title", "folder", "reused")]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that, stopped at any moment, it is there whole or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def of_method(results: Sequence[RunResult], method: str) -> list[RunResult]:
+    return [result for result in results if result.method == method]
 
 
 def _parse(text: str) -> list[dict[str, Any]]:
@@ -110,7 +172,8 @@ def _parse(text: str) -> list[dict[str, Any]]:
 
 def _last_error(console: Path, exit_code: int) -> str:
     """The exception a process died of, or the end of its console."""
-    lines = [line.rstrip() for line in console.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = console.read_text(encoding="utf-8", errors="replace") if console.is_file() else ""
+    lines = [line.rstrip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     exception = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
     raised = [i for i, line in enumerate(lines) if exception.match(line)]

@@ -1,208 +1,156 @@
-"""Trains several configurations as separate processes, a few at a time, and remembers what has finished."""
+"""Has runs trained by an executor, a few at a time, shows how far they are, and remembers what has ended."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
-import yaml
-
+from .executors import InlineExecutor, Job, SubmititExecutor
 from .progress import Bars, Lines, RowState, format_duration, make_progress, seconds_left
 from .results import CONSOLE, RunResult
+from .worker import Run, check_folder, forget, shown
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 0.25
 
 
-@dataclass(frozen=True)
-class Row:
-    """One training: a row of the comparison. Its own overrides win over those given to all rows."""
-
-    key: str
-    title: str
-    config_file: Path
-    overrides: tuple[str, ...] = ()
-
-
-def run_rows(
-    rows: Sequence[Row],
-    output_dir: Path,
+def run_all(
+    runs: Sequence[Run],
+    executor: InlineExecutor | SubmititExecutor,
     *,
-    train_net: Path,
-    parallel: int | None = None,
-    threads: int | None = None,
-    overrides: Sequence[str] = (),
+    parallel: int = 1,
+    threads: int = 1,
     fresh: bool = False,
     stream: TextIO | None = None,
 ) -> list[RunResult]:
-    """Trains every row in `output_dir/<key>` and returns their results in the order of `rows`.
+    """Trains every run in its folder and returns their results in the order of `runs`.
 
-    A row that fails does not stop the others. A finished row is reused as long as its overrides, its
-    configuration and the code it runs are the same. Ctrl-C ends the processes and raises KeyboardInterrupt.
+    A run that fails does not stop the others. What has ended before (trained, or diverged) is not trained again as
+    long as its configuration, its data and the code are the same; what was stopped goes on from its last checkpoint;
+    what failed is tried again. Ctrl-C ends the processes and raises KeyboardInterrupt.
 
     Args:
-        rows: what to train.
-        output_dir: the rows' folders are made here.
-        train_net: the script that trains one row: `--config-file FILE KEY VALUE ... OUTPUT_DIR DIR`.
-        parallel: rows trained at the same time; default: as many as there are rows and cores for them.
-        threads: threads of each row; default: the cores shared out evenly.
-        overrides: config overrides for all rows.
-        fresh: train again what has finished before.
+        runs: what to train, each in a folder of its own.
+        executor: where.
+        parallel: runs at the same time, for the estimate of the time left.
+        threads: of each, for the record.
+        fresh: train again what has ended before.
         stream: where progress goes; default: stderr.
     """
-    if len({row.key for row in rows}) != len(rows):
-        raise ValueError(f"the rows' keys are not unique: {[row.key for row in rows]}")
-    cores = _available_cores()
-    parallel = parallel or max(1, min(len(rows), cores))
-    threads = threads or max(1, cores // parallel)
-    jobs = [_Job(row, Path(output_dir), train_net, overrides, threads, parallel) for row in rows]
-    for job in jobs:  # before one is started that this would end
-        _check_folder(job.result.folder)
-    progress = make_progress([job.state for job in jobs], stream or sys.stderr)
+    tracks = [_Track(run, threads, parallel) for run in runs]
+    if len({run.folder for run in runs}) != len(runs):
+        raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
+    for run in runs:  # before one is started that this would end
+        check_folder(run.folder)
+        if fresh:
+            forget(run.folder)
+    progress = make_progress([track.state for track in tracks], stream or sys.stderr)
     try:
         with _signals_interrupt():
-            _work_off(jobs, parallel, fresh, progress)
+            _work_off(tracks, executor, parallel, progress)
     except KeyboardInterrupt:
-        kept = ", ".join(job.row.title for job in jobs if job.state.status == "done") or "nothing"
-        progress.event(f"Interrupted. Kept, and reused next time: {kept}. The other rows start over.")
+        _say_what_is_kept(tracks, executor, progress)
         raise
     finally:
-        _stop([job for job in jobs if job.process and job.process.returncode is None])
+        if not executor.survives_us:
+            executor.cancel([track.job for track in tracks if track.job and not track.ended])
         progress.close()
-    return [job.result for job in jobs]
+    return [track.result for track in tracks]
 
 
-def fingerprint(row: Row, train_net: Path, overrides: Sequence[str]) -> str:
-    """A hash of all that decides the outcome of a row: overrides, configuration, training code."""
-    # What trains never imports these two rooms, so editing a report does not cost a training.
-    sources = [p for p in sorted(_PACKAGE.rglob("*.py")) if p.parent.name not in ("experiments", "analysis")]
-    digest = hashlib.sha256(json.dumps([*overrides, *row.overrides]).encode())
-    for path in [train_net, *_config_chain(row.config_file), *sources]:
-        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+class _Track:
+    """A run and what is known of it from its folder, wherever it is trained."""
 
-
-class _Job:
-    """A row together with its process."""
-
-    def __init__(self, row, output_dir, train_net, overrides, threads, parallel):
-        self.row = row
-        self.state = RowState(row.title)
-        self.process: subprocess.Popen | None = None
-        folder = output_dir / row.key
-        command = [_shown(train_net), "--config-file", _shown(row.config_file), *overrides, *row.overrides]
-        self.result = RunResult(
-            key=row.key,
-            title=row.title,
-            folder=folder,
-            command=["python", *command, "OUTPUT_DIR", _shown(folder)],
-            fingerprint=fingerprint(row, train_net, overrides),
-            threads=threads,
-            parallel=parallel,
-        )
+    def __init__(self, run: Run, threads: int, parallel: int):
+        self.run = run
+        self.result = run.result(threads, parallel)
+        self.state = RowState(f"{run.title} seed {run.seed}", total=run.max_iter)
+        self.job: Job | None = None
+        self.ended = False
 
     def reuse(self) -> bool:
         """Takes over the result of an earlier call if it would be the same."""
-        saved = self.result.saved()
-        if saved:
-            self.result, self.state.status = saved, "done"
-        return bool(saved)
+        if self.result.load() and self.result.status in ("done", "diverged"):
+            self.result.reused = self.ended = True
+            self.state.status = self.result.status
+        else:
+            self.result = self.run.result(self.result.threads, self.result.parallel)
+        return self.ended
 
-    def start(self) -> None:
-        folder = self.result.folder
-        _clear(folder)
-        libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
-        env = dict(os.environ, PYTHONUNBUFFERED="1")
-        env.update({f"{name}_NUM_THREADS": str(self.result.threads) for name in libraries})
-        with (folder / CONSOLE).open("wb") as console:
-            # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
-            self.process = subprocess.Popen(
-                [sys.executable, *self.result.command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
-        self.state.status, self.state.started = "running", time.monotonic()
+    def submitted(self, job: Job) -> None:
+        self.job = job
+        self.state.status = "waiting"
 
-    def ended(self) -> bool:
-        """Brings the state up to date; True when the process has ended and the result is complete."""
-        code = self.process.poll()
-        self._look()
-        if code is None:
-            return False
-        self.state.ended = time.monotonic()
-        self.result.finish(code, self.state.ended - self.state.started)
-        self.state.status = "done" if self.result.ok else "failed"
-        return True
-
-    def _look(self) -> None:
+    def look(self) -> bool:
+        """Brings the state up to date; True when the job has just ended."""
+        done = self.job.done()
         state = self.state
-        if state.total is None:
-            # The child may be in the middle of writing it.
-            with contextlib.suppress(yaml.YAMLError, KeyError, TypeError):
-                state.total = self.result.config()["SOLVER"]["MAX_ITER"]
-        record = self.result.last_step()
+        record = self.result.last_step() if (self.run.folder / CONSOLE).is_file() else None
+        if state.status == "waiting" and (record or (self.run.folder / CONSOLE).is_file()):
+            state.status, state.started = "running", time.monotonic()
         if record:
             state.step, state.loss = record["iteration"] + 1, record["total_loss"]
             state.step_seconds = record.get("time", state.step_seconds)
-        if state.step and state.step == state.total and not state.evaluating:
+        if state.step and state.step >= state.total and not state.evaluating:
             state.trained = time.monotonic()
+        if done:
+            self._end()
+        return done
+
+    def _end(self) -> None:
+        self.ended = True
+        self.state.ended = time.monotonic()
+        error = self.job.exception()
+        if error is not None or not self.result.load():
+            self.result.status = "failed"
+            self.result.error = self.result.error or f"{type(error).__name__}: {error}" if error else "left no result"
+        self.state.status, self.state.ap = self.result.status, self.result.ap
 
 
-def _work_off(jobs: Sequence[_Job], parallel: int, fresh: bool, progress: Bars | Lines) -> None:
-    for job in jobs:
-        if not fresh and job.reuse():
-            progress.event(f"{job.row.title}: reused, AP {job.result.ap:.1f} (--fresh trains it again)")
-    queue = [job for job in jobs if job.state.status == "queued"]
-    running: list[_Job] = []
+def _work_off(tracks: Sequence[_Track], executor, parallel: int, progress: Bars | Lines) -> None:
+    for track in tracks:
+        if track.reuse():
+            track.state.ap = track.result.ap
+            progress.event(f"{track.state.title}: reused, {_outcome(track.result)} (--fresh trains it again)")
+    queue = [track for track in tracks if not track.ended]
+    running: list[_Track] = []
     while queue or running:
-        while queue and len(running) < parallel:
-            job = queue.pop(0)
-            job.start()
-            running.append(job)
-            progress.event(f"{job.row.title}: started, console in {_shown(job.result.folder / CONSOLE)}")
+        free = min(executor.slots - len(running), len(queue))
+        if free > 0:
+            batch, queue = queue[:free], queue[free:]
+            for track, job in zip(batch, executor.submit([track.run for track in batch])):
+                track.submitted(job)
+                progress.event(f"{track.state.title}: started, console in {shown(track.run.folder / CONSOLE)}")
+            running += batch
         time.sleep(_POLL_SECONDS)
-        for job in [job for job in running if job.ended()]:
-            running.remove(job)
-            progress.event(f"{job.row.title}: {_outcome(job.result)}")
-        progress.show(seconds_left([job.state for job in jobs], parallel, time.monotonic()))
+        for track in [track for track in running if track.look()]:
+            running.remove(track)
+            progress.event(f"{track.state.title}: {_outcome(track.result)}")
+        progress.show(seconds_left([track.state for track in tracks], parallel, time.monotonic()))
 
 
 def _outcome(result: RunResult) -> str:
     if result.ok:
         return f"done in {format_duration(result.seconds)}, AP {result.ap:.1f}"
+    if result.status == "diverged":
+        return f"DIVERGED at step {result.step}: the loss was no number"
     return f"FAILED after {format_duration(result.seconds)} (exit code {result.exit_code}): {result.error}"
 
 
-def _stop(jobs: Sequence[_Job], grace: float = 5.0) -> None:
-    """Ends the processes and everything they have started."""
-    for job in jobs:
-        _signal_group(job, signal.SIGTERM)
-    deadline = time.monotonic() + grace
-    for job in jobs:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.process.wait(max(0.0, deadline - time.monotonic()))
-        _signal_group(job, signal.SIGKILL)
-        job.process.wait()
-
-
-def _signal_group(job: _Job, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(job.process.pid, number)
+def _say_what_is_kept(tracks: Sequence[_Track], executor, progress: Bars | Lines) -> None:
+    if executor.survives_us:
+        progress.event("Interrupted. What is in the queue goes on; the same command shows how far it is.")
+        return
+    kept = sum(track.ended for track in tracks)
+    progress.event(
+        f"Interrupted. {kept} of {len(tracks)} runs have ended and are kept; the same command goes on with the others "
+        "from their last checkpoints."
+    )
 
 
 @contextlib.contextmanager
@@ -224,30 +172,5 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _clear(folder: Path) -> None:
-    """Empties a row's folder, for metrics.json is appended to; refuses to delete what no run has written."""
-    _check_folder(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONSOLE).is_file():
-        raise FileExistsError(f"{folder} is not empty and no earlier run; choose another output folder")
-
-
-def _config_chain(path: Path) -> list[Path]:
-    """A config file and the files it is based on."""
-    bases = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("_BASE_", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    return [path] + [p for base in bases for p in _config_chain(path.parent / os.path.expanduser(base))]
-
-
-def _shown(path: Path) -> str:
-    """The path as a person in this folder would type it; the child starts here too."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
-def _available_cores() -> int:
+def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,113 @@
+"""Where runs are trained: in this process's children, or by submitit here or on a SLURM cluster."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import worker
+from .worker import Run
+
+EXECUTORS = ("inline", "local", "slurm")
+
+
+class Job(Protocol):
+    """What concurrent.futures and submitit have in common."""
+
+    def done(self) -> bool: ...
+
+    def exception(self) -> BaseException | None: ...
+
+
+class InlineExecutor:
+    """Children of this process, a few at a time; they end with it."""
+
+    survives_us = False
+
+    def __init__(self, parallel: int, threads: int):
+        self.slots, self._parallel, self._threads = parallel, parallel, threads
+        self._pool = ThreadPoolExecutor(parallel)
+
+    def submit(self, runs: Sequence[Run]) -> list[Future]:
+        return [self._pool.submit(worker.train, run, self._threads, self._parallel) for run in runs]
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        worker.stop_all()
+        self._pool.shutdown(wait=True)
+
+
+class SubmititExecutor:
+    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm")."""
+
+    def __init__(
+        self, kind: str, folder: Path, parallel: int, threads: int, num_gpus: int, options: dict[str, Any] | None = None
+    ):
+        """
+        Args:
+            kind: "local" or "slurm".
+            folder: for submitit's own files.
+            parallel: jobs at a time.
+            threads: of each job on a CPU.
+            num_gpus: of each job; 0: it computes on the CPU.
+            options: more of submitit's parameters, such as slurm_partition or timeout_min.
+
+        Raises:
+            ValueError: submitit knows no such option, or there is no SLURM here.
+        """
+        try:
+            import submitit
+        except ImportError as error:
+            raise ValueError(f"--executor {kind} needs submitit: pip install submitit") from error
+        self.survives_us = kind == "slurm"
+        self.slots = sys.maxsize if kind == "slurm" else parallel  # SLURM has a queue, submitit's local jobs have none
+        self._parallel, self._threads, self._kind = parallel, threads, kind
+        try:
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=kind)
+            # One task that starts its own workers, as train_net.py --num-gpus does.
+            self._executor.update_parameters(
+                name="focal_plugin",
+                timeout_min=7 * 24 * 60,
+                tasks_per_node=1,
+                gpus_per_node=num_gpus,
+                cpus_per_task=threads,
+                **({"slurm_array_parallelism": parallel} if kind == "slurm" else {}),
+            )
+            self._executor.update_parameters(**(options or {}))
+        except (NameError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"--executor {kind}: {error}") from error
+
+    def submit(self, runs: Sequence[Run]) -> list[Job]:
+        task = _Task()
+        if self._kind == "slurm":  # one array, of which the queue runs as many at a time as asked for
+            return self._executor.map_array(task, runs, [self._threads] * len(runs), [self._parallel] * len(runs))
+        return [self._executor.submit(task, run, self._threads, self._parallel) for run in runs]
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if not job.done():
+                job.cancel(check=False)
+        for job in jobs:
+            while not job.done():
+                time.sleep(0.1)
+
+
+class _Task:
+    """worker.train as a job, which goes on where it was after a preemption or the end of its time."""
+
+    def __call__(self, run: Run, threads: int, parallel: int) -> str:
+        try:
+            return worker.train(run, threads, parallel)
+        except KeyboardInterrupt:  # cancelled
+            worker.stop_all()
+            raise
+
+    def checkpoint(self, run: Run, threads: int, parallel: int) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        worker.stop_all()
+        return DelayedSubmission(self, run, threads, parallel)
