@@ -8,6 +8,7 @@ ARGS   ?=
 
 # This checkout comes first, so that an environment of yours need not have the plugin installed.
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
+DEMO_ROWS := ohem_128_nms0.7 ohem1to3_128_nms0.5 fl_gamma2_alpha0.25 ce_alpha0.75
 SOURCES := focal_plugin tools tests setup.py
 
 .DEFAULT_GOAL := help
@@ -20,8 +21,8 @@ setup: ## make VENV: torch, Detectron2, this plugin (once; 6 GB on Linux)
 	@command -v "$(PYTHON)" >/dev/null || { echo "setup: no '$(PYTHON)' here. Type: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" tools/setup_env.py "$(VENV)"
 
-demo: setup ## train CE, OHEM, OHEM 1:3 and FL on the embedded data set, and compare them in report/
-	$(RUN) tools/demo.py --output report $(ARGS)
+demo: setup ## train FL, CE, OHEM and OHEM 1:3 on the embedded data set, and compare them in report/
+	$(RUN) tools/reproduce.py --table 1d --profile digits --rows $(DEMO_ROWS) $(ARGS)
 
 test: setup ## run the tests
 	$(RUN) -m pytest tests $(ARGS)

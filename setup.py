@@ -28,16 +28,18 @@ setup(
     # package, without modules, that happens to live elsewhere.
     packages=[*find_packages(include=["focal_plugin", "focal_plugin.*"]), "focal_plugin.configs"],
     package_dir={"focal_plugin.configs": "configs"},
-    package_data={"focal_plugin.configs": ["**/*.yaml"]},
+    package_data={"focal_plugin.configs": ["**/*.yaml"], "focal_plugin.experiments": ["templates/*"]},
     # Neither detectron2 nor torch is listed. Detectron2 is not on the index under its own name, so pip
     # could not install it; and pip must never exchange the torch that Detectron2 was compiled against.
     install_requires=[
+        "jinja2",
         "matplotlib",
         "numpy",
         "pillow",
         "pycocotools",
         "pyyaml",
         "scikit-learn",
+        "scipy",
         "tabulate",
         "tqdm",
     ],

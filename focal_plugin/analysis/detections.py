@@ -46,17 +46,27 @@ class Method:
 
 def precision_recall(coco_gt_json: Path, results_json: Path, iou: float = 0.5) -> PrecisionRecall:
     """The mean curve over all classes that have ground truth, as COCO's AP at this IoU is computed."""
+    return precision_recall_curves(coco_gt_json, results_json, [iou])[0]
+
+
+def precision_recall_curves(coco_gt_json: Path, results_json: Path, ious: Sequence[float]) -> list[PrecisionRecall]:
+    """`precision_recall` at several IoUs, in one evaluation."""
     detections = _read(results_json)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(coco_gt_json))
         evaluation = COCOeval(truth, truth.loadRes(detections) if detections else COCO(), "bbox")
-        evaluation.params.iouThrs = np.array([iou])
+        params = evaluation.params
+        params.iouThrs = np.array(ious)
+        # All areas, 100 detections: the others take most of the time.
+        params.areaRng, params.areaRngLbl, params.maxDets = params.areaRng[:1], params.areaRngLbl[:1], [100]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][0, :, :, 0, -1]  # recall x class; all areas, 100 detections
-    precision = precision[:, (precision > -1).all(axis=0)]
-    mean = precision.mean(axis=1) if precision.size else np.full(len(precision), np.nan)
-    return PrecisionRecall(iou, evaluation.params.recThrs, mean, float(mean.mean()))
+    curves = []
+    for iou, precision in zip(ious, evaluation.eval["precision"][..., 0, 0]):  # recall x class
+        precision = precision[:, (precision > -1).all(axis=0)]
+        mean = precision.mean(axis=1) if precision.size else np.full(len(precision), np.nan)
+        curves.append(PrecisionRecall(iou, params.recThrs, mean, float(mean.mean())))
+    return curves
 
 
 def choose_images(coco: COCO, count: int) -> list[int]:

@@ -11,12 +11,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .estimate import describe_plan
 from .executors import EXECUTORS, InlineExecutor, SubmititExecutor
-from .paper import TABLES
-from .plan import Profile, choose_rows, load_profile, make_runs
+from .paper import TABLES, PaperRow
+from .plan import Profile, choose_rows, load_profile, make_runs, method_key
+from .report import Data, Line, Study, format_table, write_report
+from .results import RunResult
 from .runner import available_cores, run_all
 from .worker import Run
 
-_TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
+TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,23 +62,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reproduce(args: argparse.Namespace, command: str) -> int:
+    if args.num_gpus < 1:
+        raise ValueError(f"--num-gpus {args.num_gpus}: at least 1 is needed; without a GPU it counts CPU workers")
     profile = load_profile(args.profile, args.register, args.overrides)
     rows = choose_rows(args.table, profile, args.rows)
     output = args.output or Path("output") / "reproduce" / profile.name
-    runs = make_runs(rows, profile, args.seeds, output, _TRAIN_NET, args.num_gpus)
+    runs = make_runs(rows, profile, args.seeds, output, TRAIN_NET, args.num_gpus)
     if args.print_commands:
         for run in runs:
             print(shlex.join(run.command))
         return 0
     parallel, threads = _share_out(args, runs)
     if args.dry_run:
-        print(describe_plan(runs, profile, parallel, threads))
+        print(describe_plan(runs, profile, parallel))
         return 0
-    _prepare_data(profile)
-    results = run_all(
-        runs, _executor(args, runs, output, parallel, threads), parallel=parallel, threads=threads, fresh=args.fresh
-    )
+    executor = _executor(args, runs, output, parallel, threads)
+    data = prepare_data(profile)
+    results = run_all(runs, executor, parallel=parallel, threads=threads, fresh=args.fresh)
+    study = _study(args, profile, rows, results, data, command)
+    page = write_report(study, results, args.report)
+    print(f"\n{format_table(study, results)}\n\nThe report is in {page} (report.md and results.json beside it)")
     return 0 if all(result.ok for result in results) else 1
+
+
+def _study(args, profile: Profile, rows: list[PaperRow], results: list[RunResult], data: Data, command: str) -> Study:
+    titles = {result.method: result.title for result in results}
+    lines = [Line(method_key(r, profile), titles[method_key(r, profile)], r.published, r.title) for r in rows]
+    return Study(
+        table=args.table,
+        profile=profile.name,
+        is_coco=profile.is_coco,
+        lines=lines,
+        seeds=args.seeds,
+        data=data,
+        command=command,
+        left_out=[row.title for row in TABLES[args.table] if row not in rows],
+    )
 
 
 def _share_out(args: argparse.Namespace, runs: list[Run]) -> tuple[int, int]:
@@ -91,15 +112,36 @@ def _share_out(args: argparse.Namespace, runs: list[Run]) -> tuple[int, int]:
 def _executor(args, runs: list[Run], output: Path, parallel: int, threads: int):
     if args.executor == "inline":
         return InlineExecutor(parallel, threads)
+    wrong = [text for text in args.executor_args if "=" not in text]
+    if wrong:
+        raise ValueError(f"--executor-args {' '.join(wrong)}: not of the form KEY=VALUE")
     options = dict(text.split("=", 1) for text in args.executor_args)
     options = {key: int(value) if value.isdigit() else value for key, value in options.items()}
     num_gpus = args.num_gpus if runs[0].on_gpu else 0
     return SubmititExecutor(args.executor, output / "submitit", parallel, threads, num_gpus, options)
 
 
-def _prepare_data(profile: Profile) -> None:
-    """Draws a data set that is made on first use, so that the runs do not all wait for the same thing."""
+def prepare_data(profile: Profile) -> Data:
+    """Where the data set lies; one that is made on first use is drawn now, and not by every run at once.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be trained on and reported.
+    """
     cfg = profile.config()
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog and MetadataCatalog.get(name).get("made_on_first_use"):
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name in names:
+        _check_dataset(name)
+    for name in names:
+        if MetadataCatalog.get(name).get("made_on_first_use"):
             print(f"{name}: {len(DatasetCatalog.get(name)):,} images", file=sys.stderr, flush=True)
+    train, val = (MetadataCatalog.get(splits[0]) for splits in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    return Data(Path(train.json_file), Path(val.json_file), Path(val.image_root))
+
+
+def _check_dataset(name: str) -> None:
+    meta = MetadataCatalog.get(name)
+    if name not in DatasetCatalog or not meta.get("json_file"):
+        raise ValueError(f"data set {name!r} is not registered in COCO format: add --register {name}=FILE.json:IMAGES")
+    for path in (meta.json_file, meta.image_root):
+        if not Path(path).exists() and not meta.get("made_on_first_use"):
+            raise FileNotFoundError(f"data set {name!r}: there is no {path}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import worker
-from .worker import Run
+from .results import write_whole
+from .worker import JOB, Run
 
 EXECUTORS = ("inline", "local", "slurm")
 
@@ -65,7 +66,7 @@ class SubmititExecutor:
             raise ValueError(f"--executor {kind} needs submitit: pip install submitit") from error
         self.survives_us = kind == "slurm"
         self.slots = sys.maxsize if kind == "slurm" else parallel  # SLURM has a queue, submitit's local jobs have none
-        self._parallel, self._threads, self._kind = parallel, threads, kind
+        self._parallel, self._threads, self._kind, self._folder = parallel, threads, kind, folder
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=kind)
             # One task that starts its own workers, as train_net.py --num-gpus does.
@@ -83,9 +84,27 @@ class SubmititExecutor:
 
     def submit(self, runs: Sequence[Run]) -> list[Job]:
         task = _Task()
-        if self._kind == "slurm":  # one array, of which the queue runs as many at a time as asked for
-            return self._executor.map_array(task, runs, [self._threads] * len(runs), [self._parallel] * len(runs))
-        return [self._executor.submit(task, run, self._threads, self._parallel) for run in runs]
+        if self._kind == "local":
+            return [self._executor.submit(task, run, self._threads, self._parallel) for run in runs]
+        jobs = {run.folder: job for run in runs if (job := self._queued(run))}
+        new = [run for run in runs if run.folder not in jobs]
+        if new:  # one array, of which the queue runs as many at a time as asked for
+            array = self._executor.map_array(task, new, [self._threads] * len(new), [self._parallel] * len(new))
+            for run, job in zip(new, array):
+                jobs[run.folder] = job
+                run.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(run.folder / JOB, job.job_id + "\n")
+        return [jobs[run.folder] for run in runs]
+
+    def _queued(self, run: Run) -> Job | None:
+        """The job of an earlier call, if it has not ended."""
+        import submitit
+
+        path = run.folder / JOB
+        if not path.is_file():
+            return None
+        job = submitit.SlurmJob(self._folder, path.read_text(encoding="utf-8").strip())
+        return None if job.done(force_check=True) else job
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         for job in jobs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..config import config_dir
 
@@ -24,15 +24,17 @@ class Method:
 
     Attributes:
         key: names it in files and on the command line.
+        title: as in the paper.
         settings: config keys and values.
         ohem_batch: examples that OHEM keeps, in the paper's numbers; 0: not OHEM.
         anchors: number of scales and of aspect ratios per position; None: the profile's own.
     """
 
     key: str
+    title: str
     settings: tuple[tuple[str, Any], ...]
     ohem_batch: int = 0
-    anchors: Optional[tuple[int, int]] = None
+    anchors: tuple[int, int] | None = None
 
     def overrides(self, base: Any) -> list[tuple[str, Any]]:
         """Config keys and values on top of ``base``, the profile's config.
@@ -68,10 +70,10 @@ class Published:
     AP: float
     AP50: float
     AP75: float
-    APs: Optional[float] = None
-    APm: Optional[float] = None
-    APl: Optional[float] = None
-    ms: Optional[float] = None
+    APs: float | None = None
+    APm: float | None = None
+    APl: float | None = None
+    ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PaperRow:
 
     table: str
     method: Method
-    published: Optional[Published]
+    published: Published | None
     network: Network = Network()
 
     @property
@@ -88,6 +90,15 @@ class PaperRow:
         """The YAML in configs/paper/ and the folder of a coco run: the same for rows that train the same."""
         method = self.method.key.removesuffix("_anchors3x3")  # 3x3 are the base's own
         return f"{self.network.key}_{method}"
+
+    @property
+    def title(self) -> str:
+        """As the paper calls it."""
+        if self.table == "1e":
+            return f"{self.network.depth}-{self.network.image_size}"
+        if self.method.anchors:
+            return "{} scales x {} ratios".format(*self.method.anchors)
+        return self.method.title
 
     @property
     def key(self) -> str:
@@ -106,25 +117,32 @@ def anchor_settings(scales: int, ratios: int, first_sizes: Sequence[float]) -> l
     ]
 
 
-def focal(gamma: float, alpha: float, anchors: Optional[tuple[int, int]] = None) -> Method:
+def focal(gamma: float, alpha: float, anchors: tuple[int, int] | None = None) -> Method:
     key = f"fl_gamma{gamma:g}_alpha{alpha:g}" + (f"_anchors{anchors[0]}x{anchors[1]}" if anchors else "")
-    return Method(key, _head("FocalHead", alpha, gamma), anchors=anchors)
+    title = f"FL (γ {gamma:g}, α {_short(alpha)})"
+    return Method(key, title, _head("FocalHead", alpha, gamma), anchors=anchors)
 
 
 def cross_entropy(alpha: str) -> Method:
-    return Method(f"ce_alpha{float(alpha):g}", _head("FocalHead", float(alpha), 0.0))
+    return Method(f"ce_alpha{float(alpha):g}", f"CE (α {_short(float(alpha))})", _head("FocalHead", float(alpha), 0.0))
 
 
 def focal_star(gamma: float, beta: float) -> Method:
     settings = (("MODEL.FOCAL.LOSS", "focal_star"), ("MODEL.FOCAL.STAR_BETA", float(beta)))
-    return Method(f"flstar_gamma{gamma:g}_beta{beta:g}", _head("FocalHead", 0.25, gamma) + settings)
+    title = f"FL* (γ {gamma:g}, β {beta:g})"
+    return Method(f"flstar_gamma{gamma:g}_beta{beta:g}", title, _head("FocalHead", 0.25, gamma) + settings)
 
 
 def ohem(batch: int, nms: float, ratio: float = 0.0) -> Method:
     """Mined on cross entropy without alpha."""
     key = f"ohem{'1to3' if ratio else ''}_{batch}_nms{nms:g}"
     settings = (("MODEL.OHEM.NMS_THRESH", nms), ("MODEL.OHEM.NEG_POS_RATIO", float(ratio)))
-    return Method(key, _head("OHEMHead", -1.0, 0.0) + settings, ohem_batch=batch)
+    title = f"OHEM{' 1:3' if ratio else ''} {batch}/{_short(nms)}"
+    return Method(key, title, _head("OHEMHead", -1.0, 0.0) + settings, ohem_batch=batch)
+
+
+def _short(number: float) -> str:
+    return f"{number:g}".removeprefix("0")
 
 
 def _head(head: str, alpha: float, gamma: float) -> tuple[tuple[str, Any], ...]:

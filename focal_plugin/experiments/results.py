@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -52,9 +52,9 @@ class RunResult:
     command: list[str]
     fingerprint: str = ""
     status: str = "missing"
-    step: Optional[int] = None
+    step: int | None = None
     error: str = ""
-    exit_code: Optional[int] = None
+    exit_code: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     attempts: int = 1
@@ -91,7 +91,7 @@ class RunResult:
         path = self.folder / "config.yaml"
         return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
-    def last_step(self, tail: int = 16384) -> Optional[dict[str, Any]]:
+    def last_step(self, tail: int = 16384) -> dict[str, Any] | None:
         """The newest training record; reads only the end of the file, for long runs write long files."""
         path = self.folder / "metrics.json"
         if not path.is_file():

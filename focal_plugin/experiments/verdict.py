@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from .results import RunResult
+from .paper import BEST_OHEM, CE_R50, FL, FL_R50, TABLES
+from .statistics import Paired, paired_difference, signed
 
-# What the paper measured on COCO: AP of the focal loss and of its rival, and where.
-PAPER = {
-    "OHEM": (36.0, 32.8, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
-    "CE": (34.0, 31.1, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
-}
+if TYPE_CHECKING:
+    from .study import Outcome, Study
+
+_LEARNED = 5.0  # percent AP; below, the order says nothing
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """`OHEM`, `CE` or `FL`, by what a configuration does."""
+    """`OHEM`, `CE`, `FL*` or `FL`, by what a configuration does."""
     model = config["MODEL"]
     if model["FOCAL"]["HEAD"] == "OHEMHead":
         return "OHEM"
+    if model["FOCAL"]["LOSS"] == "focal_star":
+        return "FL*"
     return "FL" if model["RETINANET"]["FOCAL_LOSS_GAMMA"] else "CE"
 
 
@@ -30,43 +33,143 @@ def title_of(config: Mapping[str, Any]) -> str:
         ratio = f" 1:{ohem['NEG_POS_RATIO']:g}" if ohem["NEG_POS_RATIO"] else ""
         nms = _short(ohem["NMS_THRESH"]) if ohem["NMS_THRESH"] > 0 else "no NMS"
         return f"OHEM{ratio} {ohem['BATCH_SIZE']}/{nms}"
-    alpha = model["RETINANET"]["FOCAL_LOSS_ALPHA"]
+    gamma, alpha = model["RETINANET"]["FOCAL_LOSS_GAMMA"], model["RETINANET"]["FOCAL_LOSS_ALPHA"]
+    if kind == "FL*":
+        return f"FL* (γ {gamma:g}, β {model['FOCAL']['STAR_BETA']:g})"
     weight = f"α {_short(alpha)}" if alpha >= 0 else "no α"
-    if kind == "CE":
-        return f"CE ({weight})"
-    return f"FL (γ {model['RETINANET']['FOCAL_LOSS_GAMMA']:g}, {weight})"
+    return f"CE ({weight})" if kind == "CE" else f"FL (γ {gamma:g}, {weight})"
 
 
-def verdict(results: Sequence[RunResult], scope: str) -> str:
-    """What came out, beside what the paper saw, in words that follow from the numbers."""
-    if not results:
-        return "No run has finished, so there is nothing to compare."
-    ranked = sorted(results, key=lambda r: -r.ap)
-    text = ["By AP: " + ", ".join(f"{r.title} {r.ap:.1f}" for r in ranked) + "."]
-    best = {kind: [r for r in ranked if kind_of(r.config()) == kind][:1] for kind in ("FL", *PAPER)}
-    if ranked[0].ap < 5:
-        text.append("No run has learned to detect yet, so the order means nothing.")
-    elif best["FL"]:
-        text += [_beside_paper(best["FL"][0], best[kind][0], kind) for kind in PAPER if best[kind]]
-    seeds = ", ".join(sorted({str(r.config().get("SEED")) for r in results}))
-    steps = " or ".join(sorted({str(r.config()["SOLVER"]["MAX_ITER"]) for r in results}))
-    text.append(
-        f"One seed ({seeds}), {scope}, {steps} steps: another seed may order them differently, and "
-        "none of this says how the methods compare at the scale of COCO."
+@dataclass(frozen=True)
+class PaperDifference:
+    """AP of the focal loss and of its rival in the paper."""
+
+    focal: float
+    rival: float
+    where: str
+
+    @property
+    def lead(self) -> float:
+        return round(self.focal - self.rival, 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The focal loss against the best line of another kind.
+
+    Attributes:
+        kind: "OHEM" or "CE", the rival's.
+        focal, rival: the two lines.
+        picked_of: lines of that kind with a run that is done, which the rival is the best of.
+        paired: focal minus rival in AP, seed by seed.
+        paper: the same two kinds in the paper.
+    """
+
+    kind: str
+    focal: Outcome
+    rival: Outcome
+    picked_of: int
+    paired: Paired
+    paper: PaperDifference
+
+
+def _published(table: str, method: Any) -> float:
+    return next(row.published.AP for row in TABLES[table] if row.method == method)
+
+
+PAPER = {
+    "OHEM": PaperDifference(
+        _published("1d", FL), _published("1d", BEST_OHEM), "Table 1d: COCO, ResNet-101-FPN, 600 px"
+    ),
+    "CE": PaperDifference(FL_R50.AP, CE_R50.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}
+
+
+def compare(found: Sequence[Outcome], focal: Outcome | None) -> list[Comparison]:
+    """`focal` against the best OHEM and the best cross entropy, as far as there are any that are done."""
+    if focal is None or focal.kind != "FL" or not focal.ap.count:
+        return []
+    comparisons = []
+    for kind, paper in PAPER.items():
+        rivals = [o for o in found if o.kind == kind and o.ap.count]
+        if rivals:
+            rival = max(rivals, key=lambda o: o.ap.mean)
+            paired = paired_difference(focal.ap_by_seed(), rival.ap_by_seed())
+            comparisons.append(Comparison(kind, focal, rival, len(rivals), paired, paper))
+    return comparisons
+
+
+def verdict(study: Study, found: Sequence[Outcome], comparisons: Sequence[Comparison]) -> list[str]:
+    """What came out, beside what the paper saw: paragraphs that follow from the numbers."""
+    ranked = sorted((o for o in found if o.ap.count), key=lambda o: -o.ap.mean)
+    if not ranked:
+        return ["No run has finished, so there is nothing to compare."]
+    order = ", ".join(f"{o.title} {o.ap.mean:.1f}" for o in ranked)
+    text = [f"By AP{' (mean over the seeds)' if len(study.seeds) > 1 else ''}: {order}."]
+    if ranked[0].ap.mean < _LEARNED:
+        return [*text, "No run has learned to detect yet, so the order means nothing."]
+    text += [" ".join(_words(comparison, study.is_coco)) for comparison in comparisons]
+    return [*text, _scope(study, ranked)]
+
+
+def _words(comparison: Comparison, is_coco: bool) -> list[str]:
+    paired, rival, paper = comparison.paired, comparison.rival, comparison.paper
+    name = "the best OHEM" if comparison.kind == "OHEM" else "cross entropy"
+    head = f"FL against {name}, {rival.title}"
+    if comparison.picked_of > 1:
+        head += f" (the best of {comparison.picked_of} by its mean AP; picking the best of them favours it)"
+    there = f"In the paper it is {paper.lead:.1f} AP ahead ({paper.focal} against {paper.rival}; {paper.where})"
+    if not paired.by_seed:
+        return [f"{head}: no seed has both done, so there is no paired difference.", f"{there}."]
+    text = [f"{head}: FL is {_ahead(paired.mean)} here, {_over(paired)}.", _interval(paired)]
+    text.append(f"{there}{_beside(paired)}.")
+    if is_coco and paired.low is not None and comparison.kind == "OHEM":
+        agrees = "lies inside" if paired.holds(paper.lead) else "lies outside"
+        text.append(f"The paper's difference {agrees} this interval.")
+    return text
+
+
+def _over(paired: Paired) -> str:
+    each = ", ".join(f"{signed(difference)}" for difference in paired.by_seed.values())
+    seeds = ", ".join(map(str, paired.by_seed))
+    if len(paired.by_seed) == 1:
+        return f"on the one seed that both have ({seeds})"
+    return f"on average over the {len(paired.by_seed)} seeds that both have ({seeds}; per seed {each})"
+
+
+def _interval(paired: Paired) -> str:
+    if paired.low is None:
+        return "One pair of runs has no interval: how much of this is chance cannot be said."
+    meaning = "excludes 0" if paired.excludes_zero else "includes 0, so these seeds do not settle which is ahead"
+    return f"The 95 % t interval of the difference, {signed(paired.low)} to {signed(paired.high)}, {meaning}."
+
+
+def _beside(paired: Paired) -> str:
+    if abs(paired.mean) < 0.05:
+        return ""
+    return ": the same order" if paired.mean > 0 else ": the order here differs from the paper's"
+
+
+def _ahead(lead: float) -> str:
+    if abs(lead) < 0.05:
+        return "level with it"
+    return f"{abs(lead):.1f} AP {'ahead' if lead > 0 else 'behind'}"
+
+
+def _scope(study: Study, ranked: Sequence[Outcome]) -> str:
+    count = len({seed for o in ranked for seed in o.ap_by_seed()})
+    seeds = ", ".join(map(str, sorted({seed for o in ranked for seed in o.ap_by_seed()})))
+    text = (
+        f"One seed ({seeds}): another may order the methods differently."
+        if count == 1
+        else (
+            f"{count} seeds ({seeds}). The deviation is over seeds only: another data set, budget or learning rate may "
+            "order the methods differently."
+        )
     )
-    return " ".join(text)
-
-
-def _beside_paper(focal: RunResult, rival: RunResult, kind: str) -> str:
-    lead = round(focal.ap, 1) - round(rival.ap, 1)
-    here = f"{abs(lead):.1f} AP {'ahead of' if lead > 0 else 'behind'}" if lead else "level with"
-    order = "the same order" if lead > 0 else "**the order here differs from the paper's**"
-    name = "the best OHEM" if kind == "OHEM" else "cross entropy"
-    theirs, rivals, where = PAPER[kind]
-    return (
-        f"FL is {here} {name}, {rival.title}, here; in the paper it is {theirs - rivals:.1f} AP ahead "
-        f"({theirs} against {rivals}; {where}): {order}."
-    )
+    if not study.is_coco:
+        text += " None of this says how the methods compare at the scale of COCO."
+    return text
 
 
 def _short(number: float) -> str:

@@ -21,6 +21,7 @@ from .results import CONSOLE, RESULT, RunResult, write_whole
 
 _RUN = "run.json"  # says that the folder is ours, and for which fingerprint
 _LOCK = "lock"
+JOB = "slurm_job"  # its number, for the next call
 # The training dies with whoever waits for it, even by kill -9, and never trains on unseen beside the next attempt.
 # (PR_SET_PDEATHSIG is 1; it lasts through exec. Elsewhere than on Linux the lock, which it holds, keeps others out.)
 _TIED = """\
@@ -103,7 +104,7 @@ def train(run: Run, threads: int = 1, parallel: int = 1) -> str:
 
 def check_folder(folder: Path) -> None:
     """Refuses to train where something lies that no run has written."""
-    if folder.is_dir() and {p.name for p in folder.iterdir()} - {_LOCK} and not (folder / _RUN).is_file():
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - {_LOCK, JOB} and not (folder / _RUN).is_file():
         raise FileExistsError(f"{folder} is not empty and no earlier run; choose another output folder")
 
 
@@ -112,7 +113,7 @@ def forget(folder: Path) -> None:
     check_folder(folder)
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name not in (_LOCK, _RUN):
+            if path.name not in (_LOCK, JOB, _RUN):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / _RUN).unlink(missing_ok=True)  # last: until then the folder is ours
 

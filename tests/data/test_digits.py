@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
 def registered(tmp_path, monkeypatch):
     """`digits_train` and `digits_val` as they come, but small and in a folder of their own."""
     small_make, small_folder = digits.make_digits, digits._folder
-    monkeypatch.setattr(digits, "make_digits", lambda root: small_make(root, **SMALL))
-    monkeypatch.setattr(digits, "_folder", lambda root, *args: small_folder(root, *(args or SMALL.values())))
+    monkeypatch.setattr(digits, "make_digits", lambda root, image_size: small_make(root, **SMALL))
+    monkeypatch.setattr(digits, "_folder", lambda root, *args, **size: small_folder(root, *(args or SMALL.values())))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_digits()
     yield tmp_path / "digits"
@@ -297,6 +297,13 @@ def test_registering_draws_nothing_until_the_first_load(registered):
     assert os.path.isfile(meta.json_file) and os.path.isdir(meta.image_root)
     assert registered in digits.Path(meta.json_file).parents
     assert meta.thing_dataset_id_to_contiguous_id == {digit + 1: digit for digit in range(10)}
+
+
+def test_larger_scenes_have_names_and_folders_of_their_own():
+    metas = [MetadataCatalog.get(name) for name in ("digits_val", "digits_192px_val", "digits_256px_val")]
+    assert [name in DatasetCatalog for name in ("digits_192px_train", "digits_256px_train")] == [True, True]
+    assert [f"size{size}-" in meta.json_file for size, meta in zip((128, 192, 256), metas)] == [True] * 3
+    assert all(meta.made_on_first_use for meta in metas)
 
 
 def test_registering_again_is_harmless(registered):

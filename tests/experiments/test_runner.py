@@ -1,4 +1,4 @@
-"""The runner, with a script that only pretends to train."""
+"""The runner and its workers, with a script that only pretends to train."""
 
 import json
 import os
@@ -11,178 +11,215 @@ from pathlib import Path
 
 import pytest
 
-from focal_plugin.experiments import runner
-from focal_plugin.experiments.progress import RowState, format_left, seconds_left
-from focal_plugin.experiments.runner import Row, run_rows
+from focal_plugin.experiments import runner, worker
+from focal_plugin.experiments.progress import Lines, RowState, format_left, seconds_left, summary
 
-TRAIN_NET = """\
-import json, os, sys, time
-from pathlib import Path
+ROOT = Path(runner.__file__).parents[2]
 
-values = dict(zip(sys.argv[3::2], sys.argv[4::2]))
-out = Path(values["OUTPUT_DIR"])
-(out / "begun").write_text(str(time.time()))
-(out / "pid").write_text(str(os.getpid()))
-(out / "threads").write_text(os.environ["OMP_NUM_THREADS"])
-if "FAIL" in values:
-    raise FloatingPointError("Loss became infinite or NaN at iteration=3!")
-(out / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}\\n")
-ap = float(values.get("AP", 10))
-lines = [{"iteration": step - 1, "total_loss": 1 / step, "time": 0.01} for step in (20, 40)]
-lines.append({"iteration": 40, "bbox/AP": ap})
-(out / "metrics.json").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-(out / "inference").mkdir()
-(out / "inference" / "coco_instances_results.json").write_text("[]")
-print("training")
-time.sleep(float(values.get("SLEEP", 0)))
-(out / "ended").write_text(str(time.time()))
-"""
+
+def test_results_come_in_the_order_of_the_runs(run, make_run):
+    slow, quick = run(make_run("slow", "AP", "20", "SLEEP", "0.5"), make_run("quick", "AP", "30"), parallel=2)
+    assert (slow.title, slow.status, slow.ap, quick.ap) == ("SLOW", "done", 20, 30)
+    assert slow.ok and slow.exit_code == 0 and slow.seconds >= 0.5 and slow.attempts == 1
+    assert slow.config() == {"SOLVER": {"MAX_ITER": 40}} and len(slow.history()) == 41
+    assert (slow.folder / "console.txt").read_text() == "trained\n"
+    assert 2**20 < slow.peak_memory < 2**32 and slow.peak_memory_of == "process"
+
+
+def test_a_process_gets_its_overrides_and_threads(run, make_run, attempts):
+    (result,) = run(make_run("a", "SEED", "1", "AP", "20"), threads=3)
+    assert result.command[-6:-1] == ["SEED", "1", "AP", "20", "OUTPUT_DIR"]
+    assert [threads for _, _, threads in attempts(result.folder)] == [3] and result.threads == 3
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(run, make_run, attempts, capsys):
+    failed, fine = run(make_run("a", "FAIL", "2"), make_run("b"))
+    assert (failed.status, failed.exit_code, failed.error) == ("failed", 1, "RuntimeError: CUDA out of memory")
+    assert fine.ok and "A seed 1: FAILED" in capsys.readouterr().err
+    run(make_run("a", "FAIL", "2"), make_run("b"))
+    assert len(attempts(failed.folder)) == 2 and len(attempts(fine.folder)) == 1  # a failure may have been an accident
+    assert "CUDA out of memory" in (failed.folder / "console.1.txt").read_text()
+
+
+def test_divergence_is_an_outcome_with_its_step(run, make_run, attempts, capsys):
+    (result,) = run(make_run("a", "FAIL", "1"))
+    assert (result.status, result.step) == ("diverged", 3) and not result.ok
+    assert "A seed 1: DIVERGED at step 3" in capsys.readouterr().err
+    (again,) = run(make_run("a", "FAIL", "1"))
+    assert again.reused and again.step == 3 and len(attempts(again.folder)) == 1  # it would diverge again
+
+
+def test_a_run_without_an_ap_has_failed(run, make_run):
+    (result,) = run(make_run("a", "FAIL", "3"))
+    assert result.status == "failed" and result.exit_code == 0 and "no AP" in result.error
+
+
+def test_a_script_that_cannot_start_is_a_failure(run, make_run, train_net):
+    train_net.unlink()
+    (result,) = run(make_run("a"))
+    assert result.status == "failed" and "No such file" in result.error
+
+
+def test_a_model_that_detects_nothing_has_ap_0(run, make_run):
+    assert run(make_run("a", "AP", "nan"))[0].ap == 0
+
+
+def test_a_finished_run_is_reused(run, make_run, capsys):
+    (first,) = run(make_run("a"))
+    (second,) = run(make_run("a"))
+    assert second.reused and not first.reused
+    assert (second.metrics, second.seconds, second.peak_memory) == (first.metrics, first.seconds, first.peak_memory)
+    assert "A seed 1: reused, done in" in capsys.readouterr().err
+    assert not run(make_run("a"), fresh=True)[0].reused
+
+
+def test_a_run_is_trained_from_nothing_after_a_change(run, make_run, attempts):
+    (result,) = run(make_run("a"))
+    (changed,) = run(make_run("a", fingerprint="2"))
+    assert not changed.reused and changed.attempts == 1
+    assert len(attempts(result.folder)) == 1 and len(changed.history()) == 41  # what the first left is gone
+
+
+def test_an_ended_run_keeps_its_last_model_only(run, make_run):
+    (result,) = run(make_run("a"))
+    assert [path.name for path in result.folder.glob("*.pth")] == ["model_final.pth"]
+
+
+def test_no_more_runs_at_a_time_than_asked_for(run, make_run, attempts):
+    results = run(*[make_run(key, "SLEEP", "0.4") for key in "abc"], parallel=2)
+    times = [(attempts(r.folder)[0][1], float((r.folder / "ended").read_text())) for r in results]
+    assert max(sum(begun <= moment < ended for begun, ended in times) for moment, _ in times) == 2
+
+
+def test_foreign_files_are_not_deleted(run, make_run, tmp_path):
+    for fresh in (False, True):
+        folder = tmp_path / "out" / "a" / "seed1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "thesis.txt").write_text("precious")
+        with pytest.raises(FileExistsError, match="not empty"):
+            run(make_run("a"), fresh=fresh)
+        assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_two_runs_in_one_folder_are_refused(run, make_run):
+    with pytest.raises(ValueError, match="share a folder"):
+        run(make_run("a"), make_run("a"))
+
+
+def test_two_processes_in_one_folder_are_refused(run, make_run):
+    folder = make_run("a").folder
+    with worker._locked(folder):
+        (result,) = run(make_run("a"))
+    assert result.status == "failed" and "another process is training" in result.error
+    assert run(make_run("a"))[0].ok
+
+
+@pytest.mark.parametrize("left", ["", "model_0000", "model_0000099.pth"])
+def test_a_torn_last_checkpoint_is_not_taken_for_a_start_from_nothing(run, make_run, left):
+    first = make_run("a", "FAIL", "2")
+    run(first)
+    (first.folder / "last_checkpoint").write_text(left)
+    worker._mend_checkpoint(first.folder)
+    assert not (first.folder / "last_checkpoint").exists()
+
+
+def test_of_steps_done_twice_the_later_counts(make_run):
+    result = make_run("a").result()
+    result.folder.mkdir(parents=True)
+    lines = [{"iteration": step, "total_loss": loss} for step, loss in [(0, 1), (1, 2), (2, 3), (1, 20), (2, 30)]]
+    (result.folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')
+    assert [record["total_loss"] for record in result.history()] == [1, 20, 30]
+
+
+# --- stopped ---
 
 
 @pytest.fixture
-def train_net(tmp_path):
-    path = tmp_path / "train_net.py"
-    path.write_text(TRAIN_NET)
-    return path
-
-
-@pytest.fixture
-def make_row(tmp_path):
-    (tmp_path / "base.yaml").write_text("A: 1\n")
-    (tmp_path / "row.yaml").write_text("_BASE_: base.yaml\n")
-    return lambda key, *overrides: Row(key, key.upper(), tmp_path / "row.yaml", overrides)
-
-
-@pytest.fixture
-def run(tmp_path, train_net):
-    return lambda *rows, **options: run_rows(rows, tmp_path / "out", train_net=train_net, **options)
-
-
-def test_results_come_in_the_order_of_the_rows(run, make_row):
-    slow, quick = run(make_row("slow", "AP", "20", "SLEEP", "0.5"), make_row("quick", "AP", "30"), parallel=2)
-    assert (slow.title, slow.ap, quick.ap) == ("SLOW", 20, 30)
-    assert slow.ok and slow.exit_code == 0 and slow.seconds >= 0.5 > 0
-    assert slow.config() == {"SOLVER": {"MAX_ITER": 40}} and len(slow.history()) == 3
-    assert (slow.folder / "console.txt").read_text() == "training\n"
-
-
-def test_a_rows_overrides_come_last(run, make_row):
-    (result,) = run(make_row("a", "AP", "20"), overrides=["AP", "5"], threads=3)
-    assert result.ap == 20 and result.command[-6:-2] == ["AP", "5", "AP", "20"]
-    assert (result.folder / "threads").read_text() == "3"
-
-
-def test_a_failure_is_recorded_and_the_rest_goes_on(run, make_row, capsys):
-    failed, fine = run(make_row("a", "FAIL", "1"), make_row("b"), parallel=1)
-    assert not failed.ok and failed.exit_code == 1 and fine.ok
-    assert failed.error == "FloatingPointError: Loss became infinite or NaN at iteration=3!"
-    assert "A: FAILED" in capsys.readouterr().err
-    assert run(make_row("a", "FAIL", "1"))[0].reused is False
-
-
-def test_a_run_without_an_ap_has_failed(run, make_row, train_net):
-    train_net.write_text("")
-    (result,) = run(make_row("a"))
-    assert result.exit_code == 0 and "no AP" in result.error
-
-
-def test_a_model_that_detects_nothing_has_ap_0(run, make_row):
-    assert run(make_row("a", "AP", "nan"))[0].ap == 0
-
-
-def test_a_finished_row_is_reused(run, make_row, capsys):
-    (first,) = run(make_row("a"))
-    (second,) = run(make_row("a"))
-    assert second.reused and second.metrics == first.metrics and second.seconds == first.seconds
-    assert "A: reused, AP 10.0" in capsys.readouterr().err
-    assert not run(make_row("a"), fresh=True)[0].reused
-
-
-@pytest.mark.parametrize("changed", ["row.yaml", "base.yaml", "train_net.py"])
-def test_a_row_is_trained_again_after_a_change(run, make_row, tmp_path, changed):
-    run(make_row("a"))
-    with (tmp_path / changed).open("a") as file:
-        file.write("# changed\n")
-    assert not run(make_row("a"))[0].reused
-    assert not run(make_row("a"), overrides=["SEED", "2"])[0].reused
-
-
-def test_only_code_that_trains_counts(make_row, train_net, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_PACKAGE", tmp_path / "package")
-    hashes = []
-    for name in ("heads.py", "losses/focal.py", "experiments/report.py", "analysis/detections.py"):
-        path = tmp_path / "package" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("1")
-        hashes.append(runner.fingerprint(make_row("a"), train_net, []))
-    assert len(set(hashes)) == 2 and hashes[1] == hashes[3]
-
-
-def test_no_more_rows_at_a_time_than_asked_for(run, make_row):
-    results = run(*[make_row(key, "SLEEP", "0.4") for key in "abc"], parallel=2)
-    times = [[float((r.folder / name).read_text()) for name in ("begun", "ended")] for r in results]
-    at_once = [sum(begun <= moment < ended for begun, ended in times) for moment, _ in times]
-    assert max(at_once) == 2
-
-
-def test_foreign_files_are_not_deleted(run, make_row, tmp_path):
-    folder = tmp_path / "out" / "a"
-    folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="not empty"):
-        run(make_row("a"))
-    assert (folder / "thesis.txt").read_text() == "precious"
-
-
-def test_keys_are_unique(run, make_row):
-    with pytest.raises(ValueError, match="not unique"):
-        run(make_row("a"), make_row("a"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_children_and_keeps_what_is_done(run, make_row, train_net, tmp_path, number):
-    run(make_row("done"))
-    script = tmp_path / "interrupted.py"
+def start(tmp_path, make_run, train_net):
+    """start(runs): a process that trains a short run and a long one."""
+    script = tmp_path / "reproduce.py"
     script.write_text(
         textwrap.dedent(f"""\
         import signal
         from pathlib import Path
-        from focal_plugin.experiments.runner import Row, run_rows
+        from focal_plugin.experiments.executors import InlineExecutor
+        from focal_plugin.experiments.runner import run_all
+        from focal_plugin.experiments.worker import Run
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         root = Path({str(tmp_path)!r})
-        done = Row("done", "DONE", root / "row.yaml")
-        long = Row("long", "LONG", root / "row.yaml", ("SLEEP", "60"))
-        run_rows([done, long], root / "out", train_net=root / "train_net.py")
+        def make(key, sleep):
+            folder, config = root / "out" / key / "seed1", root / "base.yaml"
+            return Run(key, key.upper(), 1, folder, root / "train_net.py", config, (), ("SLEEP", sleep), "1", 40)
+        run_all([make("short", "0"), make("long", "2")], InlineExecutor(1, 1))
         """)
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, env=env)
-    inference = tmp_path / "out" / "long" / "inference" / "coco_instances_results.json"
-    _wait_for(inference.is_file)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return lambda: subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_anywhere_the_same_command_goes_on(start, tmp_path, attempts, alive, number):
+    long, short = (tmp_path / "out" / key / "seed1" for key in ("long", "short"))
+    process = start()
+    wait_for((long / "model_0000012.pth").is_file)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "reused next time: DONE. The other rows start over." in errors
-    child = int((tmp_path / "out" / "long" / "pid").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-    assert json.loads((tmp_path / "out" / "done" / "result.json").read_text())["metrics"] == {"bbox/AP": 10}
+    if number != signal.SIGKILL:
+        assert "1 of 2 runs have ended and are kept" in errors
+    (pid, *_) = attempts(long)[0]
+    wait_for(lambda: not alive(pid))
+
+    process = start()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert len(attempts(short)) == 1  # what was finished is not repeated
+    assert len(attempts(long)) == 2
+    steps = [json.loads(line)["iteration"] for line in (long / "metrics.json").read_text().splitlines()]
+    again = steps.index(40) - len(set(steps)) + 1
+    assert 0 <= again < 40 - 12  # only what was after the last checkpoint was done twice
+    saved = json.loads((long / "result.json").read_text())
+    assert saved["status"] == "done" and saved["attempts"] == 2
+
+
+# --- what a person sees ---
 
 
 def test_time_left_is_unknown_until_something_is_measured():
-    running = RowState("a", status="running", total=100, started=0)
+    running = RowState("a", status="running", total=100, started=1)
     assert seconds_left([running, RowState("b")], 1, now=5) is None
     running.step, running.step_seconds = 20, 0.5
-    # 80 steps to go; then a row as long as this one, which will have taken 10 + 40 s.
-    assert seconds_left([running, RowState("b")], 1, now=10) == pytest.approx(40 + 50)
-    assert seconds_left([running, RowState("b")], 2, now=10) == pytest.approx(50)
+    # 80 steps to go; then a run as long as this one, which will have taken 10 + 40 s.
+    assert seconds_left([running, RowState("b", status="waiting")], 1, now=11) == pytest.approx(40 + 50)
+    assert seconds_left([running, RowState("b")], 2, now=11) == pytest.approx(50)
 
 
 def test_time_left_learns_how_long_evaluation_takes():
-    done = RowState("a", "done", step=10, total=10, step_seconds=1, started=0, trained=10, ended=13)
-    running = RowState("b", "running", step=4, total=10, step_seconds=1, started=9)
-    assert seconds_left([done, running], 1, now=13) == pytest.approx(6 + 3)
+    done = RowState("a", "done", step=10, total=10, step_seconds=1, started=1, trained=11, ended=14)
+    running = RowState("b", "running", step=4, total=10, step_seconds=1, started=10)
+    assert seconds_left([done, running], 1, now=14) == pytest.approx(6 + 3)
+
+
+def test_one_line_says_how_far_the_table_is():
+    states = [
+        RowState("FL seed 1", "done", ap=47.6, ended=2),
+        RowState("CE seed 1", "done", ap=41.2, ended=1),
+        RowState("CE (α .1) seed 1", "diverged", ended=3),
+        RowState("b", "running"),
+        RowState("c", "waiting"),
+        RowState("d"),
+    ]
+    assert summary(states, 300) == "2 done, 1 diverged, 1 running, 2 left; last AP 47.6 (FL seed 1); about 5 min left"
+
+
+def test_a_log_gets_a_line_now_and_then(capsys):
+    state = RowState("a", "running", step=3, total=10, loss=0.5)
+    lines = Lines([state], sys.stderr, period=0)
+    lines.show(None)
+    lines.show(None)  # nothing has changed
+    assert (
+        capsys.readouterr().err == "[00:00] a 3/10 loss 0.5; 0 done, 1 running, 0 left; estimating the time left...\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,8 +230,8 @@ def test_time_left_in_words(seconds, words):
     assert format_left(seconds).startswith(words)
 
 
-def _wait_for(condition, seconds=10):
+def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        time.sleep(0.02)

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Figures 1 and 4 of the focal loss paper: the loss itself, and which windows of a trained model carry it.
+
+tools/analyze_loss.py                                             (Figure 1 alone, without a model)
+tools/analyze_loss.py --config-file configs/digits/focal.yaml MODEL.WEIGHTS report/focal/model_final.pth
+tools/analyze_loss.py --config-file mine.yaml --register mine_val=val.json:images --dataset mine_val \\
+    --num-images 1000 --output report/loss MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from focal_plugin.analysis.loss_benchmark import describe_environment
+from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect, load_model
+from focal_plugin.analysis.loss_distribution import GAMMAS
+from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
+from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
+from focal_plugin.engine.launch import _load
+
+
+def gamma(text):
+    try:
+        value = float(text)
+    except ValueError:
+        hint = "KEY VALUE pairs cannot follow it; put another flag in between"
+        raise argparse.ArgumentTypeError(f"{text!r} is no number ({hint})") from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
+    return value
+
+
+def positive_number(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="of the model; without one only Figure 1 is drawn")
+    add(
+        "--register",
+        action="append",
+        default=[],
+        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
+        help="register a COCO-format data set under NAME; repeatable",
+    )
+    add("--dataset", metavar="NAME", help="annotated images to run the model on, instead of DATASETS.TEST")
+    add("--num-images", type=positive_number, metavar="N", help="a random choice of N of them (default: all)")
+    add("--figure", type=int, choices=(1, 4), help="only this one (default: both, or 1 without --config-file)")
+    add("--gammas", nargs="+", type=gamma, help="(default: 0 .5 1 2, and 5 in Figure 1; 0 is added for OHEM)")
+    add("--no-ohem", action="store_true", help="leave out what OHEM would keep")
+    add("--output", type=Path, default=Path("report/loss"), metavar="DIR", help="(default: %(default)s)")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...: config overrides, such as MODEL.WEIGHTS FILE; last")
+    args = parser.parse_args()
+    args.gammas = args.gammas and sorted(set(args.gammas))
+    if args.dataset:
+        args.opts = ["DATASETS.TEST", repr((args.dataset,)), *args.opts]
+    # As tools/train_net.py --eval-only, which needs weights and no training data.
+    args.eval_only, args.resume = True, False
+    return args
+
+
+def analyze_model(args, figures):
+    """Figure 4 and the report of a model; prints its tables."""
+    cfg = _load(args)
+    model, loader = load_model(cfg), build_loader(cfg, args.num_images)
+    ohem = None if args.no_ohem else build_ohem_head(cfg)
+    start = time.perf_counter()
+    counted = collect(model, loader, gammas=args.gammas or GAMMAS, ohem=ohem)
+    seconds = time.perf_counter() - start
+    datasets = ", ".join(cfg.DATASETS.TEST)
+    figures = figures + draw_figure4(
+        counted, args.output, f"{cfg.MODEL.WEIGHTS} on {counted.images:,} images of {datasets}"
+    )
+    summary = summarize(counted, cfg)
+    command = shlex.join(["python", "tools/analyze_loss.py", *sys.argv[1:]])
+    environment = {
+        **describe_environment(torch.device(cfg.MODEL.DEVICE), command),
+        "config": args.config_file,
+        "weights": cfg.MODEL.WEIGHTS,
+        "data sets": datasets,
+        "seconds": f"{seconds:.1f}",
+    }
+    written = write_report(summary, environment, figures, args.output)
+    print(f"{format_tables(summary)}\n")
+    return [*figures, *written]
+
+
+def main():
+    args = parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # the tables hold Greek letters
+    with_model = bool(args.config_file or args.opts) if args.figure is None else args.figure == 4
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        written = [] if args.figure == 4 else draw_figure1(args.gammas or FIGURE1_GAMMAS, args.output)
+        if with_model:
+            written = analyze_model(args, written)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Written: {', '.join(map(str, written))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
