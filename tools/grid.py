@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """When does the focal loss beat OHEM? Trains Table 1d over background per object and budget, and draws the answer.
 
-tools/grid.py --profiles digits configs/digits/dense.yaml --steps 500 1500 --seeds 1 2 3
+tools/grid.py --cells digits:500 digits:1500 configs/digits/dense.yaml:500 configs/digits/dense.yaml:1500 --seeds 1 2 3
 """
 
 import sys

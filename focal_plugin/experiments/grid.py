@@ -65,7 +65,7 @@ class Outcome:
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
-        cells = make_cells(args.profiles, args.steps, [FL.key, CE.key, args.ohem], args.seeds, args.output)
+        cells = make_cells(args.cells, [FL.key, CE.key, args.ohem], args.seeds, args.output)
         # Seed by seed, so that a grid that is stopped is whole for the seeds it has.
         runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: args.seeds.index(run.seed))
         parallel = args.parallel or available_cores()
@@ -86,22 +86,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(result.ok for result in results.values()) else 1
 
 
-def make_cells(
-    profiles: Sequence[str], steps: Sequence[int], rows: Sequence[str], seeds: Sequence[int], output: Path
-) -> list[Cell]:
-    """One cell for each profile and number of steps; a profile's own number shares its runs with reproduce.py."""
-    cells = []
-    for name in profiles:
-        own = load_profile(name)
-        for count in steps:
-            if count == own.config().SOLVER.MAX_ITER:
-                profile, folder = own, output / own.name
-            else:
-                profile = load_profile(name, overrides=["SOLVER.MAX_ITER", str(count)])
-                folder = output / f"{own.name}_{count}steps"
-            chosen = choose_rows("1d", profile, rows)
-            cells.append(Cell(profile, count, make_runs(chosen, profile, seeds, folder, TRAIN_NET)))
-    return cells
+def make_cells(cells: Sequence[str], rows: Sequence[str], seeds: Sequence[int], output: Path) -> list[Cell]:
+    """From "PROFILE:STEPS"; a profile's own number of steps shares its runs with reproduce.py.
+
+    Raises:
+        ValueError, FileNotFoundError: a cell, profile or row cannot be.
+    """
+    return [_make_cell(cell, rows, seeds, output) for cell in cells]
+
+
+def _make_cell(cell: str, rows: Sequence[str], seeds: Sequence[int], output: Path) -> Cell:
+    name, _, steps = cell.rpartition(":")
+    if not name or not steps.isdigit() or not int(steps):
+        raise ValueError(f"--cells {cell}: not of the form PROFILE:STEPS, such as digits:500")
+    profile = load_profile(name)
+    folder = output / profile.name
+    if int(steps) != profile.config().SOLVER.MAX_ITER:
+        profile = load_profile(name, overrides=["SOLVER.MAX_ITER", steps])
+        folder = output / f"{profile.name}_{steps}steps"
+    chosen = choose_rows("1d", profile, rows)
+    return Cell(profile, int(steps), make_runs(chosen, profile, seeds, folder, TRAIN_NET))
 
 
 def outcome_of(cell: Cell, results: Sequence[RunResult], objects_per_image: float) -> Outcome:
@@ -194,8 +198,13 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="grid.py", description=__doc__)
     add = parser.add_argument
-    add("--profiles", nargs="+", required=True, help="as --profile of reproduce.py, from few background to much")
-    add("--steps", nargs="+", type=int, required=True, help="training budgets")
+    add(
+        "--cells",
+        nargs="+",
+        required=True,
+        metavar="PROFILE:STEPS",
+        help="profiles as in reproduce.py, each with a training budget, such as digits:500",
+    )
     add(
         "--ohem",
         default=BEST_OHEM.key,

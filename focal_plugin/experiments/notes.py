@@ -91,7 +91,8 @@ def _budget(study: Study, found: Sequence[Outcome]) -> list[Note]:
     if len(budgets) > 1:
         usual = max(budgets, key=lambda images: len(budgets[images]))
         others = (f"{images:,} images: {', '.join(runs)}" for images, runs in budgets.items() if images != usual)
-        text = f"Most runs were trained on {usual:,} images; {'; '.join(others)}. Their AP does not compare as it is."
+        text = f"{len(budgets[usual])} of {sum(map(len, budgets.values()))} runs were trained on {usual:,} images; "
+        text += f"{'; '.join(others)}. Their AP does not compare as it is."
         texts.append(Note("Unequal budgets.", text))
     if study.is_coco and set(budgets) - {_PAPER_IMAGES}:
         have = " and ".join(f"{images:,}" for images in sorted(set(budgets) - {_PAPER_IMAGES}))

@@ -147,7 +147,8 @@ def _interval(paired: Paired) -> str:
 def _beside(paired: Paired) -> str:
     if abs(paired.mean) < 0.05:
         return ""
-    return ": the same order" if paired.mean > 0 else ": the order here differs from the paper's"
+    sure = "" if paired.excludes_zero else "in the mean, "
+    return f": {sure}the same order" if paired.mean > 0 else f": {sure}the order here differs from the paper's"
 
 
 def _ahead(lead: float) -> str:

@@ -17,7 +17,9 @@ def make_outcome(steps, negatives, fl, ohem, ce=None):
 
 
 def test_a_profiles_own_budget_shares_its_runs_with_the_table(tmp_path):
-    cells = make_cells(["digits", "digits/dense.yaml"], [100, 1500], KEYS, [1, 2], tmp_path)
+    cells = make_cells(
+        ["digits:100", "digits:1500", "digits/dense.yaml:100", "digits/dense.yaml:1500"], KEYS, [1, 2], tmp_path
+    )
     assert [(cell.profile.name, cell.steps, len(cell.runs)) for cell in cells] == [
         ("digits", 100, 6),
         ("digits", 1500, 6),
@@ -38,7 +40,7 @@ def test_leads_are_paired_by_seed():
 
 
 def test_background_per_object_is_measured(tmp_path):
-    (cell,) = make_cells(["digits"], [1500], [FL.key], [1], tmp_path)
+    (cell,) = make_cells(["digits:1500"], [FL.key], [1], tmp_path)
     result = cell.runs[0].result()
     result.folder.mkdir(parents=True)
     lines = [{"iteration": i, "num_neg_anchors": n} for i, n in enumerate([1320, 1330])]
@@ -69,12 +71,20 @@ def test_the_grid_is_written_down(tmp_path):
         assert image.width > 800
 
 
-def test_wrong_words_are_refused(capsys):
-    assert main(["--profiles", "digits", "--steps", "5", "--ohem", "ohem"]) == 2
-    assert "--rows ohem: not in table 1d" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cells", "digits:5", "--ohem", "ohem"], "--rows ohem: not in table 1d"),
+        (["--cells", "digits"], "--cells digits: not of the form PROFILE:STEPS"),
+        (["--cells", "digits:0"], "--cells digits:0: not of the form"),
+        (["--cells", "no.yaml:5"], "no config file 'no.yaml'"),
+    ],
+)
+def test_wrong_words_are_refused(capsys, words, message):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_the_steps(capsys, tmp_path):
-    words = ["--profiles", "digits", "--steps", "100", "200", "--output", str(tmp_path), "--dry-run"]
-    assert main(words) == 0
+    assert main(["--cells", "digits:100", "digits:200", "--output", str(tmp_path), "--dry-run"]) == 0
     assert "6 of 6 runs to train, 900 steps" in capsys.readouterr().out

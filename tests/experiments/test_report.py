@@ -1,32 +1,42 @@
 """The report, from fabricated runs."""
 
 import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from focal_plugin.experiments.report import Data, format_table, write_report
+from focal_plugin.experiments.paper import BEST_OHEM, CE, FL, FL_R50, Published
+from focal_plugin.experiments.report import Data, Line, Study, format_class_table, format_table, write_report
 from focal_plugin.experiments.results import RunResult
-from focal_plugin.experiments.runner import Row
-from focal_plugin.experiments.verdict import kind_of, title_of
+from focal_plugin.experiments.verdict import title_of
 
 BOX = [8, 8, 16, 16]
+PAPER = {CE: None, BEST_OHEM: Published(32.8, 50.3, 35.1), FL: Published(36.0, 54.9, 38.7)}
+HEADS = {CE: ("FocalHead", 0.0, 0.75), BEST_OHEM: ("OHEMHead", 0.0, -1.0), FL: ("FocalHead", 2.0, 0.25)}
+CHARTS = ("ap", "differences", "precision_recall_50", "precision_recall_75", "loss_cls", "loss_box_reg")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
 
 
-def make_config(head="FocalHead", gamma=2.0, alpha=0.25, ratio=0.0):
+def make_config(method):
+    head, gamma, alpha = HEADS[method]
     return {
-        "SEED": 7,
-        "SOLVER": {"MAX_ITER": 40},
+        "SEED": 1,
+        "SOLVER": {"MAX_ITER": 40, "IMS_PER_BATCH": 16, "BASE_LR": float("inf")},
         "MODEL": {
-            "FOCAL": {"HEAD": head},
-            "OHEM": {"BATCH_SIZE": 32, "NMS_THRESH": 0.5, "NEG_POS_RATIO": ratio},
+            "FOCAL": {"HEAD": head, "LOSS": "focal", "STAR_BETA": 1.0},
+            "OHEM": {"BATCH_SIZE": 32, "NMS_THRESH": 0.5, "NEG_POS_RATIO": 0.0},
             "RETINANET": {"FOCAL_LOSS_ALPHA": alpha, "FOCAL_LOSS_GAMMA": gamma},
         },
     }
-
-
-CONFIGS = {"ce": make_config(gamma=0.0, alpha=0.75), "ohem": make_config("OHEMHead"), "focal": make_config()}
 
 
 @pytest.fixture
@@ -46,111 +56,294 @@ def data(tmp_path):
 
 @pytest.fixture
 def make_result(tmp_path):
-    def make(key, ap, error=""):
-        config = CONFIGS[key]
-        folder = tmp_path / "out" / key
+    """make_result(FL, 40.1): a run that is done and all that it left."""
+
+    def make(method, ap, seed=1, **changes):
+        config = make_config(method)
+        folder = tmp_path / "runs" / method.key / f"seed{seed}"
         (folder / "inference").mkdir(parents=True)
         detections = [{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 0.8}]
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         counts = {"num_pos_anchors": 21.5, "num_neg_anchors": 2931.0}
-        if key == "ohem":
+        if method == BEST_OHEM:
             counts.update({"ohem/num_pos": 9.5, "ohem/num_neg": 22.5})
         lines = [
             {"iteration": i, "loss_cls": 1 / i, "loss_box_reg": 1.0, "time": time, **counts}
             for i, time in ((19, 0.2), (39, 0.4), (40, 0.9))
         ]
         (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        metrics = {"bbox/AP": ap, "bbox/AP50": 61.5, "bbox/AP75": 33.25, "bbox/AP-cat": 77.7}
-        return RunResult(
-            key=key,
+        metrics = {"bbox/AP": ap, "bbox/AP50": 61.5, "bbox/AP75": 33.25, "bbox/APs": 12.5, "bbox/AP-cat": 77.7}
+        command = ["python", "train_net.py", "--config-file", "base.yaml", "--resume"]
+        result = RunResult(
+            method=method.key,
             title=title_of(config),
+            seed=seed,
             folder=folder,
-            command=["python", "train_net.py", key],
-            fingerprint="",
-            threads=1,
-            parallel=2,
-            seconds=90.0,
-            exit_code=int(bool(error)),
-            error=error,
+            command=[*command, "SEED", str(seed), "MODEL.FOCAL.HEAD", HEADS[method][0], "OUTPUT_DIR", str(folder)],
+            status="done",
+            exit_code=0,
             metrics={**metrics, "bbox/AP-dog": float("nan")},
+            seconds=90.0,
+            peak_memory=300 * 2**20,
+            parallel=2,
         )
+        for name, value in changes.items():
+            setattr(result, name, value)
+        return result
 
     return make
 
 
 @pytest.fixture
-def write(data, tmp_path):
+def make_study(data):
+    """make_study(results): what asked for them."""
+
+    def make(results, **options):
+        titles = {method.key: title_of(make_config(method)) for method in PAPER}
+        methods = [method for method in PAPER if method.key in {result.method for result in results}]
+        lines = [Line(m.key, titles[m.key], PAPER[m], titles[m.key].replace("32/", "128/")) for m in methods]
+        seeds = sorted({result.seed for result in results}) or [1]
+        settings = {"profile": "digits", "is_coco": False, "lines": lines, "left_out": (), **options}
+        return Study(table="1d", seeds=seeds, data=data, command="make demo", **settings)
+
+    return make
+
+
+@pytest.fixture
+def write(make_study, tmp_path):
     def write(results, **options):
-        path = write_report(results, tmp_path / "out", data=data, command="make demo", **options)
-        return path.read_text(), json.loads((tmp_path / "out" / "results.json").read_text())
+        page = write_report(make_study(results, **options), results, tmp_path / "report")
+        assert page == tmp_path / "report" / "index.html"
+        return Written(page.parent)
 
     return write
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "title"),
-    [
-        (make_config(), "FL", "FL (γ 2, α .25)"),
-        (make_config(gamma=0.5, alpha=-1), "FL", "FL (γ 0.5, no α)"),
-        (make_config(gamma=0.0, alpha=0.75), "CE", "CE (α .75)"),
-        (make_config("OHEMHead"), "OHEM", "OHEM 32/.5"),
-        (make_config("OHEMHead", ratio=3.0), "OHEM", "OHEM 1:3 32/.5"),
-    ],
-)
-def test_methods_are_named_by_their_configuration(config, kind, title):
-    assert (kind_of(config), title_of(config)) == (kind, title)
+class Written:
+    """A report, read back."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.html = (folder / "index.html").read_text(encoding="utf-8")
+        self.markdown = (folder / "report.md").read_text(encoding="utf-8")
+
+        def refuse(constant):
+            raise ValueError(f"{constant} is not JSON")
+
+        self.record = json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+    @property
+    def cells(self):
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in self.markdown.splitlines()]
+
+    @property
+    def tops(self):
+        """Both texts before the first table."""
+        return self.markdown[: self.markdown.index("| method")], self.html[: self.html.index("<table")]
 
 
-def test_report_holds_the_numbers_it_was_given(make_result, write, tmp_path):
-    results = [make_result("ce", 30.0), make_result("ohem", 45.6), make_result("focal", 40.1)]
-    text, record = write(results)
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["OHEM 32/.5", "45.6", "61.5", "33.2", "0.400", "1.5", "9.5", "22.5"] in cells
-    assert ["FL (γ 2, α .25)", "40.1", "61.5", "33.2", "0.400", "1.5", "21.5", "2,931"] in cells
-    assert ["cat", "3", "77.7", "77.7", "77.7"] in cells and ["dog", "0", "-", "-", "-"] in cells
-    assert "make demo" in text and "incomplete" not in text
-    for name in ("precision_recall", "training_curves", "detections"):
-        assert f"({name}.png)" in text
-        with Image.open(tmp_path / "out" / f"{name}.png") as image:
-            assert image.width > 500
+class Tags(HTMLParser):
+    """Every tag and its attributes."""
 
-    rows = {row["key"]: row for row in record["rows"]}
-    assert rows["ohem"]["metrics"]["bbox/AP"] == 45.6 and rows["ohem"]["metrics"]["bbox/AP-dog"] is None
-    assert rows["ohem"]["negatives_per_image"] == 22.5 and rows["ce"]["negatives_per_image"] == 2931
-    assert rows["focal"]["seed"] == 7 and rows["focal"]["config"]["MODEL.RETINANET"]["FOCAL_LOSS_GAMMA"] == 2
-    assert record["command"] == "make demo" and record["versions"]["torch"] and record["missing"] == []
+    def __init__(self, html):
+        super().__init__()
+        self.tags = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def named(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
 
 
-def test_verdict_says_where_the_order_differs_from_the_papers(make_result, write):
-    text, _ = write([make_result("ce", 30.0), make_result("ohem", 45.6), make_result("focal", 40.1)])
-    ohem, ce = (s for s in text.replace("\n", " ").split(". ") if s.startswith("FL is"))
-    assert "5.5 AP behind the best OHEM" in ohem and "36.0 against 32.8" in ohem and "differs" in ohem
-    assert "10.1 AP ahead of cross entropy" in ce and "34.0 against 31.1" in ce and "the same order" in ce
-    assert "One seed (7), small synthetic scenes, 40 steps" in text and "reproduce" not in text
+@pytest.fixture
+def three(make_result):
+    return [make_result(CE, 30.0), make_result(BEST_OHEM, 45.6), make_result(FL, 40.1)]
 
 
-def test_verdict_on_runs_that_learned_nothing(make_result, write):
-    text, _ = write([make_result("ohem", 0.2), make_result("focal", 0.2)])
-    assert "the order means nothing" in text and "the paper" not in text
+def test_report_holds_the_numbers_it_was_given(three, write):
+    report = write(three)
+    ohem = ["OHEM 32/.5", "OHEM 128/.5", "32.8", "50.3", "35.1", "−3.2", "45.6", "61.5", "33.2", "+5.5", "1"]
+    focal = ["FL (γ 2, α .25)", "FL (γ 2, α .25)", "36.0", "54.9", "38.7", "–", "40.1", "61.5", "33.2", "–", "1"]
+    assert ohem in report.cells and focal in report.cells
+    assert ["OHEM 32/.5", "0.400", "1.5", "300", "9.5", "22.5", "640"] in report.cells
+    assert ["FL (γ 2, α .25)", "0.400", "1.5", "300", "21.5", "2,931", "640"] in report.cells
+    assert ["cat", "3", "77.7", "77.7", "77.7"] in report.cells and ["dog", "0", "–", "–", "–"] in report.cells
+    assert ["FL (γ 2, α .25)", "12.5", "–", "–"] in report.cells
+    assert "make demo" in report.markdown and "Incomplete" not in report.markdown
+    assert "2 at a time with 1 thread each" in report.markdown
+    for text in ("45.6", "−3.2", "2,931", "2 at a time with 1 thread each", "make demo", "IMS_PER_BATCH: 16"):
+        assert text in report.html
+
+    runs = {run["method"]: run for run in report.record["runs"]}
+    assert runs[BEST_OHEM.key]["metrics"]["bbox/AP"] == 45.6 and runs[BEST_OHEM.key]["metrics"]["bbox/AP-dog"] is None
+    assert runs[BEST_OHEM.key]["negatives_per_image"] == 22.5 and runs[CE.key]["negatives_per_image"] == 2931
+    assert runs[FL.key]["images_seen"] == 640 and len(runs[FL.key]["precision_at_recall"]["0.5"]) == 101
+    lines = {line["method"]: line for line in report.record["lines"]}
+    assert lines[FL.key]["config"]["SOLVER"]["BASE_LR"] is None and lines[FL.key]["published"]["AP"] == 36
+    assert lines[FL.key]["overrides"] == {"MODEL.FOCAL.HEAD": "FocalHead"}
+    assert report.record["command"] == "make demo" and report.record["versions"]["torch"]
 
 
-def test_verdict_on_a_draw(make_result, write):
-    text, _ = write([make_result("ohem", 40.2), make_result("focal", 40.2)])
-    assert "FL is level with the best OHEM, OHEM 32/.5, here" in text and "differs" in text
+def test_means_deviations_and_the_paired_interval(make_result, write):
+    results = [make_result(BEST_OHEM, ap, seed) for seed, ap in enumerate((30.0, 31.0, 31.0), 1)]
+    results += [make_result(FL, ap, seed) for seed, ap in enumerate((31.0, 33.0, 34.0), 1)]
+    report = write(results)
+    assert any("32.7 ± 1.5" in line and "3" == line[-1] for line in report.cells)
+    (comparison,) = report.record["comparisons"]
+    assert comparison["difference_by_seed"] == {"1": 1, "2": 2, "3": 3} and comparison["excludes_zero"] is False
+    assert comparison["interval_95"] == pytest.approx([-0.484, 4.484], abs=1e-3)
+    for text in (report.markdown, report.html):
+        assert "−0.5 to +4.5" in text and "standard deviation" in text
 
 
-def test_failed_and_missing_rows_are_stated_at_the_top(make_result, write, tmp_path):
-    expected = [Row("ce", "CE (α .75)", tmp_path), Row("ohem", "OHEM 32/.5", tmp_path)]
-    failed = make_result("ohem", 0.0, error="FloatingPointError: Loss became infinite")
-    text, record = write([failed, make_result("focal", 40.1)], expected=expected)
-    top = text[: text.index("| method")]
-    assert "incomplete" in top and "CE (α .75) is missing" in top
-    assert "OHEM 32/.5 failed" in top and "Loss became infinite" in top
-    assert record["missing"] == ["ce"] and [row["ok"] for row in record["rows"]] == [False, True]
-    assert "failed" in format_table([failed])
+def test_pictures_are_drawn_described_and_inside_the_page(three, write):
+    report = write(three)
+    for name in (*CHARTS, "examples_positives", "examples_negatives"):
+        assert f"({name}.svg)" in report.markdown
+        assert ET.parse(report.folder / f"{name}.svg").getroot().tag.endswith("svg")
+    with Image.open(report.folder / "detections.jpg") as image:
+        assert image.width > 500
+    tags = Tags(report.html)
+    assert len(tags.named("img")) == 9 and all(len(image["alt"]) > 30 for image in tags.named("img"))
+    assert all(
+        image["src"].startswith(("data:image/svg+xml;base64,", "data:image/jpeg")) for image in tags.named("img")
+    )
+    links = [a["href"] for a in tags.named("a")]
+    ids = {attributes["id"] for _, attributes in tags.tags if "id" in attributes}
+    assert links and {link.removeprefix("#") for link in links} <= ids
+    assert not tags.named("script") and [link["href"] for link in tags.named("link")] == ["data:,"]
+    assert all(cell.get("scope") in ("col", "row", "colgroup") for cell in tags.named("th"))
+    assert tags.named("html") == [{"lang": "en"}] and len(report.html) < 6e6
 
 
-def test_a_report_of_nothing(write, tmp_path):
-    text, record = write([], expected=[Row("ce", "CE", tmp_path)])
-    assert "CE is missing" in text and "nothing to compare" in text and record["rows"] == []
+def test_what_is_missing_failed_or_diverged_is_stated_before_any_number(make_result, write):
+    results = [
+        make_result(CE, 1.0, status="missing", metrics={}),
+        make_result(
+            BEST_OHEM, 1.0, status="failed", exit_code=1, error="RuntimeError: CUDA\nout of memory", metrics={}
+        ),
+        make_result(FL, 40.1, attempts=2),
+        make_result(FL, 1.0, seed=2, status="diverged", step=37, metrics={}),
+    ]
+    report = write(results, left_out=["OHEM 64/.7"])
+    for top in report.tops:
+        for text in (
+            "1 of 4 runs are done",
+            "CE (α .75), seed 1: missing",
+            "OHEM 32/.5, seed 1: failed",
+            "exit code 1",
+            "RuntimeError: CUDA",
+            "FL (γ 2, α .25), seed 2: diverged",
+            "at step 37",
+            "not asked for: OHEM 64/.7",
+            "Stopped and resumed",
+        ):
+            assert text in top, text
+    table = format_table_cells(report.markdown)
+    assert table["CE (α .75)"][-5:] == ["missing", "–", "–", "–", "0 of 1 (1 missing)"]
+    assert table["OHEM 32/.5"][-5] == "failed" and table["FL (γ 2, α .25)"][-1] == "1 of 2 (1 diverged)"
+    assert {run["status"] for run in report.record["runs"]} == {"missing", "failed", "done", "diverged"}
+
+
+def format_table_cells(markdown):
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"]
+    return {line[0]: line for line in reversed(lines)}
+
+
+def test_nothing_is_claimed_off_coco(three, write):
+    report = write(three)
+    for text in (report.markdown, report.html):
+        assert "Not the paper's setting" in text.replace("&#39;", "'") and "scale of COCO" in text
+        assert not re.search(r"\breproduc(ed|es|tion)\b", text) and "here − paper" not in text.lower()
+
+
+def test_coco_is_held_against_the_paper(make_result, write):
+    results = [
+        make_result(method, ap, seed) for seed in (1, 2) for method, ap in ((BEST_OHEM, 32.0), (FL, 35.0 + seed))
+    ]
+    report = write(results, profile="coco", is_coco=True)
+    line = next(line for line in report.cells if line[0] == "OHEM 32/.5" and len(line) > 12)
+    assert line[-4:-1] == ["−0.8", "+11.2", "−1.9"]  # 33.25 less 35.1 is 1.85 under it
+    assert "Not the paper's budget" in report.tops[0] and "640 images" in report.tops[0]
+    assert "lies inside this interval" in report.markdown and "Not the paper's setting" not in report.markdown
+
+
+def test_a_report_of_nothing(make_study, make_result, write):
+    failed = make_result(FL, 0.0, status="failed", metrics={}, error="ValueError: no", exit_code=None)
+    shutil.rmtree(failed.folder)
+    report = write([failed])
+    assert "nothing to compare" in report.markdown and report.record["comparisons"] == []
+    assert "<img" not in report.html and "No run has written its full configuration" in report.html
+    empty = write([], lines=[Line(FL.key, "FL", FL_R50, "FL")])
+    assert "FL: missing" in empty.tops[0] and empty.record["runs"] == []
+
+
+def test_no_focal_loss_and_one_method_alone(make_result, write):
+    report = write([make_result(CE, 30.0), make_result(BEST_OHEM, 31.0)])
+    assert report.record["comparisons"] == [] and "By AP" in report.markdown and "FL is" not in report.markdown
+    alone = write([make_result(CE, 30.0, seed=2)])
+    assert "CE (α .75) 30.0" in alone.markdown
+
+
+def test_a_run_that_left_no_history_and_no_config(make_result, write):
+    result = make_result(FL, 40.1)
+    (result.folder / "metrics.json").unlink()
+    (result.folder / "config.yaml").unlink()
+    report = write([result])
+    assert report.record["runs"][0]["step_seconds"] is None and report.record["lines"][0]["kind"] == "FL"
+
+
+def test_hostile_titles_and_errors_stay_text(make_result, make_study, write):
+    bad = '<script>alert("x")</script> | `a` $\\frac$ \x1b[31m'
+    results = [make_result(FL, 40.1), make_result(FL, 0, seed=2, status="failed", error=bad, metrics={})]
+    results[1].command.append(bad)
+    report = write(results, lines=[Line(FL.key, bad, PAPER[FL], bad)], left_out=[bad], profile=bad)
+    assert not Tags(report.html).named("script") and "&lt;script&gt;" in report.html and "\x1b" not in report.html
+    assert "<script" not in report.markdown.partition("The runs:")[0]  # they stand in a block of code
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in report.markdown.splitlines() if "| 40.1 " in line}
+    assert len(widths) == 1 and report.record["runs"][1]["error"] == bad
+
+
+def test_tables_for_the_terminal(three, make_study):
+    study = make_study(three)
+    table, classes = format_table(study, three), format_class_table(study, three)
+    assert "paper AP" in table and "here AP" in table and "| 45.6 |" in re.sub(" +", " ", table)
+    assert "instances" in classes and "77.7" in classes
+
+
+PROBE = """<script>
+const errors = [];
+addEventListener("error", event => errors.push(String(event.message || event.target.src).slice(0, 99)), true);
+addEventListener("load", () => {
+  const page = document.documentElement, images = [...document.images];
+  page.dataset.probe = [innerWidth, page.scrollWidth, document.body.scrollWidth, images.length,
+    images.filter(image => image.complete && image.naturalWidth > 0).length, errors.length].join(" ");
+});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_phone_shows_the_page_without_scrolling_sideways(make_result, write, tmp_path):
+    error = "RuntimeError: /" + "long" * 100
+    results = [make_result(method, 30.0 + seed, seed) for method in PAPER for seed in (1, 2)]
+    results.append(make_result(FL, 0, seed=3, status="failed", error=error, metrics={}))
+    report = write(results)
+    page = tmp_path / "probe.html"
+    page.write_text(report.html.replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
+    shown = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+        + [f"--user-data-dir={tmp_path / 'chromium'}", "--window-size=360,800", "--enable-logging=stderr"]
+        + ["--dump-dom", Path(page).as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    probe = re.search(r'data-probe="([\d ]+)"', shown.stdout)
+    assert probe, shown.stderr
+    width, page_width, body_width, images, decoded, errors = map(int, probe[1].split())
+    assert width == 360 and page_width <= 360 and body_width <= 360
+    assert (images, decoded, errors) == (9, 9, 0) and "CONSOLE" not in shown.stderr
