@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -43,8 +44,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--print-commands", action="store_true", help="print the train_net.py line of each run, and train nothing")
     add("--executor", choices=EXECUTORS, default="inline", help="who runs it: this process, or submitit")
     add("--executor-args", nargs="+", default=[], metavar="K=V", help="for submitit, such as slurm_partition=gpu")
-    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides for all rows; come last")
-    return parser.parse_args(argv)
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config overrides for all rows, which come last")
+    flags, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(flags)
+    if args.overrides:
+        parser.error(f"{args.overrides[0]}: neither a flag nor a config KEY such as SOLVER.MAX_ITER")
+    args.overrides = overrides
+    return args
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """The flags and the KEY VALUE pairs behind them, which a flag with many values would swallow."""
+    for i, word in enumerate(words):
+        after_flag = i > 0 and words[i - 1].startswith("-")
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*", word) and not after_flag:
+            return words[:i], words[i:]
+    return words, []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56
 LINE_STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 KIND_COLORS = {"FL": "#0072B2", "FL*": "#56B4E9", "CE": "#009E73", "OHEM": "#E69F00", "other": "#999999"}
 _WIDTH = 4.4  # inches; at the width of a phone the letters are then as large as the text around them
+_SHORT = 24  # letters of a label that fits beside another
 _POINTS = 300  # of a curve; a long training leaves thousands
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -89,18 +90,17 @@ def draw_ap(found: Sequence[Outcome], styles: Styles, paper: bool = False) -> Fi
             axis.plot([outcome.line.published.AP], [place], "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)
     axis.set_yticks(places, [o.title for o in done])
     right = max((max(*o.ap_by_seed().values(), o.ap.mean + d) for o, d in zip(done, deviations)), default=0)
-    axis.set(xlabel="AP, percent", xlim=(0, 1.15 * right or 1), ylim=(len(done) - 0.5, -0.5))
+    axis.set(xlabel="AP, percent", xlim=(0, 1.22 * right or 1), ylim=(len(done) - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     return figure
 
 
-def draw_differences(differences: Mapping[str, tuple[str, Paired]], to: str) -> Figure:
+def draw_differences(differences: Mapping[str, tuple[str, Paired]]) -> Figure:
     """Each line's AP minus the reference's: the seeds as dots, the mean, and its 95 % interval.
 
     Args:
         differences: colour and difference by title, in the order from the top.
-        to: title of the reference.
     """
     figure, axis = _panel(height=1.3 + 0.36 * len(differences))
     for place, (color, paired) in enumerate(differences.values()):
@@ -115,7 +115,7 @@ def draw_differences(differences: Mapping[str, tuple[str, Paired]], to: str) -> 
     ends = [0.0, *(value for _, paired in differences.values() for value in paired.by_seed.values())]
     room = max(1.0, 0.5 * (max(ends) - min(ends)))
     axis.set_xlim(min(ends) - room, max(ends) + room)
-    axis.set(xlabel=f"AP minus that of {to}, same seed", ylim=(len(differences) - 0.5, -0.5))
+    axis.set(xlabel="difference in AP, same seed", ylim=(len(differences) - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.3)
     return figure
 
@@ -181,9 +181,10 @@ def _legend(figure: Figure, axis) -> None:
     """Below the panel, where it hides nothing."""
     axis.grid(alpha=0.3, which="both")
     handles, labels = axis.get_legend_handles_labels()
-    rows = -(-len(labels) // 2)
+    columns = 2 if max(map(len, labels)) <= _SHORT else 1
+    rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.24 * rows)
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False, handlelength=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3)
 
 
 def _smoothed(values: np.ndarray, window: int) -> np.ndarray:

@@ -9,14 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .tables import markdown_text, printable
+from .texts import markdown_text, printable
 
 
 def render_html(context: dict[str, Any], folder: Path) -> str:
     """`folder` has the pictures, which go into the page itself."""
     environment = _environment(autoescape=True)
     environment.filters["data_uri"] = lambda name: _data_uri(folder / name)
-    environment.filters["printable"] = printable
     return environment.get_template("page.html").render(context)
 
 
@@ -29,7 +28,12 @@ def render_markdown(context: dict[str, Any]) -> str:
 def _environment(autoescape: bool) -> Environment:
     loader = PackageLoader("focal_plugin.experiments", "templates")
     return Environment(
-        loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -99,7 +99,7 @@ class Sections:
                 if any(p.low is not None for _, p in differences.values())
                 else "."
             )
-            chart = figures.draw_differences(differences, to)
+            chart = figures.draw_differences(differences)
             pictures.append(self._save("differences", chart, f"Differences in AP to {to}: {means}.", caption))
         return pictures
 
@@ -153,8 +153,8 @@ class Sections:
             ("loss_box_reg", ("loss_box_reg",), "box regression loss", "Box regression loss.", "linear"),
         ]
         for name, keys in EXAMPLES.items():
-            caption = f"{name.capitalize()} per image that take part in the classification loss. "
-            caption += "CE and FL use all anchors but the ignored ones, so their curves coincide; OHEM those it mined."
+            caption = f"{name.capitalize()} per image that take part in the classification loss: of OHEM those that "
+            caption += "it mined, of the others all anchors but the ignored ones, so that theirs can coincide."
             panels.append((f"examples_{name}", keys, f"{name} per image", caption, "log"))
         histories = {o.title: [run.history() for run in o.done] for o in self.drawn}
         pictures = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from .paper import CAPTIONS, FL, Published
 from .results import RunResult, of_method
 from .statistics import Summary, summarize
+from .texts import printable
 from .verdict import kind_of
 
 _KINDS = {"ohem": "OHEM", "flstar": "FL*", "fl": "FL", "ce": "CE"}
@@ -82,7 +83,7 @@ class Outcome:
     """A line with its runs, and what follows from both."""
 
     def __init__(self, line: Line, runs: Sequence[RunResult], title: str = ""):
-        self.line, self.runs, self.title = line, list(runs), title or line.title
+        self.line, self.runs, self.title = line, list(runs), printable(title or line.title)
         self.done = [run for run in runs if run.ok]
         self.config = next((config for run in runs if (config := run.config())), {})
         self.kind = _kind(line, self.config)

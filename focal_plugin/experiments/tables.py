@@ -16,6 +16,7 @@ from .paper import Published
 from .results import RunResult
 from .statistics import Summary, paired_difference, signed, summarize
 from .study import Outcome, Study, images_seen, reference
+from .texts import markdown_text
 
 NONE = "–"
 _APS = ("AP", "AP50", "AP75")
@@ -51,7 +52,8 @@ class Table:
 def comparison_table(study: Study, found: Sequence[Outcome]) -> Table:
     """The paper's numbers beside ours; what compares is the difference, on COCO also to the paper itself."""
     anchor = reference(found)
-    to = f"to {anchor.kind if anchor.kind == 'FL' else anchor.title}" if anchor else "to FL"
+    alone = anchor is not None and [o.kind for o in found].count(anchor.kind) == 1
+    to = f"to {anchor.kind if alone else anchor.title}" if anchor else "to FL"
     scaled = any(o.line.published and o.line.paper_title != o.title for o in found)
     headers = ["method", *(["row"] if scaled else []), *_APS, to, *_APS, to, *(_APS if study.is_coco else ()), "seeds"]
     gaps = [("here − paper", 3)] if study.is_coco else []
@@ -128,19 +130,6 @@ EXAMPLES = {
     "negatives": ("ohem/num_neg", "num_neg_anchors"),
 }
 _NOTHING = Published(math.nan, math.nan, math.nan)
-
-
-def markdown_text(text: str) -> str:
-    """On one line, and without what Markdown would take for a table, a tag or a quotation."""
-    text = " / ".join(line for line in printable(text).splitlines() if line.strip())
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
-        text = text.replace(mark, instead)
-    return text
-
-
-def printable(text: str) -> str:
-    """Without the control characters that a console may hold."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def _cost_line(outcome: Outcome) -> list[str]:

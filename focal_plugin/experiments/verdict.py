@@ -109,6 +109,8 @@ def verdict(study: Study, found: Sequence[Outcome], comparisons: Sequence[Compar
     if ranked[0].ap.mean < _LEARNED:
         return [*text, "No run has learned to detect yet, so the order means nothing."]
     text += [" ".join(_words(comparison, study.is_coco)) for comparison in comparisons]
+    if any(o.kind == "FL" for o in found) and not any(o.kind == "FL" for o in ranked):
+        text.append("No run of FL is done, so nothing is compared with it.")
     return [*text, _scope(study, ranked)]
 
 

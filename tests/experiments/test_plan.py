@@ -9,7 +9,7 @@ import pytest
 from focal_plugin import get_config
 from focal_plugin.engine import argument_parser
 from focal_plugin.experiments import plan
-from focal_plugin.experiments.cli import main
+from focal_plugin.experiments.cli import main, parse_args
 from focal_plugin.experiments.estimate import describe_plan
 from focal_plugin.experiments.paper import BEST_OHEM, FL, TABLES
 from focal_plugin.experiments.plan import choose_rows, load_profile, make_runs
@@ -112,6 +112,7 @@ def test_corrected_boxes_are_trained_on_again(tmp_path):
             "--rows focal: not in table 1d, which has ohem_128",
         ),
         (["--table", "1e", "--profile", "digits"], "use --profile coco"),
+        (["--table", "1d", "--profile", "digits", "SOLVER.MAX_ITER"], "odd number of words"),
         (["--table", "1d", "--profile", "no.yaml"], "no config file 'no.yaml'"),
         (["--table", "1d", "--profile", "digits", "--seeds", "1", "1"], "the same seed twice"),
         (["--table", "1d", "--profile", "digits", "SEED", "4"], "--seeds"),
@@ -129,6 +130,16 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "output").exists()
+
+
+def test_overrides_come_last_whatever_flag_is_before_them():
+    words = ["--table", "1d", "--profile", "MINE", "--seeds", "1", "2", "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "(1,)"]
+    args = parse_args(words)
+    assert (args.profile, args.seeds, args.overrides) == ("MINE", [1, 2], words[-4:])
+    args = parse_args([*words[:4], "--rows", "a", "b", "SOLVER.BASE_LR", "-1"])
+    assert (args.rows, args.overrides) == (["a", "b"], ["SOLVER.BASE_LR", "-1"])
+    with pytest.raises(SystemExit):
+        parse_args([*words[:4], "solver.max_iter", "5"])
 
 
 def test_print_commands_prints_a_line_for_each_run(capsys, tmp_path, monkeypatch):

@@ -108,6 +108,10 @@ def test_nothing_done(aps):
     assert "nothing to compare" in Trained("1d", aps).words
 
 
+def test_a_focal_loss_that_is_not_done_is_missed():
+    assert "No run of FL is done" in Trained("1d", {BEST_OHEM: [30], FL: [None]}).words
+
+
 def test_what_learned_nothing_is_not_compared():
     text = Trained("1d", {BEST_OHEM: [0.2], FL: [0.2]}).words
     assert "the order means nothing" in text and "In the paper" not in text
