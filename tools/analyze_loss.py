@@ -2,7 +2,8 @@
 """Figures 1 and 4 of the focal loss paper: the loss itself, and which windows of a trained model carry it.
 
 tools/analyze_loss.py                                             (Figure 1 alone, without a model)
-tools/analyze_loss.py --config-file configs/digits/focal.yaml MODEL.WEIGHTS report/focal/model_final.pth
+tools/analyze_loss.py --config-file configs/digits/focal.yaml \\
+    MODEL.WEIGHTS output/reproduce/digits/fl_gamma2_alpha0.25/seed1/model_final.pth
 tools/analyze_loss.py --config-file mine.yaml --register mine_val=val.json:images --dataset mine_val \\
     --num-images 1000 --output report/loss MODEL.WEIGHTS output/model_final.pth
 """

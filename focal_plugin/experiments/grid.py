@@ -9,9 +9,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,7 +21,7 @@ from .executors import InlineExecutor
 from .figures import COLORS
 from .paper import BEST_OHEM, CE, FL
 from .plan import Profile, choose_rows, load_profile, make_runs
-from .record import machine, versions
+from .provenance import origin
 from .results import RunResult, of_method
 from .runner import available_cores, run_all
 from .worker import Run
@@ -135,7 +133,7 @@ def write_grid(outcomes: Sequence[Outcome], ohem: str, num_seeds: int, folder: P
         ]
     )
     (folder / "grid.md").write_text(text + "\n", encoding="utf-8")
-    record = {**_origin(command), "ohem": ohem, "process_hours": round(hours, 2), "cells": [vars(o) for o in outcomes]}
+    record = {**origin(command), "ohem": ohem, "process_hours": round(hours, 2), "cells": [vars(o) for o in outcomes]}
     (folder / "grid.json").write_text(
         json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
@@ -181,11 +179,6 @@ def draw_grid(outcomes: Sequence[Outcome], ohem: str, path: Path) -> None:
 def _objects_per_image(train_json: Path) -> float:
     truth = json.loads(train_json.read_text(encoding="utf-8"))
     return len(truth["annotations"]) / len(truth["images"])
-
-
-def _origin(command: str) -> dict[str, Any]:
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"command": command, "date": date, "machine": machine(), "versions": versions()}
 
 
 def _mean(values: Sequence[float], sign: str = "") -> str:

@@ -15,8 +15,8 @@ from detectron2.data import MetadataCatalog
 
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
+from .naming import title_of
 from .paper import CAPTIONS, TABLES, PaperRow
-from .verdict import title_of
 from .worker import Run
 
 _PACKAGE = Path(__file__).resolve().parents[1]

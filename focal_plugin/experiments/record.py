@@ -1,18 +1,12 @@
-"""A report for machines, and what it was made with."""
+"""A report for machines."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from .results import RunResult
 from .sections import Curves
@@ -128,6 +122,8 @@ def _run_record(run: RunResult, curves: Sequence) -> dict[str, Any]:
         "attempts": run.attempts,
         "seconds": round(run.seconds, 1),
         "step_seconds": step_seconds(run),
+        "machine": run.machine,
+        "date": run.date,
         "threads": run.threads,
         "parallel": run.parallel,
         "peak_memory": run.peak_memory or None,
@@ -150,20 +146,3 @@ def storable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def machine() -> str:
-    """Processor, cores and, where there is one, the GPU."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{cpu}, {os.cpu_count()} cores, {gpu}, {platform.system()}, Python {platform.python_version()}"
-
-
-def versions() -> dict[str, str]:
-    names = ("focal_plugin", "detectron2", "torch", "torchvision", "numpy", "scipy", "pycocotools")
-    # A module's own word comes first: Detectron2 is also distributed under other names.
-    return {n: getattr(import_module(n), "__version__", None) or metadata.version(n) for n in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +12,8 @@ import matplotlib
 from ..analysis.detections import precision_recall_curves
 from .notes import notes
 from .page import render_html, render_markdown
-from .record import machine, recipe_of, storable, study_record, versions
+from .provenance import origin
+from .record import recipe_of, storable, study_record
 from .results import RunResult, write_whole
 from .sections import Sections
 from .study import Data, Line, Study, outcomes, reference
@@ -49,12 +49,7 @@ def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -
     # A dollar sign in a title is a dollar sign.
     with matplotlib.rc_context({"text.parse_math": False}):
         sections = Sections(study, found, curves, folder).build(words)
-    origin = {
-        "command": study.command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-    }
+    made = origin(study.command)
     remarks = notes(study, found)
     context = {
         "study": study,
@@ -62,10 +57,10 @@ def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -
         "sections": sections,
         "recipes": [recipe_of(outcome) for outcome in found],
         "commands": [shlex.join(run.command) for outcome in found for run in outcome.runs],
-        **origin,
+        **made,
     }
     record = {
-        **origin,
+        **made,
         "notes": [" ".join(filter(None, (note.lead, note.text, note.code))) for note in remarks],
         "verdict": words,
         **study_record(study, found, comparisons, curves),

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from .provenance import machine, now
+
 CONSOLE = "console.txt"
 RESULT = "result.json"
 # Upstream's trainer, on the first loss that is no number.
@@ -40,6 +42,8 @@ class RunResult:
         attempts: 1, or more for a run that was stopped and went on.
         peak_memory: bytes; of the GPU, or resident in the process on a CPU. 0: unknown.
         peak_memory_of: "GPU" or "process".
+        machine: where it was trained.
+        date: when it ended, UTC.
         threads: of the process.
         parallel: how many runs shared the machine.
         reused: an earlier call trained it.
@@ -60,6 +64,8 @@ class RunResult:
     attempts: int = 1
     peak_memory: int = 0
     peak_memory_of: str = "process"
+    machine: str = ""
+    date: str = ""
     threads: int = 1
     parallel: int = 1
     reused: bool = False
@@ -102,8 +108,9 @@ class RunResult:
         return next((r for r in reversed(records) if "total_loss" in r and "iteration" in r), None)
 
     def finish(self, exit_code: int, seconds: float) -> None:
-        """Takes in what the ended process has left, and writes it down if it need not run again."""
+        """Takes in what the ended process has left, and writes it down."""
         self.exit_code, self.seconds, self.metrics = exit_code, seconds, self._final_metrics()
+        self.machine, self.date = machine(), now()
         self._find_gpu_memory()
         if exit_code:
             self.error = _last_error(self.folder / CONSOLE, exit_code)
@@ -120,13 +127,17 @@ class RunResult:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
             if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or self.detections.is_file()):
-                for name in _SAVED:
-                    setattr(self, name, saved[name])
+                known = {name: saved[name] for name in _SAVED if name in saved}
+                known["metrics"] = {k: math.nan if v is None else v for k, v in saved["metrics"].items()}
+                vars(self).update(known)
                 return True
         return False
 
     def _save(self) -> None:
-        text = json.dumps({key: value for key, value in asdict(self).items() if key in _SAVED}, indent=1)
+        saved = {key: value for key, value in asdict(self).items() if key in _SAVED}
+        # A class without an object has no AP; JSON has no NaN.
+        saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
+        text = json.dumps(saved, indent=1, allow_nan=False)
         write_whole(self.folder / RESULT, text + "\n")
 
     def _final_metrics(self) -> dict[str, float]:

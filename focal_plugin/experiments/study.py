@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .naming import kind_of
 from .paper import CAPTIONS, FL, Published
 from .results import RunResult, of_method
 from .statistics import Summary, summarize
 from .texts import printable
-from .verdict import kind_of
 
 _KINDS = {"ohem": "OHEM", "flstar": "FL*", "fl": "FL", "ce": "CE"}
 _KIND_IN_KEY = re.compile(r"(?:^|_)(ohem|flstar|fl|ce)(?=1to3|_)")

@@ -90,9 +90,10 @@ def train(run: Run, threads: int = 1, parallel: int = 1) -> str:
     Raises FileExistsError for a folder that no run has written, BlockingIOError if another process trains in it.
     """
     with _locked(run.folder) as lock:
+        earlier = run.result()
+        if earlier.load() and earlier.status in ("done", "diverged"):
+            return earlier.status
         result = run.result(threads, parallel)
-        if result.load() and result.status in ("done", "diverged"):
-            return result.status
         result.attempts = _prepare(run)
         begun = time.monotonic()
         exit_code, result.peak_memory = _call(run, threads, lock)

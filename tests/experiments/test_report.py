@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 
 from focal_plugin.experiments import sections
+from focal_plugin.experiments.naming import title_of
 from focal_plugin.experiments.paper import BEST_OHEM, CE, FL, FL_R50, Published
 from focal_plugin.experiments.report import Data, Line, Study, format_class_table, format_table, write_report
 from focal_plugin.experiments.results import RunResult
-from focal_plugin.experiments.verdict import title_of
 
 BOX = [8, 8, 16, 16]
 PAPER = {CE: None, BEST_OHEM: Published(32.8, 50.3, 35.1), FL: Published(36.0, 54.9, 38.7)}

@@ -1,6 +1,7 @@
 """The runner and its workers, with a script that only pretends to train."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -36,7 +37,8 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(run, make_run, attempts, cap
     failed, fine = run(make_run("a", "FAIL", "2"), make_run("b"))
     assert (failed.status, failed.exit_code, failed.error) == ("failed", 1, "RuntimeError: CUDA out of memory")
     assert fine.ok and "A seed 1: FAILED" in capsys.readouterr().err
-    run(make_run("a", "FAIL", "2"), make_run("b"))
+    again, _ = run(make_run("a", "FAIL", "2"), make_run("b"), threads=2)
+    assert (again.attempts, again.threads) == (2, 2)
     assert len(attempts(failed.folder)) == 2 and len(attempts(fine.folder)) == 1  # a failure may have been an accident
     assert "CUDA out of memory" in (failed.folder / "console.1.txt").read_text()
 
@@ -62,6 +64,22 @@ def test_a_script_that_cannot_start_is_a_failure(run, make_run, train_net):
 
 def test_a_model_that_detects_nothing_has_ap_0(run, make_run):
     assert run(make_run("a", "AP", "nan"))[0].ap == 0
+
+
+def test_what_is_saved_is_strict_json_with_its_origin(run, make_run):
+    first = make_run("a").result()
+    first.folder.mkdir(parents=True)
+    first.metrics = {"bbox/AP": 1.0, "bbox/APl": float("nan")}
+    first.status = "failed"
+    first._save()
+    assert (
+        json.loads((first.folder / "result.json").read_text(), parse_constant=pytest.fail)["metrics"]["bbox/APl"]
+        is None
+    )
+    second = make_run("a").result()
+    assert second.load() and math.isnan(second.metrics["bbox/APl"]) and second.ap == 1
+    (third,) = run(make_run("b"))
+    assert "cores" in third.machine and third.date.startswith("20")
 
 
 def test_a_finished_run_is_reused(run, make_run, capsys):

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from focal_plugin.experiments.naming import kind_of, title_of
 from focal_plugin.experiments.notes import notes
 from focal_plugin.experiments.paper import BEST_OHEM, CE, FL, TABLES, ohem
 from focal_plugin.experiments.report import Data, Line, Study
 from focal_plugin.experiments.results import RunResult
 from focal_plugin.experiments.study import best, featured, outcomes, reference
-from focal_plugin.experiments.verdict import compare, kind_of, title_of, verdict
+from focal_plugin.experiments.verdict import compare, verdict
 
 OTHER_OHEM = ohem(256, 0.5)
 
