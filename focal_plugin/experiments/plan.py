@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
 
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
@@ -136,6 +137,7 @@ def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
     config_file, overrides = profile.recipe(row)
     overrides = ("SEED", str(seed), *overrides)
     cfg = load_config(config_file, list(overrides))
+    solver = _scaled_solver(cfg, num_gpus)
     register = [word for text in profile.register for word in ("--register", text)]
     return Run(
         method=method_key(row, profile),
@@ -147,10 +149,21 @@ def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
         flags=("--num-gpus", str(num_gpus), *register) if num_gpus > 1 else tuple(register),
         overrides=overrides,
         fingerprint=fingerprint(cfg, train_net, num_gpus, data),
-        max_iter=cfg.SOLVER.MAX_ITER,
-        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        max_iter=solver.MAX_ITER,
+        images_per_step=solver.IMS_PER_BATCH,
         on_gpu=torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )
+
+
+def _scaled_solver(cfg: CfgNode, num_gpus: int) -> CfgNode:
+    """As upstream's trainer scales it from SOLVER.REFERENCE_WORLD_SIZE workers to these."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared out among SOLVER.REFERENCE_WORLD_SIZE "
+            f"{solver.REFERENCE_WORLD_SIZE} workers; 0 switches the scaling off"
+        )
+    return DefaultTrainer.auto_scale_workers(cfg, num_gpus).SOLVER
 
 
 def _title(row: PaperRow, cfg: CfgNode) -> str:

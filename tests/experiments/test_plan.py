@@ -61,6 +61,14 @@ def test_coco_rows_train_with_the_papers_configs(runs_of):
     assert networks[0] == "R-50-400 FL (γ 2, α .25)" and len(set(networks)) == 10
 
 
+def test_steps_are_those_of_the_gpus_there_are(runs_of):
+    """The configs are for 8; upstream scales batch and steps, and the plan counts what will be trained."""
+    (run,) = runs_of("1d", "coco", rows=[BEST_OHEM.key], num_gpus=2)
+    assert (run.max_iter, run.images_per_step) == (360000, 4)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 12 cannot be shared"):
+        runs_of("1d", "coco", "SOLVER.IMS_PER_BATCH", "12", rows=[BEST_OHEM.key])
+
+
 def test_tables_share_the_runs_of_rows_they_share(runs_of):
     by_key = {run.method: run for table in ("1a", "1b", "1d", "3") for run in runs_of(table, "digits")}
     assert len(by_key) == 7 + 6 + 9 + 2
@@ -152,7 +160,7 @@ def test_print_commands_prints_a_line_for_each_run(capsys, tmp_path, monkeypatch
 
 
 def test_a_plan_with_an_estimate_and_its_source(runs_of):
-    text = describe_plan(runs_of("1d", "coco"), load_profile("coco"), parallel=1)
+    text = describe_plan(runs_of("1d", "coco", num_gpus=8), load_profile("coco"), parallel=1)
     assert "R-101-600_ohem_128_nms0.5/seed1" in text and "90,000" in text
     # 11 runs of 90,000 steps at the zoo's .291 s for R-101
     assert "11 of 11 runs to train, 990,000 steps" in text and "80 h 01" in text and "model zoo" in text
