@@ -56,8 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """The flags and the KEY VALUE pairs behind them, which a flag with many values would swallow."""
     for i, word in enumerate(words):
-        after_flag = i > 0 and words[i - 1].startswith("-")
-        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*", word) and not after_flag:
+        after_flag = i > 0 and words[i - 1].startswith("-")  # a word without a dot may be its value
+        key = re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*", word)
+        if key and (key[1] or not after_flag):
             return words[:i], words[i:]
     return words, []
 
@@ -77,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reproduce(args: argparse.Namespace, command: str) -> int:
+    if not TRAIN_NET.is_file():
+        raise ValueError(
+            f"there is no {TRAIN_NET}: run tools/reproduce.py from a checkout, not from an installed wheel"
+        )
     if args.num_gpus < 1:
         raise ValueError(f"--num-gpus {args.num_gpus}: at least 1 is needed; without a GPU it counts CPU workers")
     profile = load_profile(args.profile, args.register, args.overrides)
@@ -93,7 +98,7 @@ def _reproduce(args: argparse.Namespace, command: str) -> int:
         return 0
     executor = _executor(args, runs, output, parallel, threads)
     data = prepare_data(profile)
-    results = run_all(runs, executor, parallel=parallel, threads=threads, fresh=args.fresh)
+    results = run_all(runs, executor, parallel=parallel, threads=threads)
     study = _study(args, profile, rows, results, data, command)
     page = write_report(study, results, args.report)
     print(f"\n{format_table(study, results)}\n\nThe report is in {page} (report.md and results.json beside it)")
@@ -118,7 +123,12 @@ def _study(args, profile: Profile, rows: list[PaperRow], results: list[RunResult
 def _share_out(args: argparse.Namespace, runs: list[Run]) -> tuple[int, int]:
     """How many runs at a time, with how many threads each."""
     cores = available_cores()
-    if any(run.on_gpu for run in runs):
+    if runs[0].on_gpu:
+        if args.executor == "inline" and (args.parallel or 1) > 1:
+            raise ValueError(
+                f"--parallel {args.parallel}: all would use the same GPU. Give each run more with --num-gpus, or start "
+                "this command once for each GPU, with CUDA_VISIBLE_DEVICES and its own --rows"
+            )
         return args.parallel or 1, args.threads or cores
     parallel = args.parallel or max(1, min(len(runs), cores // args.num_gpus))
     return parallel, args.threads or max(1, cores // (parallel * args.num_gpus))
@@ -126,14 +136,14 @@ def _share_out(args: argparse.Namespace, runs: list[Run]) -> tuple[int, int]:
 
 def _executor(args, runs: list[Run], output: Path, parallel: int, threads: int):
     if args.executor == "inline":
-        return InlineExecutor(parallel, threads)
+        return InlineExecutor(parallel, threads, args.fresh)
     wrong = [text for text in args.executor_args if "=" not in text]
     if wrong:
         raise ValueError(f"--executor-args {' '.join(wrong)}: not of the form KEY=VALUE")
     options = dict(text.split("=", 1) for text in args.executor_args)
     options = {key: int(value) if value.isdigit() else value for key, value in options.items()}
     num_gpus = args.num_gpus if runs[0].on_gpu else 0
-    return SubmititExecutor(args.executor, output / "submitit", parallel, threads, num_gpus, options)
+    return SubmititExecutor(args.executor, output / "submitit", parallel, threads, num_gpus, options, args.fresh)
 
 
 def prepare_data(profile: Profile) -> Data:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from ..config import load_config
 from .plan import Profile
 from .progress import format_duration
-from .worker import Run
+from .worker import Run, known_fingerprint
 
 # Seconds per step on 8 V100, batch 16, by backbone depth: Detectron2's MODEL_ZOO.md, RetinaNet R50 and R101 (800 px).
 _ZOO_SECONDS = {50: 0.205, 101: 0.291}
@@ -48,12 +48,16 @@ def _seconds_per_step(runs: Sequence[Run], profile: Profile) -> tuple[float | No
 
 
 def _measured(run: Run) -> float | None:
+    if known_fingerprint(run.folder) != run.fingerprint:
+        return None
     times = [record["time"] for record in run.result().history() if "time" in record]
     return statistics.median(times) if times else None
 
 
 def _steps_done(run: Run) -> int:
     """Up to the last checkpoint, from which it would go on."""
+    if known_fingerprint(run.folder) != run.fingerprint:
+        return 0
     steps = [int(path.stem.removeprefix("model_")) + 1 for path in run.folder.glob("model_[0-9]*.pth")]
     return max(steps, default=0)
 

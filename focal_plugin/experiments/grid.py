@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = make_cells(args.cells, [FL.key, CE.key, args.ohem], args.seeds, args.output)
         # Seed by seed, so that a grid that is stopped is whole for the seeds it has.
         runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: args.seeds.index(run.seed))
-        parallel = args.parallel or available_cores()
+        parallel = 1 if runs[0].on_gpu else args.parallel or available_cores()
         if args.dry_run:
             print(describe_plan(runs, cells[0].profile, parallel))
             return 0

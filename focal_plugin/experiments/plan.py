@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -30,6 +31,7 @@ class Profile:
 
     Attributes:
         name: "coco", "digits" or that of a YAML file.
+        is_coco: the paper's own setting, with a config for each row.
         config_file: the config that all rows are based on.
         register: arguments of train_net's --register.
         overrides: config keys and values for all rows, in turn; they win over a row's own.
@@ -39,10 +41,7 @@ class Profile:
     config_file: Path
     register: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-
-    @property
-    def is_coco(self) -> bool:
-        return self.name == "coco"
+    is_coco: bool = False
 
     def config(self, row: PaperRow | None = None) -> CfgNode:
         """The configuration of a row, or of the profile itself."""
@@ -74,14 +73,16 @@ def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[st
         if key in overrides[::2]:
             raise ValueError(f"{key} is set for each run by {instead}, not among the overrides")
     register_from_args(register)
-    if name == "coco":
-        profile = Profile(name, config_dir() / "paper" / "Base-paper.yaml", tuple(register), tuple(overrides))
-    elif name == "digits":
-        profile = Profile(name, find_config(_DIGITS), tuple(register), tuple(overrides))
-    else:
-        path = find_config(name)
-        profile = Profile(path.stem, path, tuple(register), tuple(overrides))
-    profile.config()  # a wrong key is found here, once, and not by every row
+    built_in = {"coco": config_dir() / "paper" / "Base-paper.yaml", "digits": config_dir() / _DIGITS}
+    path = built_in.get(name) or find_config(name)
+    title = name if name in built_in else path.name if path.stem in built_in else path.stem
+    profile = Profile(title, path, tuple(register), tuple(overrides), is_coco=name == "coco")
+    cfg = profile.config()  # a wrong key is found here, once, and not by every row
+    if len(cfg.DATASETS.TEST) != 1 or not cfg.DATASETS.TRAIN:
+        raise ValueError(
+            f"--profile {name}: one data set to evaluate on and at least one to train on are needed, not "
+            f"DATASETS.TEST {cfg.DATASETS.TEST} and DATASETS.TRAIN {cfg.DATASETS.TRAIN}"
+        )
     return profile
 
 
@@ -120,7 +121,7 @@ def make_runs(
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
-    data = _data_digest(profile.config())
+    data = _files_digest(profile.config())
     return [_make_run(row, profile, seed, output_dir, train_net, num_gpus, data) for seed in seeds for row in rows]
 
 
@@ -176,25 +177,27 @@ def _title(row: PaperRow, cfg: CfgNode) -> str:
 
 
 def fingerprint(cfg: CfgNode, train_net: Path, num_gpus: int = 1, data: str = "") -> str:
-    """A hash of all that decides the outcome of a run: configuration, data, workers and the code that trains."""
+    """A hash of all that decides the outcome of a run: configuration, data, weights, workers, the code that trains."""
     # What trains never imports these two rooms, so editing a report does not cost a training.
     sources = [p for p in sorted(_PACKAGE.rglob("*.py")) if p.parent.name not in ("experiments", "analysis")]
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = ""
-    digest = hashlib.sha256(json.dumps([cfg.dump(), num_gpus, data]).encode())
+    digest = hashlib.sha256(
+        json.dumps([cfg.dump(), num_gpus, data, torch.__version__, detectron2.__version__]).encode()
+    )
     for path in [train_net, *sources]:
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _data_digest(cfg: CfgNode) -> str:
-    """Of the annotation files, so that corrected boxes are trained on and not reported from an older run."""
+def _files_digest(cfg: CfgNode) -> str:
+    """Of annotations and local weights, so that corrected boxes are trained on and not reported from an older run."""
+    metas = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    # What draws itself is decided by the code; what is missing is reported by the run.
+    paths = [meta.get("json_file") for meta in metas if not meta.get("made_on_first_use")]
     digest = hashlib.sha256()
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        meta = MetadataCatalog.get(name)
-        path = meta.get("json_file")
-        # What draws itself is decided by the code; what is missing is reported by the run.
-        if path and not meta.get("made_on_first_use") and Path(path).is_file():
+    for path in (*paths, cfg.MODEL.WEIGHTS):
+        if path and Path(path).is_file():
             with open(path, "rb") as file:
                 for block in iter(lambda: file.read(2**20), b""):
                     digest.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import os
@@ -116,6 +117,25 @@ def make_progress(states: Sequence[RowState], stream: TextIO) -> Bars | Lines:
     # A terminal without a size (some containers have one) or too small for the bars shows nothing of them.
     drawable = stream.isatty() and os.get_terminal_size(stream.fileno()).lines > len(states) + 1
     return (Bars if drawable else Lines)(states, stream)
+
+
+class Unbreakable:
+    """Passes on to a display, and goes on without it when the terminal is gone: the runs are worth more."""
+
+    def __init__(self, display: Bars | Lines):
+        self._display = display
+
+    def show(self, left: float | None) -> None:
+        with contextlib.suppress(OSError):
+            self._display.show(left)
+
+    def event(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._display.event(text)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._display.close()
 
 
 class Lines:

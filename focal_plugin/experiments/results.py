@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .provenance import machine, now
 
 CONSOLE = "console.txt"
 RESULT = "result.json"
+TEMPORARY = ".tmp"
 # Upstream's trainer, on the first loss that is no number.
 _DIVERGED = re.compile(r"Loss became infinite or NaN at iteration=(\d+)")
 
@@ -163,9 +165,12 @@ _SAVED = [f.name for f in fields(RunResult) if f.name not in ("method", "title",
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that, stopped at any moment, it is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    """Writes a file so that, stopped at any moment (power included), it is there whole or as it was."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

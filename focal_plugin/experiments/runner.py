@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from .executors import InlineExecutor, Job, SubmititExecutor
-from .progress import Bars, Lines, RowState, format_duration, make_progress, seconds_left
+from .progress import RowState, Unbreakable, format_duration, make_progress, seconds_left
 from .results import CONSOLE, RunResult
-from .worker import Run, check_folder, forget, shown
+from .worker import Run, check_folder, shown, superseded
 
 _POLL_SECONDS = 0.25
 
@@ -25,7 +25,6 @@ def run_all(
     *,
     parallel: int = 1,
     threads: int = 1,
-    fresh: bool = False,
     stream: TextIO | None = None,
 ) -> list[RunResult]:
     """Trains every run in its folder and returns their results in the order of `runs`.
@@ -39,7 +38,6 @@ def run_all(
         executor: where.
         parallel: runs at the same time, for the estimate of the time left.
         threads: of each, for the record.
-        fresh: train again what has ended before.
         stream: where progress goes; default: stderr.
     """
     tracks = [_Track(run, threads, parallel) for run in runs]
@@ -47,9 +45,7 @@ def run_all(
         raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
     for run in runs:  # before one is started that this would end
         check_folder(run.folder)
-        if fresh:
-            forget(run.folder)
-    progress = make_progress([track.state for track in tracks], stream or sys.stderr)
+    progress = Unbreakable(make_progress([track.state for track in tracks], stream or sys.stderr))
     try:
         with _signals_interrupt():
             _work_off(tracks, executor, parallel, progress)
@@ -72,10 +68,11 @@ class _Track:
         self.state = RowState(f"{run.title} seed {run.seed}", total=run.max_iter)
         self.job: Job | None = None
         self.ended = False
+        self.since = 0.0  # what is older in the folder is not of this attempt
 
-    def reuse(self) -> bool:
+    def reuse(self, fresh: bool) -> bool:
         """Takes over the result of an earlier call if it would be the same."""
-        if self.result.load() and self.result.status in ("done", "diverged"):
+        if not fresh and self.result.load() and self.result.status in ("done", "diverged"):
             self.result.reused = self.ended = True
             self.state.status = self.result.status
         else:
@@ -83,24 +80,36 @@ class _Track:
         return self.ended
 
     def submitted(self, job: Job) -> None:
-        self.job = job
+        self.job, self.since = job, time.time()
         self.state.status = "waiting"
 
     def look(self) -> bool:
         """Brings the state up to date; True when the job has just ended."""
         done = self.job.done()
         state = self.state
-        record = self.result.last_step() if (self.run.folder / CONSOLE).is_file() else None
-        if state.status == "waiting" and (record or (self.run.folder / CONSOLE).is_file()):
+        if state.status == "waiting" and self._is_new("console.txt"):
             state.status, state.started = "running", time.monotonic()
+        record = self._last_step()
         if record:
             state.step, state.loss = record["iteration"] + 1, record["total_loss"]
             state.step_seconds = record.get("time", state.step_seconds)
-        if state.step and state.step >= state.total and not state.evaluating:
+        if state.step < state.total:
+            state.trained = None
+        elif not state.evaluating:
             state.trained = time.monotonic()
         if done:
             self._end()
         return done
+
+    def _last_step(self) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError):  # a file system may be away for a moment; the training is not
+            return self.result.last_step() if self._is_new("metrics.json") else None
+        return None
+
+    def _is_new(self, name: str) -> bool:
+        with contextlib.suppress(OSError):
+            return (self.run.folder / name).stat().st_mtime > self.since - 1
+        return False
 
     def _end(self) -> None:
         self.ended = True
@@ -112,11 +121,15 @@ class _Track:
         self.state.status, self.state.ap = self.result.status, self.result.ap
 
 
-def _work_off(tracks: Sequence[_Track], executor, parallel: int, progress: Bars | Lines) -> None:
+def _work_off(tracks: Sequence[_Track], executor, parallel: int, progress: Unbreakable) -> None:
     for track in tracks:
-        if track.reuse():
+        if track.reuse(executor.fresh):
             track.state.ap = track.result.ap
             progress.event(f"{track.state.title}: reused, {_outcome(track.result)} (--fresh trains it again)")
+        elif not executor.fresh and (aside := superseded(track.run)):
+            progress.event(
+                f"{track.state.title}: config, data or code have changed; the earlier run moves to {shown(aside)}"
+            )
     queue = [track for track in tracks if not track.ended]
     running: list[_Track] = []
     while queue or running:
@@ -142,7 +155,7 @@ def _outcome(result: RunResult) -> str:
     return f"FAILED after {format_duration(result.seconds)} (exit code {result.exit_code}): {result.error}"
 
 
-def _say_what_is_kept(tracks: Sequence[_Track], executor, progress: Bars | Lines) -> None:
+def _say_what_is_kept(tracks: Sequence[_Track], executor, progress: Unbreakable) -> None:
     if executor.survives_us:
         progress.event("Interrupted. What is in the queue goes on; the same command shows how far it is.")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -13,23 +14,27 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import CONSOLE, RESULT, RunResult, write_whole
+from .results import CONSOLE, RESULT, TEMPORARY, RunResult, write_whole
 
 _RUN = "run.json"  # says that the folder is ours, and for which fingerprint
 _LOCK = "lock"
 JOB = "slurm_job"  # its number, for the next call
 # The training dies with whoever waits for it, even by kill -9, and never trains on unseen beside the next attempt.
 # (PR_SET_PDEATHSIG is 1; it lasts through exec. Elsewhere than on Linux the lock, which it holds, keeps others out.)
+# Its own workers die with it by SIGINT, as torch has it, which a job in the background would ignore.
 _TIED = """\
 import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
+_PR_SET_PDEATHSIG = 1
 _LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 
 
@@ -83,13 +88,19 @@ class Run:
         )
 
 
-def train(run: Run, threads: int = 1, parallel: int = 1) -> str:
+def train(run: Run, threads: int = 1, parallel: int = 1, fresh: bool = False) -> str:
     """Trains ``run`` in a process of its own, from its last checkpoint if there is one; returns its status.
 
-    Nothing is trained that has ended before with the same fingerprint. What a run with another one left is removed.
-    Raises FileExistsError for a folder that no run has written, BlockingIOError if another process trains in it.
+    Nothing is trained that has ended before with the same fingerprint, unless ``fresh``. What a run with another one
+    left is moved aside. If another process trains in the folder, its end is waited for.
+
+    Raises:
+        FileExistsError: the folder holds what no run has written, or a run.json that cannot be read.
+        KeyboardInterrupt: this process is stopping (:func:`stop_all`).
     """
     with _locked(run.folder) as lock:
+        if fresh:
+            forget(run.folder)
         earlier = run.result()
         if earlier.load() and earlier.status in ("done", "diverged"):
             return earlier.status
@@ -105,31 +116,67 @@ def train(run: Run, threads: int = 1, parallel: int = 1) -> str:
 
 def check_folder(folder: Path) -> None:
     """Refuses to train where something lies that no run has written."""
-    if folder.is_dir() and {p.name for p in folder.iterdir()} - {_LOCK, JOB} and not (folder / _RUN).is_file():
+    if _left_in(folder) and not (folder / _RUN).is_file():
         raise FileExistsError(f"{folder} is not empty and no earlier run; choose another output folder")
+
+
+def known_fingerprint(folder: Path) -> str:
+    """Of the run that has trained in the folder; empty if none has.
+
+    Raises:
+        FileExistsError: one has, but what it left cannot be read. Nothing is deleted on suspicion.
+    """
+    path = folder / _RUN
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{path} cannot be read ({error}): move {folder} away, or see what is wrong") from error
+
+
+def superseded(run: Run) -> Path | None:
+    """Where what another run has left in the folder will be moved to; None if there is nothing worth keeping."""
+    known = known_fingerprint(run.folder)
+    if known in ("", run.fingerprint):
+        return None
+    if not (run.folder / RESULT).is_file() and not any(run.folder.glob("*.pth")):
+        return None
+    return run.folder.with_name(f"{run.folder.name}.{known[:8]}")
 
 
 def forget(folder: Path) -> None:
     """Empties the folder of a run, for metrics.json is appended to."""
     check_folder(folder)
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name not in (_LOCK, JOB, _RUN):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (folder / _RUN).unlink(missing_ok=True)  # last: until then the folder is ours
+    for path in _left_in(folder):
+        if path.name != _RUN:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / _RUN).unlink(missing_ok=True)  # last: until then the folder is ours
 
 
 def stop_all(grace: float = 5.0) -> None:
-    """Ends the trainings that this process has started, and all that they have started."""
-    with _processes_lock:
+    """Ends the trainings that this process has started, and all that they have started; none starts any more."""
+    with _lock:
+        _stopping.set()
         processes = list(_processes)
     for process in processes:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + grace
     for process in processes:
-        while process in _processes and time.monotonic() < deadline:
+        while not _has_ended(process) and time.monotonic() < deadline:
             time.sleep(0.05)
         _signal_group(process, signal.SIGKILL)
+
+
+def start_again() -> None:
+    """After :func:`stop_all`."""
+    _stopping.clear()
+
+
+def die_with_parent() -> None:
+    """Ends this process when the one that started it ends, by kill -9 too; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def shown(path: Path) -> str:
@@ -139,32 +186,71 @@ def shown(path: Path) -> str:
 
 
 _processes: set[subprocess.Popen] = set()
-_processes_lock = threading.Lock()
+_stopping = threading.Event()
+_lock = threading.RLock()  # a signal handler may stop what its own thread is starting
+
+
+def _left_in(folder: Path) -> list[Path]:
+    """What lies in a folder, but for what is not a run's."""
+    if not folder.is_dir():
+        return []
+    ours = {_LOCK, JOB, _RUN + TEMPORARY, JOB + TEMPORARY}
+    return [path for path in folder.iterdir() if path.name not in ours]
 
 
 def _prepare(run: Run) -> int:
     """Makes the folder ready to start in or to go on; returns which attempt this is."""
     check_folder(run.folder)
-    known = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads((run.folder / _RUN).read_text(encoding="utf-8"))
-    if known.get("fingerprint") != run.fingerprint:
-        forget(run.folder)
-        known = {}
-    attempt = known.get("attempts", 0) + 1
+    if known_fingerprint(run.folder) not in ("", run.fingerprint):
+        _move_aside(run)
+    attempt = 1
+    with contextlib.suppress(FileNotFoundError):
+        attempt += json.loads((run.folder / _RUN).read_text(encoding="utf-8"))["attempts"]
     write_whole(run.folder / _RUN, json.dumps({"fingerprint": run.fingerprint, "attempts": attempt}) + "\n")
     (run.folder / RESULT).unlink(missing_ok=True)
     if (run.folder / CONSOLE).exists():
         (run.folder / CONSOLE).rename(run.folder / f"console.{attempt - 1}.txt")
+    _end_last_line(run.folder / "metrics.json")
     _mend_checkpoint(run.folder)
     return attempt
 
 
+def _move_aside(run: Run) -> None:
+    target = superseded(run)
+    if target is not None:
+        shutil.rmtree(target, ignore_errors=True)  # of the same fingerprint, so of the same run
+        target.mkdir()
+        for path in _left_in(run.folder):
+            if path.name != _RUN:
+                path.rename(target / path.name)
+        shutil.copy(run.folder / _RUN, target / _RUN)
+    forget(run.folder)
+
+
+def _end_last_line(path: Path) -> None:
+    """A line that was being written would swallow the next record."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
 def _mend_checkpoint(folder: Path) -> None:
-    """Forgets a last_checkpoint that was being written: upstream would take its empty name for "from scratch"."""
+    """Has the run go on from its newest whole checkpoint.
+
+    Upstream would take an empty last_checkpoint, torn by a loss of power, for "from scratch", and fail at each attempt
+    on a model that was being written.
+    """
     last = folder / "last_checkpoint"
-    if last.is_file() and not (folder / (last.read_text(errors="replace").strip() or "?")).is_file():
-        last.unlink()
+    named = folder / (last.read_text(errors="replace").strip() or "?") if last.is_file() else None
+    if named and zipfile.is_zipfile(named):
+        return
+    whole = [path for path in sorted(folder.glob("model_[0-9]*.pth")) if zipfile.is_zipfile(path)]
+    if whole:
+        write_whole(last, whole[-1].name)
+    else:
+        last.unlink(missing_ok=True)
 
 
 def _call(run: Run, threads: int, lock: int) -> tuple[int, int]:
@@ -172,7 +258,9 @@ def _call(run: Run, threads: int, lock: int) -> tuple[int, int]:
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     if not run.on_gpu:
         env.update({f"{name}_NUM_THREADS": str(threads) for name in _LIBRARIES})
-    with (run.folder / CONSOLE).open("wb") as console:
+    with (run.folder / CONSOLE).open("wb") as console, _lock:
+        if _stopping.is_set():
+            raise KeyboardInterrupt
         # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
         process = subprocess.Popen(
             [sys.executable, "-c", _TIED, *run.command[1:]],
@@ -183,7 +271,6 @@ def _call(run: Run, threads: int, lock: int) -> tuple[int, int]:
             start_new_session=True,
             pass_fds=(lock,),
         )
-    with _processes_lock:
         _processes.add(process)
     try:
         _, status, usage = os.wait4(process.pid, 0)
@@ -192,7 +279,7 @@ def _call(run: Run, threads: int, lock: int) -> tuple[int, int]:
         _signal_group(process, signal.SIGKILL)
         raise
     finally:
-        with _processes_lock:
+        with _lock:
             _processes.discard(process)
         _signal_group(process, signal.SIGKILL)  # data workers that it has left behind
     return process.returncode, _bytes(usage)
@@ -210,14 +297,31 @@ def _remove_checkpoints_between(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Keeps a second process out of the folder until this one and all that inherited the descriptor have ended."""
+    """Waits until no other process trains in the folder, and keeps others out until this one and its children end."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(f"{folder}: another process is training there") from error
+        while not _take(file.fileno()):
+            if _stopping.wait(0.5):
+                raise KeyboardInterrupt
         yield file.fileno()
+
+
+def _take(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have no locks: then it is up to the person
+        return True
+    return True
+
+
+def _has_ended(process: subprocess.Popen) -> bool:
+    """Without taking its exit code from the thread that waits for it."""
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:

@@ -10,7 +10,7 @@ from focal_plugin.experiments.runner import run_all
 from focal_plugin.experiments.worker import Run
 
 TRAIN_NET = """\
-import json, os, sys, time
+import json, os, signal, sys, time, zipfile
 from pathlib import Path
 
 words = sys.argv[sys.argv.index("--resume") + 1 :]
@@ -18,6 +18,7 @@ values = dict(zip(words[::2], words[1::2]))
 out = Path(values["OUTPUT_DIR"])
 with (out / "attempts").open("a") as file:
     file.write(f"{os.getpid()} {time.time()} {os.environ['OMP_NUM_THREADS']}\\n")
+(out / "sigint").write_text(str(signal.getsignal(signal.SIGINT)))
 (out / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}\\n")
 if values.get("FAIL") == "1":
     raise FloatingPointError("Loss became infinite or NaN at iteration=3!")
@@ -32,7 +33,8 @@ for step in range(start, 40):
     with (out / "metrics.json").open("a") as file:
         file.write(json.dumps({"iteration": step, "total_loss": 1 / (step + 1), "time": 0.01}) + "\\n")
     if step % 4 == 3:
-        (out / f"model_{step + 1:07d}.pth").write_text("")
+        with zipfile.ZipFile(out / f"model_{step + 1:07d}.pth", "w") as file:  # as torch.save's
+            file.writestr("step", str(step))
         last.write_text(f"model_{step + 1:07d}.pth")
 with (out / "metrics.json").open("a") as file:
     file.write(json.dumps({"iteration": 40, "bbox/AP": float(values.get("AP", 10))}) + "\\n")
@@ -66,8 +68,8 @@ def make_run(tmp_path, train_net):
 def run():
     """run(*runs, parallel=1, threads=1, fresh=False): their results."""
 
-    def call(*runs, parallel=1, threads=1, **options):
-        return run_all(runs, InlineExecutor(parallel, threads), parallel=parallel, threads=threads, **options)
+    def call(*runs, parallel=1, threads=1, fresh=False):
+        return run_all(runs, InlineExecutor(parallel, threads, fresh), parallel=parallel, threads=threads)
 
     return call
 
@@ -90,7 +92,9 @@ def alive():
             os.kill(pid, 0)
         except ProcessLookupError:
             return False
-        # A zombie has ended, only nobody has asked for its exit code.
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        try:  # a zombie has ended, only nobody has asked for its exit code
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except FileNotFoundError:
+            return False
 
     return check

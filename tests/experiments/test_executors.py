@@ -67,6 +67,12 @@ def slurm(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_what_sbatch_refuses_is_said(slurm, make_run):
+    (slurm / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: gpus' >&2; exit 1\n")
+    with pytest.raises(ValueError, match=r"--executor slurm: .*invalid partition"):
+        SubmititExecutor("slurm", slurm / "jobs", 2, 4, 8).submit([make_run("a")])
+
+
 def test_slurm_gets_one_array_with_the_gpus_asked_for(slurm, make_run):
     executor = SubmititExecutor("slurm", slurm / "jobs", 2, 4, 8, {"slurm_partition": "gpu", "timeout_min": 600})
     jobs = executor.submit([make_run("a"), make_run("b")])
@@ -84,6 +90,10 @@ def test_a_second_call_follows_the_jobs_of_the_first(slurm, make_run):
     second = SubmititExecutor("slurm", slurm / "jobs", 2, 4, 8).submit(runs)
     assert [job.job_id for job in second] == [job.job_id for job in first]
     assert not (slurm / "batch.sh").exists()
+
+    SubmititExecutor("slurm", slurm / "jobs", 2, 4, 8).submit([make_run("a", fingerprint="2")])
+    assert (slurm / "batch.sh").exists()  # another training is another job
+    (slurm / "batch.sh").unlink()
 
     (slurm / "state").write_text("FAILED")
     assert len(SubmititExecutor("slurm", slurm / "jobs", 2, 4, 8).submit(runs)) == 2

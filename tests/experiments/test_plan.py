@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from focal_plugin import get_config
+from focal_plugin.config import config_dir
 from focal_plugin.engine import argument_parser
 from focal_plugin.experiments import plan
 from focal_plugin.experiments.cli import main, parse_args
@@ -108,8 +109,12 @@ def test_corrected_boxes_are_trained_on_again(tmp_path):
         path.write_text(json.dumps(content))
         overrides = ["DATASETS.TRAIN", f'("plan_{name}",)', "DATASETS.TEST", f'("plan_{name}",)']
         profile = load_profile("digits", [f"plan_{name}={path}:{tmp_path / 'images'}"], overrides)
-        hashes.append(plan._data_digest(profile.config()))
-    assert hashes[0] != hashes[1]
+        hashes.append(plan._files_digest(profile.config()))
+    weights = tmp_path / "weights.pth"
+    for content in ("1", "2"):
+        weights.write_text(content)
+        hashes.append(plan._files_digest(load_profile("digits", overrides=["MODEL.WEIGHTS", str(weights)]).config()))
+    assert len(set(hashes)) == 4
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,8 @@ def test_corrected_boxes_are_trained_on_again(tmp_path):
         (["--table", "1d", "--profile", "digits", "--executor", "local", "--executor-args", "x"], "KEY=VALUE"),
         (["--table", "1d", "--profile", "digits", "DATASETS.TEST", '("cells",)'], "'cells' is not registered"),
         (["--table", "1d", "--profile", "coco"], "coco_2017_train': there is no"),
+        (["--table", "1d", "--profile", "digits", "DATASETS.TEST", "()"], "one data set to evaluate on"),
+        (["--table", "1d", "--profile", "digits", "DATASETS.TEST", '("a", "b")'], "one data set to evaluate on"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(tmp_path, monkeypatch, capsys, words, message):
@@ -144,6 +151,8 @@ def test_overrides_come_last_whatever_flag_is_before_them():
     words = ["--table", "1d", "--profile", "MINE", "--seeds", "1", "2", "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "(1,)"]
     args = parse_args(words)
     assert (args.profile, args.seeds, args.overrides) == ("MINE", [1, 2], words[-4:])
+    args = parse_args([*words[:4], "--dry-run", "SOLVER.MAX_ITER", "5"])
+    assert args.dry_run and args.overrides == ["SOLVER.MAX_ITER", "5"]
     args = parse_args([*words[:4], "--rows", "a", "b", "SOLVER.BASE_LR", "-1"])
     assert (args.rows, args.overrides) == (["a", "b"], ["SOLVER.BASE_LR", "-1"])
     with pytest.raises(SystemExit):
@@ -166,6 +175,14 @@ def test_a_plan_with_an_estimate_and_its_source(runs_of):
     assert "11 of 11 runs to train, 990,000 steps" in text and "80 h 01" in text and "model zoo" in text
 
 
+def test_a_config_of_your_own_is_not_the_papers_whatever_its_name(tmp_path):
+    for name in ("coco.yaml", "digits.yaml", "mine.yaml"):
+        (tmp_path / name).write_text(f"_BASE_: {config_dir()}/digits/Base-digits.yaml\n")
+    profiles = [load_profile(str(tmp_path / name)) for name in ("coco.yaml", "digits.yaml", "mine.yaml")]
+    assert [(p.name, p.is_coco) for p in profiles] == [("coco.yaml", False), ("digits.yaml", False), ("mine", False)]
+    assert load_profile("coco").is_coco
+
+
 def test_an_estimate_learns_from_what_has_run(runs_of):
     runs = runs_of("1d", "digits", rows=[FL.key, BEST_OHEM.key])
     profile = load_profile("digits")
@@ -174,6 +191,8 @@ def test_an_estimate_learns_from_what_has_run(runs_of):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"iteration": 0, "time": 0.5}\n{"iteration": 1, "time": 0.1}\n')
     (folder / "model_0000499.pth").touch()
+    assert "goes on" not in describe_plan(runs, profile, 2)  # it was another run that left this
+    (folder / "run.json").write_text(json.dumps({"fingerprint": runs[0].fingerprint}))
     text = describe_plan(runs, profile, 2)
     steps = sum(run.max_iter for run in runs) - 500
     assert "goes on at 500" in text and f"{steps:,} steps" in text and "0.3 s per step (the median of 1 runs" in text

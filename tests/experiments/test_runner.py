@@ -1,5 +1,6 @@
 """The runner and its workers, with a script that only pretends to train."""
 
+import io
 import json
 import math
 import os
@@ -8,12 +9,16 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from focal_plugin.experiments import runner, worker
+from focal_plugin.experiments.executors import InlineExecutor
 from focal_plugin.experiments.progress import Lines, RowState, format_left, seconds_left, summary
+from focal_plugin.experiments.runner import run_all
 
 ROOT = Path(runner.__file__).parents[2]
 
@@ -91,11 +96,42 @@ def test_a_finished_run_is_reused(run, make_run, capsys):
     assert not run(make_run("a"), fresh=True)[0].reused
 
 
-def test_a_run_is_trained_from_nothing_after_a_change(run, make_run, attempts):
+def test_after_a_change_a_run_starts_from_nothing_and_the_earlier_one_is_kept(run, make_run, attempts, capsys):
+    (first,) = run(make_run("a", "AP", "20"))
+    (changed,) = run(make_run("a", "AP", "30", fingerprint="other"))
+    assert not changed.reused and changed.attempts == 1 and changed.ap == 30
+    assert len(attempts(first.folder)) == 1 and len(changed.history()) == 41
+    aside = first.folder.with_name("seed1.1")
+    assert f"the earlier run moves to {aside}" in capsys.readouterr().err
+    assert json.loads((aside / "result.json").read_text())["metrics"]["bbox/AP"] == 20
+    assert (aside / "model_final.pth").is_file()
+
+    (back,) = run(make_run("a", "AP", "20"))  # and the other way round
+    assert back.ap == 20 and (first.folder.with_name("seed1.other") / "result.json").is_file()
+
+
+def test_what_left_nothing_worth_keeping_is_not_kept(run, make_run):
+    (first,) = run(make_run("a", "FAIL", "2"))
+    (first.folder / "result.json").unlink()
+    run(make_run("a", fingerprint="2"))
+    assert [path.name for path in first.folder.parent.iterdir()] == ["seed1"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "\0\0"])
+def test_a_folder_that_cannot_be_read_is_not_emptied(run, make_run, content):
     (result,) = run(make_run("a"))
-    (changed,) = run(make_run("a", fingerprint="2"))
-    assert not changed.reused and changed.attempts == 1
-    assert len(attempts(result.folder)) == 1 and len(changed.history()) == 41  # what the first left is gone
+    (result.folder / "run.json").write_text(content)
+    with pytest.raises(FileExistsError, match="cannot be read"):
+        run(make_run("a", fingerprint="2"))
+    assert (result.folder / "model_final.pth").is_file()
+
+
+def test_what_a_kill_leaves_half_written_does_not_stop_the_table(run, make_run):
+    folder = make_run("a").folder
+    folder.mkdir(parents=True)
+    for name in ("run.json.tmp", "slurm_job.tmp", "lock"):
+        (folder / name).touch()
+    assert run(make_run("a"))[0].ok
 
 
 def test_an_ended_run_keeps_its_last_model_only(run, make_run):
@@ -124,21 +160,74 @@ def test_two_runs_in_one_folder_are_refused(run, make_run):
         run(make_run("a"), make_run("a"))
 
 
-def test_two_processes_in_one_folder_are_refused(run, make_run):
-    folder = make_run("a").folder
-    with worker._locked(folder):
-        (result,) = run(make_run("a"))
-    assert result.status == "failed" and "another process is training" in result.error
-    assert run(make_run("a"))[0].ok
+def test_what_another_process_trains_is_waited_for(run, make_run, attempts):
+    """Two people, or the orphan of a call that was killed: nobody trains beside it, and its result is taken."""
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(worker.train, make_run("a", "SLEEP", "1"))
+        wait_for((make_run("a").folder / "attempts").is_file)
+        (second,) = run(make_run("a", "SLEEP", "1"))
+    assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1
 
 
-@pytest.mark.parametrize("left", ["", "model_0000", "model_0000099.pth"])
-def test_a_torn_last_checkpoint_is_not_taken_for_a_start_from_nothing(run, make_run, left):
+def test_fresh_does_not_touch_what_another_process_trains(run, make_run, attempts):
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(worker.train, make_run("a", "SLEEP", "1"))
+        wait_for((make_run("a").folder / "attempts").is_file)
+        (second,) = run(make_run("a"), fresh=True)
+    assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1  # of the second alone
+
+
+@pytest.mark.parametrize(
+    ("left", "goes_on_from"),
+    [("", 12), ("model_0000", 12), ("model_0000040.pth", 12), ("model_0000016.pth", 12), ("model_0000008.pth", 8)],
+)
+def test_after_a_loss_of_power_a_run_goes_on_from_the_newest_whole_checkpoint(run, make_run, left, goes_on_from):
     first = make_run("a", "FAIL", "2")
     run(first)
+    for step in (8, 12):
+        with zipfile.ZipFile(first.folder / f"model_{step:07d}.pth", "w") as file:
+            file.writestr("step", "")
+    (first.folder / "model_0000016.pth").write_bytes(b"PK\3\4 and no end")
     (first.folder / "last_checkpoint").write_text(left)
-    worker._mend_checkpoint(first.folder)
-    assert not (first.folder / "last_checkpoint").exists()
+    (first.folder / "metrics.json").write_text('{"iteration": 3, "total_loss": 1}\n{"iterat')
+    (result,) = run(make_run("a"))
+    assert result.ok and result.attempts == 2
+    assert [record["iteration"] for record in result.history()] == [3, *range(goes_on_from, 41)]
+
+
+def test_without_a_whole_checkpoint_a_run_starts_again(run, make_run):
+    first = make_run("a", "FAIL", "2")
+    run(first)
+    (first.folder / "last_checkpoint").write_text("")
+    (result,) = run(make_run("a"))
+    assert result.ok and not result.history()[0]["iteration"]
+
+
+def test_a_training_can_be_interrupted_in_the_background_too(run, make_run):
+    """torch ends the workers of a dead training by SIGINT, which a shell has a background job ignore."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (result,) = run(make_run("a"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "default_int_handler" in (result.folder / "sigint").read_text()
+
+
+def test_nothing_starts_after_a_stop(make_run):
+    executor = InlineExecutor(1, 1)
+    (job,) = executor.submit([make_run("a")])
+    executor.cancel([job])
+    assert job.cancelled() or isinstance(job.exception(), KeyboardInterrupt)
+    assert not (make_run("a").folder / "model_final.pth").exists()
+
+
+def test_a_dead_terminal_does_not_end_the_table(make_run):
+    class Dead(io.StringIO):
+        def write(self, text):
+            raise OSError("Input/output error")
+
+    (result,) = run_all([make_run("a")], InlineExecutor(1, 1), stream=Dead())
+    assert result.ok
 
 
 def test_of_steps_done_twice_the_later_counts(make_run):
