@@ -80,6 +80,24 @@ class HeadLosses(NamedTuple):
     num_boxes: Optional[Tensor] = None
 
 
+def by_level(pred_logits: list[Tensor], labels: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per level the logits as (N, A, K, Hi, Wi) and their labels as (N, A, Hi, Wi): views, nothing is copied.
+
+    Args:
+        pred_logits: one (N, A * K, Hi, Wi) per level.
+        labels: (N, R), of all levels.
+        num_classes: K.
+    """
+    start = 0
+    for x in pred_logits:
+        n, channels, height, width = x.shape
+        num_anchors = channels // num_classes
+        stop = start + num_anchors * height * width
+        level = labels[:, start:stop].reshape(n, height, width, num_anchors).permute(0, 3, 1, 2)
+        yield x.view(n, num_anchors, num_classes, height, width), level
+        start = stop
+
+
 @RETINANET_HEAD_REGISTRY.register()
 class FocalHead(Float32Buffers, RetinaNetHead):
     """Upstream's RetinaNet head with the focal loss over all anchors that are not ignored."""
@@ -174,15 +192,8 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         return HeadLosses(loss_cls, (labels >= 0) & (labels < self.num_classes))
 
     def by_level(self, pred_logits: list[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per level the logits as (N, A, K, Hi, Wi) and their labels as (N, A, Hi, Wi): views, nothing is copied."""
-        start = 0
-        for x in pred_logits:
-            n, channels, height, width = x.shape
-            num_anchors = channels // self.num_classes
-            stop = start + num_anchors * height * width
-            level = labels[:, start:stop].reshape(n, height, width, num_anchors).permute(0, 3, 1, 2)
-            yield x.view(n, num_anchors, self.num_classes, height, width), level
-            start = stop
+        """See :func:`by_level`."""
+        return by_level(pred_logits, labels, self.num_classes)
 
 
 @RETINANET_HEAD_REGISTRY.register()
@@ -280,12 +291,9 @@ class OHEMHead(FocalHead):
         labels = targets.labels
         check_label_range(labels, self.num_classes)
         with torch.no_grad():
-            ranks = self._scores(pred_logits, labels)
-            if self.rank_by == "cls+box":
-                ranks = ranks + targets.box_losses()
-            kept = self._select(ranks, targets)
+            ranks, kept = self.select(pred_logits, targets)
             self._log(ranks, labels, kept)
-        loss_cls = self.classification_loss(*self._kept_rows(pred_logits, labels, kept), "sum", class_dim=-1)
+        loss_cls = self.classification_loss(*self.kept_rows(pred_logits, labels, kept), "sum", class_dim=-1)
         is_foreground = (labels >= 0) & (labels < self.num_classes)
         num_examples = kept.sum() if self.normalizer == "selected" else None
         if self.box_loss_on == "positives":
@@ -301,8 +309,15 @@ class OHEMHead(FocalHead):
         ]
         return torch.cat(scores, dim=1)
 
-    def _select(self, ranks: Tensor, targets: AnchorTargets) -> Tensor:
-        """(N, R) bool, True for the examples kept."""
+    @torch.no_grad()
+    def select(self, pred_logits: list[Tensor], targets: AnchorTargets) -> tuple[Tensor, Tensor]:
+        """What each anchor is ranked by, (N, R), and which are kept, (N, R) bool."""
+        ranks = self._scores(pred_logits, targets.labels)
+        if self.rank_by == "cls+box":
+            ranks = ranks + targets.box_losses()
+        return ranks, self._keep(ranks, targets)
+
+    def _keep(self, ranks: Tensor, targets: AnchorTargets) -> Tensor:
         labels = targets.labels
         boxes = targets.anchors.expand(len(labels), -1, -1)
         if self.nms_boxes == "predicted":
@@ -317,7 +332,7 @@ class OHEMHead(FocalHead):
             kept.view(-1)[pooled] = True
         return kept
 
-    def _kept_rows(self, pred_logits: list[Tensor], labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def kept_rows(self, pred_logits: list[Tensor], labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """(M, K) logits and (M,) labels of the kept anchors.
 
         Every level takes part, if only with no row, so that each parameter of the head has a gradient under DDP.

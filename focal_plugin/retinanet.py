@@ -154,19 +154,12 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             "loss_cls" and "loss_box_reg", scalars that every parameter of the head takes part in.
         """
         anchors = Boxes.cat(anchors).tensor
-        deltas = [x.permute(0, 2, 3, 1).reshape(len(x), x.shape[1:].numel() // 4, 4) for x in pred_deltas]
-        deltas = torch.cat(deltas, dim=1)  # (N, R, 4)
+        deltas = self.flatten_deltas(pred_deltas)
         labels = torch.stack(gt_labels) if gt_labels else anchors.new_zeros((0, len(anchors)), dtype=torch.long)
         boxes = torch.stack(gt_boxes) if gt_boxes else anchors.new_zeros((0, len(anchors), 4))
-        is_foreground = (labels >= 0) & (labels < self.num_classes)
+        is_foreground = self._is_foreground(labels)
 
-        targets = AnchorTargets(
-            labels=labels,
-            anchors=anchors,
-            box_losses=lambda: self._box_loss_map(anchors, deltas.detach(), boxes, is_foreground),
-            pred_boxes=lambda: self._decode(anchors, deltas.detach()),
-        )
-        out: HeadLosses = self.head.losses(pred_logits, targets)
+        out: HeadLosses = self.head.losses(pred_logits, self.anchor_targets(anchors, deltas, labels, boxes))
         loss_box = self._box_losses(anchors, deltas, boxes, out.box_mask).sum()
 
         num_pos = self._normalizer(is_foreground.sum(), running_mean=self.normalizer == "ema")
@@ -174,6 +167,32 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         num_boxes = num_pos if out.num_boxes is None else self._normalizer(out.num_boxes)
         self._log(labels, is_foreground, num_pos)
         return {"loss_cls": out.loss_cls / num_examples, "loss_box_reg": loss_box / num_boxes}
+
+    @staticmethod
+    def flatten_deltas(pred_deltas: list[Tensor]) -> Tensor:
+        """(N, R, 4), from one (N, A * 4, Hi, Wi) per level."""
+        deltas = [x.permute(0, 2, 3, 1).reshape(len(x), x.shape[1:].numel() // 4, 4) for x in pred_deltas]
+        return torch.cat(deltas, dim=1)
+
+    def anchor_targets(self, anchors: Tensor, deltas: Tensor, labels: Tensor, gt_boxes: Tensor) -> AnchorTargets:
+        """What the head is told of the anchors.
+
+        Args:
+            anchors: (R, 4).
+            deltas: (N, R, 4), predicted.
+            labels: (N, R).
+            gt_boxes: (N, R, 4), matched.
+        """
+        deltas = deltas.detach()
+        return AnchorTargets(
+            labels=labels,
+            anchors=anchors,
+            box_losses=lambda: self._box_loss_map(anchors, deltas, gt_boxes, self._is_foreground(labels)),
+            pred_boxes=lambda: self._decode(anchors, deltas),
+        )
+
+    def _is_foreground(self, labels: Tensor) -> Tensor:
+        return (labels >= 0) & (labels < self.num_classes)
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
         """(M,) box losses of the M anchors in the (N, R) ``mask``, as upstream's ``_dense_box_regression_loss``."""

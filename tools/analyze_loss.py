@@ -22,7 +22,7 @@ from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, co
 from focal_plugin.analysis.loss_distribution import GAMMAS
 from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
 from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
-from focal_plugin.engine.launch import _load
+from focal_plugin.engine import load_checked_config
 
 
 def gamma(text):
@@ -72,7 +72,7 @@ def parse_args():
 
 def analyze_model(args, figures):
     """Figure 4 and the report of a model; prints its tables."""
-    cfg = _load(args)
+    cfg = load_checked_config(args)
     model, loader = load_model(cfg), build_loader(cfg, args.num_images)
     ohem = None if args.no_ohem else build_ohem_head(cfg)
     start = time.perf_counter()

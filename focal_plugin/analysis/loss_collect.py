@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..engine import SafeCheckpointer
 from ..engine.trainer import FocalTrainer
-from ..heads import AnchorTargets, OHEMHead
+from ..heads import AnchorTargets, OHEMHead, by_level
 from ..retinanet import FocalRetinaNet
 from .loss_distribution import GAMMAS, LossDistribution
 
@@ -97,15 +97,8 @@ def _count_batch(model: FocalRetinaNet, batch: list[dict], counted: Collected, o
         raise ValueError("the data set has images without annotations, which say nothing of the loss")
     pred_logits, targets = _predict(model, batch)
     labels = targets.labels
-    start = 0
-    for x in pred_logits:
-        num, channels, height, width = x.shape
-        num_anchors = channels // model.num_classes
-        stop = start + num_anchors * height * width
-        # Views: the logits stay where the convolution wrote them.
-        y = labels[:, start:stop].reshape(num, height, width, num_anchors).permute(0, 3, 1, 2)
-        counted.losses.update(x.view(num, num_anchors, model.num_classes, height, width), y, class_dim=2)
-        start = stop
+    for x, y in by_level(pred_logits, labels, model.num_classes):
+        counted.losses.update(x, y, class_dim=2)
     counted.images += len(batch)
     counted.empty_images += sum(len(image["instances"]) == 0 for image in batch)
     positives, negatives = _count_anchors(labels, model.num_classes)
@@ -123,31 +116,18 @@ def _predict(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], An
     pred_logits, pred_deltas = model.head(features)
     anchors = model.anchor_generator(features)
     labels, boxes = model.label_anchors(anchors, [image["instances"].to(model.device) for image in batch])
-    labels, boxes, anchors = torch.stack(labels), torch.stack(boxes), Boxes.cat(anchors).tensor
-
-    def deltas() -> Tensor:
-        flat = [x.permute(0, 2, 3, 1).reshape(len(x), x.shape[1:].numel() // 4, 4) for x in pred_deltas]
-        return torch.cat(flat, dim=1)
-
-    is_foreground = (labels >= 0) & (labels < model.num_classes)
-    targets = AnchorTargets(
-        labels=labels,
-        anchors=anchors,
-        box_losses=lambda: model._box_loss_map(anchors, deltas(), boxes, is_foreground),
-        pred_boxes=lambda: model._decode(anchors, deltas()),
-    )
-    return pred_logits, targets
+    deltas = model.flatten_deltas(pred_deltas)
+    anchors = Boxes.cat(anchors).tensor
+    return pred_logits, model.anchor_targets(anchors, deltas, torch.stack(labels), torch.stack(boxes))
 
 
 def _count_ohem(ohem: OHEMHead, pred_logits: list[Tensor], targets: AnchorTargets, counted: OhemCount) -> None:
     """Chooses as OHEMHead.losses does."""
     labels = targets.labels
-    scores = ohem._scores(pred_logits, labels)
-    ranks = scores + targets.box_losses() if ohem.rank_by == "cls+box" else scores
-    kept = ohem._select(ranks, targets)
-    counted.kept.update(*ohem._kept_rows(pred_logits, labels, kept))
-    hardest = _hardest(scores.masked_fill(labels < 0, -torch.inf), kept.sum(dim=1))
-    counted.hardest.update(*ohem._kept_rows(pred_logits, labels, hardest))
+    ranks, kept = ohem.select(pred_logits, targets)
+    counted.kept.update(*ohem.kept_rows(pred_logits, labels, kept))
+    hardest = _hardest(ranks.masked_fill(labels < 0, -torch.inf), kept.sum(dim=1))
+    counted.hardest.update(*ohem.kept_rows(pred_logits, labels, hardest))
     positives, negatives = _count_anchors(labels[kept], ohem.num_classes)
     counted.positives += positives
     counted.negatives += negatives

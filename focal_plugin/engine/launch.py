@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
     printed as one message.
     """
     try:
-        cfg = _load(args)
+        cfg = load_checked_config(args)
         _check_workers(args, cfg)
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -88,7 +88,7 @@ def main(args: Namespace):
 
 def setup(args: Namespace) -> CfgNode:
     """Registers the data sets, makes and checks the config, and does upstream's ``default_setup``."""
-    cfg = _load(args)
+    cfg = load_checked_config(args)
     if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
     default_setup(cfg, args)
@@ -99,7 +99,12 @@ def setup(args: Namespace) -> CfgNode:
     return cfg
 
 
-def _load(args: Namespace) -> CfgNode:
+def load_checked_config(args: Namespace) -> CfgNode:
+    """The frozen config of a command line, its data sets registered; writes nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be trained (with ``args.eval_only``: evaluated); the message says why.
+    """
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
     register_from_args(args.register)
