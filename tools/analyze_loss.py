@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from focal_plugin.analysis.arguments import positive_number
 from focal_plugin.analysis.loss_benchmark import describe_environment
 from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect, load_model
 from focal_plugin.analysis.loss_distribution import GAMMAS
@@ -33,13 +34,6 @@ def gamma(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number ({hint})") from None
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
-    return value
-
-
-def positive_number(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
     return value
 
 

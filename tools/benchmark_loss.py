@@ -14,15 +14,9 @@ from pathlib import Path
 
 import torch
 
+from focal_plugin.analysis.arguments import positive_number
 from focal_plugin.analysis.loss_benchmark import DTYPES, Settings, run_benchmark
 from focal_plugin.analysis.loss_contenders import CASES, FORMATS
-
-
-def positive_number(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def parse_args():

@@ -64,7 +64,7 @@ def _steps_done(run: Run) -> int:
 
 def _state(run: Run) -> str:
     result = run.result()
-    if result.load() and result.status in ("done", "diverged"):
+    if result.load() and result.ended:
         return "done"
     steps = _steps_done(run)
     return f"goes on at {steps:,}" if steps else "to train"

@@ -18,7 +18,7 @@ from detectron2.engine import DefaultTrainer
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
 from .naming import title_of
-from .paper import CAPTIONS, TABLES, PaperRow
+from .paper import TABLES, PaperRow
 from .worker import Run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -128,10 +128,6 @@ def make_runs(
 def method_key(row: PaperRow, profile: Profile) -> str:
     """What a row's runs are called: on COCO rows with one method can differ in backbone and image size."""
     return row.recipe if profile.is_coco else row.method.key
-
-
-def caption(table: str) -> str:
-    return CAPTIONS[table]
 
 
 def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:

@@ -77,6 +77,11 @@ class RunResult:
         return self.status == "done"
 
     @property
+    def ended(self) -> bool:
+        """Whether there is an outcome, so that it need not be trained again."""
+        return self.status in ("done", "diverged")
+
+    @property
     def ap(self) -> float:
         return self.metrics.get("bbox/AP", math.nan)
 

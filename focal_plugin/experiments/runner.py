@@ -72,11 +72,10 @@ class _Track:
 
     def reuse(self, fresh: bool) -> bool:
         """Takes over the result of an earlier call if it would be the same."""
-        if not fresh and self.result.load() and self.result.status in ("done", "diverged"):
+        earlier = self.run.result()
+        if not fresh and earlier.load() and earlier.ended:
+            self.result, self.state.status = earlier, earlier.status
             self.result.reused = self.ended = True
-            self.state.status = self.result.status
-        else:
-            self.result = self.run.result(self.result.threads, self.result.parallel)
         return self.ended
 
     def submitted(self, job: Job) -> None:

@@ -102,7 +102,7 @@ def train(run: Run, threads: int = 1, parallel: int = 1, fresh: bool = False) ->
         if fresh:
             forget(run.folder)
         earlier = run.result()
-        if earlier.load() and earlier.status in ("done", "diverged"):
+        if earlier.load() and earlier.ended:
             return earlier.status
         result = run.result(threads, parallel)
         result.attempts = _prepare(run)
