@@ -28,6 +28,15 @@ def add_focal_config(cfg: CN) -> None:
     if "PRECISION" not in cfg.SOLVER.AMP:
         # What AMP.ENABLED computes in: float16 (upstream's, with a loss scaler) or bfloat16 (without), for FocalTrainer
         cfg.SOLVER.AMP.PRECISION = "float16"
+    if "CHECKPOINTS_TO_KEEP" not in cfg.SOLVER:
+        # Of the periodic checkpoints, how many to keep: the newest; 0: all. model_final and model_best stay
+        cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    if "MAX_BAD_IMAGES" not in cfg.DATALOADER:
+        # Images of a worker that cannot be read and are replaced by others, before training stops; 0: stop at the first
+        cfg.DATALOADER.MAX_BAD_IMAGES = 10
+    if "BEST_METRIC" not in cfg.TEST:
+        # With EVAL_PERIOD > 0: the metric by which model_best.pth is kept, as in metrics.json; "": none
+        cfg.TEST.BEST_METRIC = "bbox/AP"
 
 
 def _focal_defaults() -> CN:

@@ -67,7 +67,10 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
 
 
 # Every upstream key in which a COCO config differs from COCO-Detection/retinanet_R_50_FPN_1x, and why.
-META = {"MODEL.META_ARCHITECTURE": "FocalRetinaNet"}  # the plugin's
+META = {
+    "MODEL.META_ARCHITECTURE": "FocalRetinaNet",  # the plugin's
+    "SOLVER.REFERENCE_WORLD_SIZE": 8,  # upstream's recipe is for 8 GPUs, too, and does not say so
+}
 CE = {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": 0.0}  # cross entropy
 DIFFERENT = {
     "retina_focal.yaml": META,

@@ -1,10 +1,12 @@
 """The `--register name=annotations.json:image_dir` flag, on top of Detectron2's `register_coco_instances`."""
 
-import json
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+
+from .findings import shown
+from .json_stream import LIST, NotAnObjectError, stream_json
 
 _FORM = "--register name=annotations.json:image_dir"
 
@@ -54,9 +56,11 @@ def register_coco_json(name, json_file, image_root):
 
     Raises:
         FileNotFoundError: the json file or the image directory does not exist.
-        ValueError: the file is no COCO json with categories, or the name belongs to another data set.
+        ValueError: the file is no COCO json with categories, or the name belongs to another data set or cannot be
+            part of a file name.
     """
     argument = f"--register {name}={json_file}:{image_root}"
+    _check_name(name, argument)
     json_file, image_root = (Path(path).expanduser().absolute() for path in (json_file, image_root))
     if _is_taken(name):
         if _is_registered_as(name, json_file, image_root):
@@ -89,25 +93,43 @@ def _is_registered_as(name, json_file, image_root):
     )
 
 
+def _check_name(name, argument):
+    """Detectron2 writes files called after the data set, such as OUTPUT_DIR/inference/NAME_coco_format.json."""
+    bad = [repr(part) for part in ("/", "\\", "..", "\0") if part in name] + ["'-' in front"] * name.startswith("-")
+    if bad:
+        # repr: what is wrong may not be visible
+        raise ValueError(
+            f"{argument!r}: the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}; "
+            f"the form is {_FORM}"
+        )
+
+
 def _read_thing_classes(json_file):
     """The class names in the order that Detectron2's `load_coco_json` gives them: by category id."""
+    lists, categories = set(), []
     try:
-        content = json.loads(json_file.read_bytes())
-    except ValueError as error:  # not UTF-8, or not json
+        for key, index, value in stream_json(json_file):  # which holds one annotation at a time
+            if value is LIST:
+                lists.add(key)
+            elif key == "categories" and index is not None:
+                categories.append(value)
+    except NotAnObjectError:
+        pass  # then it has no lists
+    except ValueError as error:
         raise ValueError(f"is not json ({error})") from error
-    keys = ("images", "annotations", "categories")
-    missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    missing = [key for key in ("images", "annotations", "categories") if key not in lists]
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    return _sorted_names(content["categories"])
+    return _sorted_names(categories)
 
 
 def _sorted_names(categories):
     if not categories:
         raise ValueError("has no categories: there is nothing to learn")
     for category in categories:
-        if not (isinstance(category, dict) and isinstance(category.get("id"), int) and "name" in category):
-            raise ValueError(f"has a category without a whole number as id or without a name: {category}")
+        # type(), as True is an int to isinstance.
+        if not (isinstance(category, dict) and type(category.get("id")) is int and type(category.get("name")) is str):
+            raise ValueError(f"has a category without a whole number as id or without a name: {shown(category)}")
     names = {category["id"]: category["name"] for category in categories}
     if len(names) < len(categories):
         raise ValueError("has two categories with the same id")

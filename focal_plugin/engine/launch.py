@@ -1,24 +1,33 @@
 """From the command line to a training or evaluation run: what ``tools/train_net.py`` calls."""
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import contextmanager, nullcontext
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import multiprocessing
 
 from ..config import find_config, load_config
 from ..data import check_datasets, register_from_args
+from ..data.start import check_training_data
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
-from .trainer import FocalTrainer, check_amp_precision, check_optimizer
+from .interrupt import RESUME_ME, Interrupted, stopped_by_sigterm
+from .place import Place, find_place
+from .scale import check_scale
+from .trainer import FocalTrainer, check_amp_precision, check_optimizer, describe_start
+from .workers import ending_together
 
 logger = logging.getLogger(__name__)
 
@@ -41,49 +50,94 @@ def run(args: Namespace) -> int:
     """Trains or evaluates as the command line says, on as many workers as it says; returns the exit code.
 
     What can be seen to be wrong with the command line, the config or a data set is found before a worker starts, and
-    printed as one message.
+    printed as one message. The workers are started here, or were by torchrun or srun, of which this is then one.
+
+    Returns:
+        0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.interrupt.RESUME_ME` (75): stopped by SIGTERM with
+        all saved, the same command with ``--resume`` goes on.
     """
     try:
+        place = find_place()
+        place.adapt(args)
         cfg = load_checked_config(args)
-        _check_workers(args, cfg)
+        _check_workers(args, cfg, place)
+        args.found = check_training_data(cfg) if place.is_first and not args.eval_only else None
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if cfg.MODEL.DEVICE == "cpu":
         # Upstream's launch goes by the machine, not by MODEL.DEVICE, and would give CPU workers NCCL.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    launch(
-        _worker,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        with nullcontext() if args.eval_only else stopped_by_sigterm():
+            place.launch(_worker, args)
+    except Interrupted:
+        return RESUME_ME
+    except (Refused, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, Refused) else 1
+    except multiprocessing.ProcessExitedException as e:
+        if e.exit_code == RESUME_ME:
+            return RESUME_ME
+        print(f"error: {e}; why, it has printed above", file=sys.stderr)
+        return 1
+    except multiprocessing.ProcessRaisedException as e:
+        print(f"error: {_without_traceback(str(e))}", file=sys.stderr)
+        return 1
     return 0
 
 
+class Refused(ValueError):
+    """What a worker was told to start from or to train on cannot be used; the message says why and what to do."""
+
+
+def _without_traceback(text: str) -> str:
+    """What a worker has raised, where the message says it all."""
+    for error in (f"{__name__}.Refused: ", "FloatingPointError: "):
+        if f"\n{error}" in text:
+            return text.rpartition(f"\n{error}")[2].rstrip()
+    return text
+
+
 def _worker(args: Namespace) -> None:
-    main(args)
-    if comm.get_world_size() > 1:
-        # Not left to the end of the process, in which the threads of a process group can abort it.
-        comm.synchronize()
-        torch.distributed.destroy_process_group()
+    with nullcontext() if args.eval_only else stopped_by_sigterm():
+        try:
+            with ending_together():
+                main(args)
+                comm.synchronize()
+        finally:
+            if comm.get_world_size() > 1:
+                # Not left to the end of the process, in which the threads of a process group can abort it.
+                torch.distributed.destroy_process_group()
 
 
 def main(args: Namespace):
     """One worker: trains or, with ``--eval-only``, evaluates. Returns the results of the last evaluation."""
     cfg = setup(args)
     if args.eval_only:
-        model = FocalTrainer.build_model(cfg)
-        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        with _refusing():
+            model = FocalTrainer.build_model(cfg)
+            checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        logger.info(describe_start(checkpointer, cfg))
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = FocalTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with _refusing():
+        trainer = FocalTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+    if args.found is not None and comm.is_main_process():
+        logger.info("\n".join(["", *args.found.lines, trainer.banner(args.found.sizes)]))
     return trainer.train()
+
+
+@contextmanager
+def _refusing():
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as e:
+        raise Refused(str(e)) from e
 
 
 def setup(args: Namespace) -> CfgNode:
@@ -153,19 +207,18 @@ def _check_model(cfg: CfgNode) -> None:
         build_retinanet_head(cfg, shapes)
 
 
-def _check_workers(args: Namespace, cfg: CfgNode) -> None:
+def _check_workers(args: Namespace, cfg: CfgNode, place: Place) -> None:
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ValueError(
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 1 of each is needed; on the CPU "
             "--num-gpus counts workers"
         )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(f"--machine-rank {args.machine_rank}: the ranks of {args.num_machines} machine(s) start at 0")
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > num_gpus:
         raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
-    if args.num_machines > 1 and args.dist_url == "auto":
+    if args.num_machines > 1 and args.dist_url == "auto" and not place.launcher:
         raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
-    num_workers = args.num_gpus * args.num_machines
-    if not args.eval_only and cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and cfg.SOLVER.IMS_PER_BATCH % num_workers:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared out evenly among {num_workers} workers"
-        )
+    if not args.eval_only:
+        check_scale(cfg, args.num_gpus * args.num_machines)

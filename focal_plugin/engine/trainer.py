@@ -1,36 +1,126 @@
-"""Detectron2's ``DefaultTrainer`` with COCO evaluation, safe checkpoints and CPU workers."""
+"""Detectron2's ``DefaultTrainer`` with COCO evaluation, safe checkpoints, exact resumption and CPU workers."""
+
+from __future__ import annotations
 
 import functools
+import logging
 import os
 import weakref
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.engine import AMPTrainer, DefaultTrainer, defaults, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
 
-from ..scalars import flush_scalars
+from ..data.loader import NamingMapper, build_train_loader, stream_of
+from ..rng import get_rng_state, set_rng_state
 from .checkpoint import SafeCheckpointer
+from .guard import LossGuard
+from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer
+from .interrupt import Interrupted, stop_requested
+from .resume import restore_worker_state
+from .scale import learning_rate_warning, scale_to_workers, start_banner, unknown_keys
+
+logger = logging.getLogger(__name__)
 
 
 class FocalTrainer(DefaultTrainer):
-    """``DefaultTrainer`` that evaluates with ``COCOEvaluator``; also trains in bfloat16 and on several CPU workers."""
+    """``DefaultTrainer`` that evaluates with ``COCOEvaluator``, and that may be stopped at any moment and resumed.
+
+    Also trains in bfloat16 and on several CPU workers.
+
+    Attributes:
+        unscaled_cfg: the config before ``SOLVER.REFERENCE_WORLD_SIZE`` was applied; ``cfg`` is the one trained with.
+    """
 
     def __init__(self, cfg):
         check_amp_precision(cfg)
+        self.unscaled_cfg = cfg
+        cfg = scale_to_workers(cfg, comm.get_world_size())
         with _ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
         if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16":
             self._trainer.precision = torch.bfloat16
             # bfloat16 has float32's range: no gradient underflows, and a scale would only cost its steps.
             self._trainer.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
+        self._guard = LossGuard(cfg, self.model)
+        # Of the inner trainer, which alone calls after_backward, when the weights are still those of before the step.
+        self._trainer.register_hooks([self._guard])
+        self._worker_states = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether training ends after this step, to be resumed later; the same on all workers."""
+        return self._guard.stopping
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Upstream's, from the newest checkpoint that is whole, with what each worker had for itself.
+
+        Raises:
+            ValueError: the run that was to be resumed is further than ``SOLVER.MAX_ITER``.
+        """
+        rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not self.checkpointer.resumed_from:
+            return
+        self.start_iter = self.iter + 1
+        if self.start_iter > self.max_iter:
+            raise ValueError(
+                f"{self.checkpointer.resumed_from} has done {self.start_iter} steps, and SOLVER.MAX_ITER is "
+                f"{self.max_iter}: raise SOLVER.MAX_ITER, or start afresh in another OUTPUT_DIR"
+            )
+        self._worker_states = rest.get("workers", [])
+
+    def banner(self, dataset_sizes: Mapping[str, int]) -> str:
+        """What is going to be trained, from where and on what, for the start of the log: base and effective values.
+
+        Args:
+            dataset_sizes: images by data set name.
+        """
+        cfg, stream, sizes = self.cfg, stream_of(self.data_loader), dict(dataset_sizes)
+        if stream is not None and len(cfg.DATASETS.TRAIN) == 1:
+            sizes[cfg.DATASETS.TRAIN[0]] = len(self.data_loader.dataset.dataset)  # without those that are left out
+        start = describe_start(self.checkpointer, cfg, self.start_iter)
+        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
+        text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, datasets=sizes, classes=classes)
+        return "\n".join([text, *filter(None, [learning_rate_warning(cfg), *unknown_keys(cfg)])])
+
+    def train(self):
+        if self._worker_states is not None:
+            # As late as possible: what was built since must not have drawn from the generators.
+            restore_worker_state(self.model, self._worker_states)
+            self._worker_states = None
+        return super().train()
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name: str):
+        return defaults.build_detection_test_loader(
+            cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, is_train=False))
+        )
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str = ""):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+        return _Evaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        # Training goes on with the random numbers that it would have drawn without.
+        state = get_rng_state()
+        try:
+            return super().test(cfg, model, evaluators)
+        finally:
+            set_rng_state(state)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -49,22 +139,90 @@ class FocalTrainer(DefaultTrainer):
         return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
     def build_hooks(self):
+        cfg = self.cfg
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.
-        self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        checkpoints = PeriodicCheckpointer(
+            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP
+        )
         # First, so that what this step logged is there when the writers write it.
-        return [_FlushScalars(), *super().build_hooks()]
+        built = [FlushScalars(), BadImages(cfg.DATALOADER.MAX_BAD_IMAGES)]
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.EvalHook):
+                built.append(checkpoints)  # on all workers; upstream's is on the main one only
+                built.append(EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints))
+                if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and comm.is_main_process():
+                    built.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC))
+            elif not isinstance(hook, hooks.PeriodicCheckpointer):
+                built.append(hook)
+        return built
+
+    def _evaluate(self):
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def state_dict(self):
+        state = super().state_dict()
+        # Upstream keys the hooks' states by class, and leaves out all but the first of a class.
+        state["hooks"] = {name: hook.state_dict() for name, hook in self._named_hooks() if hook.state_dict()}
+        stream = stream_of(self.data_loader)
+        if stream is not None:
+            state["data"] = {"seed": stream.seed, "images": (self.iter + 1) * self.cfg.SOLVER.IMS_PER_BATCH}
+        return state
 
     def load_state_dict(self, state_dict):
         trainer = state_dict["_trainer"]
         if isinstance(self._trainer, AMPTrainer) and not trainer.get("grad_scaler"):
             # Saved in float32 or bfloat16, which have no loss scale: float16 starts from its own.
             trainer = {**trainer, "grad_scaler": self._trainer.grad_scaler.state_dict()}
-        super().load_state_dict({**state_dict, "_trainer": trainer})
+        saved, named = state_dict.get("hooks", {}), dict(self._named_hooks())
+        super().load_state_dict({**state_dict, "_trainer": trainer, "hooks": {}})
+        for name in saved.keys() & named.keys():
+            named[name].load_state_dict(saved[name])
+        if saved.keys() - named.keys():
+            logger.warning(
+                f"the checkpoint has a state for hooks that are not here: {sorted(saved.keys() - named.keys())}"
+            )
+        self._continue_data(state_dict.get("data"))
+
+    def _named_hooks(self):
+        """Each hook that may have a state with a name of its own, upstream's for the first of a class."""
+        seen = Counter()
+        for hook in self._hooks:
+            name = type(hook).__qualname__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name} {seen[name]}"), hook
+
+    def _continue_data(self, data) -> None:
+        stream = stream_of(self.data_loader)
+        if stream is None or data is None:
+            logger.warning(
+                "the training images start again from the first: the checkpoint or the loader has no order"
+            )
+        else:
+            stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
 
 
-class _FlushScalars(HookBase):
-    def after_step(self):
-        flush_scalars(self.trainer.model)
+class _Evaluator(COCOEvaluator):
+    def process(self, inputs, outputs):
+        if stop_requested():
+            raise Interrupted
+        super().process(inputs, outputs)
+
+
+def describe_start(checkpointer: SafeCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:
+    """Where a model's weights are from, after they have been loaded.
+
+    Args:
+        checkpointer: that has loaded them.
+        cfg: of the run.
+        start_iter: steps done already.
+    """
+    skipped = f"; skipped: {'; '.join(checkpointer.skipped)}" if checkpointer.skipped else ""
+    if checkpointer.resumed_from:
+        left = "" if start_iter < cfg.SOLVER.MAX_ITER else ", which was the last: only the evaluation is left"
+        return f"RESUMING after step {start_iter}{left}, from {checkpointer.resumed_from}{skipped}"
+    return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
 
 
 def check_optimizer(cfg) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import signal
 from collections.abc import Sequence
@@ -15,13 +14,13 @@ from typing import Any
 
 import yaml
 
+from ..files import atomic_write
 from .provenance import machine, now
 
 CONSOLE = "console.txt"
 RESULT = "result.json"
-TEMPORARY = ".tmp"
 # Upstream's trainer, on the first loss that is no number.
-_DIVERGED = re.compile(r"Loss became infinite or NaN at iteration=(\d+)")
+_DIVERGED = re.compile(r"infinite or NaN at iteration=(\d+)")
 
 
 @dataclass
@@ -171,12 +170,8 @@ _SAVED = [f.name for f in fields(RunResult) if f.name not in ("method", "title",
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that, stopped at any moment (power included), it is there whole or as it was."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def of_method(results: Sequence[RunResult], method: str) -> list[RunResult]:

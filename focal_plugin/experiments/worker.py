@@ -14,12 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import CONSOLE, RESULT, TEMPORARY, RunResult, write_whole
+from ..files import TEMPORARY
+from .results import CONSOLE, RESULT, RunResult, write_whole
 
 _RUN = "run.json"  # says that the folder is ours, and for which fingerprint
 _LOCK = "lock"
@@ -211,7 +211,6 @@ def _prepare(run: Run) -> int:
     if (run.folder / CONSOLE).exists():
         (run.folder / CONSOLE).rename(run.folder / f"console.{attempt - 1}.txt")
     _end_last_line(run.folder / "metrics.json")
-    _mend_checkpoint(run.folder)
     return attempt
 
 
@@ -234,23 +233,6 @@ def _end_last_line(path: Path) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-
-
-def _mend_checkpoint(folder: Path) -> None:
-    """Has the run go on from its newest whole checkpoint.
-
-    Upstream would take an empty last_checkpoint, torn by a loss of power, for "from scratch", and fail at each attempt
-    on a model that was being written.
-    """
-    last = folder / "last_checkpoint"
-    named = folder / (last.read_text(errors="replace").strip() or "?") if last.is_file() else None
-    if named and zipfile.is_zipfile(named):
-        return
-    whole = [path for path in sorted(folder.glob("model_[0-9]*.pth")) if zipfile.is_zipfile(path)]
-    if whole:
-        write_whole(last, whole[-1].name)
-    else:
-        last.unlink(missing_ok=True)
 
 
 def _call(run: Run, threads: int, lock: int) -> tuple[int, int]:

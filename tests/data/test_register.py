@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -108,7 +109,14 @@ def test_missing_files(cells, tmp_path):
         (json.dumps({**CONTENT, "categories": []}), "has no categories"),
         (json.dumps({**CONTENT, "categories": [{"id": 1}]}), "without a name"),
         (json.dumps({**CONTENT, "categories": [{"id": "1", "name": "a"}]}), "without a whole number as id"),
+        (json.dumps({**CONTENT, "categories": [{"id": True, "name": "a"}]}), "without a whole number as id"),
+        (json.dumps({**CONTENT, "categories": [{"id": 1.0, "name": "a"}]}), "without a whole number as id"),
+        (json.dumps({**CONTENT, "categories": [{"id": 1, "name": 5}]}), "without a name"),
+        (json.dumps({**CONTENT, "categories": [{"id": 1, "name": None}]}), "without a name"),
+        (json.dumps({**CONTENT, "categories": ["a\nb"]}), "without a name"),
         (json.dumps({**CONTENT, "categories": [{"id": 1, "name": "a"}] * 2}), "two categories with the"),
+        (json.dumps(CONTENT)[:-1], r"is not json .* at character"),
+        ("\ufeff" + json.dumps(CONTENT), r"is not json .*byte order mark"),
     ],
 )
 def test_a_file_that_is_no_coco_json(cells, text, message):
@@ -117,3 +125,32 @@ def test_a_file_that_is_no_coco_json(cells, text, message):
         register_coco_json("cells", *cells)
     assert "\n" not in str(caught.value)
     assert "cells" not in DatasetCatalog and "cells" not in MetadataCatalog
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "..", "a\0b", "-rf", "/etc/passwd"])
+def test_a_name_that_cannot_be_part_of_a_file_name_is_refused(cells, name):
+    for register in (
+        lambda: register_coco_json(name, *cells),
+        lambda: register_from_args([f"{name}={cells[0]}:{cells[1]}"]),
+    ):
+        with pytest.raises(ValueError, match=r"becomes part of file names.*name=annotations\.json:image_dir$"):
+            register()
+    assert name not in DatasetCatalog and name not in MetadataCatalog
+
+
+@pytest.mark.parametrize("name", ["cells-v1.2", "a.b", "Zellen_ä", "x-"])
+def test_other_names_are_fine(cells, name):
+    register_coco_json(name, *cells)
+    assert len(DatasetCatalog.get(name)) == 1
+
+
+def test_registering_takes_little_memory(cells):
+    content = {**CONTENT, "annotations": [{**CONTENT["annotations"][0], "id": i} for i in range(20_000)]}
+    cells[0].write_text(json.dumps(content))
+    size = cells[0].stat().st_size
+    tracemalloc.start()
+    try:
+        register_coco_json("cells", *cells)
+        assert tracemalloc.get_traced_memory()[1] < size  # json.load takes several times the file
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,236 @@
+"""Training data as a stream in which the n-th image, augmentation included, depends on the seed and on n alone.
+
+Upstream's samplers know no start and its data workers draw random numbers in the order in which they happen to be
+asked, so that a resumed run sees the beginning of the data again, augmented in another way. Here a run can begin at any
+batch, with any number of data workers, and sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch.utils.data
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import detection_utils as utils
+from detectron2.data.build import _train_loader_from_config
+from detectron2.utils import comm
+
+from ..rng import seeded
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped"  # key of an image's dict: the files that it stands in for
+
+
+class TrainingStream(torch.utils.data.Sampler):
+    """Which images this worker trains on, batch after batch, from any batch on.
+
+    Yields (index, position): which image, and at which place of the stream that all workers share it stands. Images are
+    grouped by aspect ratio here, by what the annotations say of them, not after loading as upstream does: so that what
+    went before can be passed over without reading it.
+
+    Args:
+        make_sampler: a seed -> one of upstream's training samplers, which gives this worker's share of an endless
+            stream of indices. Called on all workers alike.
+        batch_size: images per step, of this worker.
+        seed: of the stream; the same on all workers.
+        groups: per image, which others it may share a batch with; None: all.
+    """
+
+    def __init__(
+        self,
+        make_sampler: Callable[[int], torch.utils.data.Sampler],
+        batch_size: int,
+        seed: int,
+        groups: Sequence[int] | None = None,
+    ):
+        self._make_sampler, self.batch_size, self._groups = make_sampler, batch_size, groups
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+        self.start_from(0, seed)
+
+    def start_from(self, batch: int, seed: int) -> None:
+        """The next iteration begins at this batch of the stream of this seed; a collective call."""
+        self.batch, self.seed = batch, seed
+        self._sampler = self._make_sampler(seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        samples = zip(self._sampler, itertools.count(self._rank, self._world_size))
+        if self._groups is not None:
+            samples = self._grouped(samples)
+        return itertools.islice(samples, self.batch * self.batch_size, None)
+
+    def _grouped(self, samples: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        buckets: dict[int, list] = {}
+        for sample in samples:
+            bucket = buckets.setdefault(self._groups[sample[0]], [])
+            bucket.append(sample)
+            if len(bucket) == self.batch_size:
+                yield from bucket
+                bucket.clear()
+
+    def __getstate__(self):
+        # For data workers that are spawned: the way to make other samplers stays with the trainer.
+        return {**self.__dict__, "_make_sampler": None}
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """Images as a mapper makes them, with random numbers that depend on their place in the stream only.
+
+    An image that cannot be read is replaced by another, drawn by the same rule, which says so under :data:`SKIPPED`.
+
+    Args:
+        dataset: dicts in Detectron2's format.
+        mapper: such a dict -> what the model trains on.
+        stream: gives (index, position), and the seed.
+        max_bad_images: how many may be passed over before one that can be read; 0: none.
+    """
+
+    def __init__(
+        self, dataset: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream, max_bad_images: int
+    ):
+        self._dataset, self._mapper, self._stream, self._max_bad_images = dataset, mapper, stream, max_bad_images
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        """
+        Raises:
+            ValueError: more images cannot be read than may be passed over; names them.
+        """
+        _ignore_sigterm_in_data_workers()
+        index, position = sample
+        seed = self._stream.seed
+        others = random.Random(f"{seed} {position}")
+        skipped = []
+        while True:
+            with seeded(seed, position):
+                image, reason = self._read(self._dataset[index])
+            if not reason:
+                return {**image, SKIPPED: skipped} if skipped else image
+            skipped.append((image["file_name"], reason))
+            if len(skipped) > self._max_bad_images:
+                raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
+            index = others.randrange(len(self))
+
+    def _read(self, image: dict) -> tuple[dict, str]:
+        """The mapped image and no reason; or the image as it is and why it cannot be read."""
+        try:
+            return self._mapper(image), ""
+        except Exception:
+            # Is it the file, or the mapper? Pillow raises all kinds of errors, and none names the file.
+            reason = why_unreadable(image)
+            if not reason:
+                raise
+            return image, reason
+
+
+class NamingMapper:
+    """A mapper for evaluation, where no image can be left out: its errors name the file.
+
+    Args:
+        mapper: upstream's.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self._mapper = mapper
+
+    def __call__(self, image: dict) -> dict:
+        try:
+            return self._mapper(image)
+        except Exception as error:
+            reason = why_unreadable(image)
+            if not reason:
+                raise
+            raise ValueError(
+                f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take it "
+                "out of the annotations (tools/check_dataset.py lists all such images)"
+            ) from error
+
+
+def why_unreadable(image: dict) -> str:
+    """What is wrong with the file of a dict in Detectron2's format; empty if nothing is."""
+    try:
+        utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
+    except MemoryError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        return f"{type(error).__name__}: {message}"
+    return ""
+
+
+def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
+    """An error message that names the files and the way out.
+
+    Args:
+        skipped: (file name, reason) each.
+        limit: how many may be passed over.
+    """
+    files = "\n".join(f"  {name}: {reason}" for name, reason in skipped)
+    return (
+        f"{len(skipped)} image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {limit}:\n{files}\n"
+        "Mend or remove them (tools/check_dataset.py lists them all), or raise DATALOADER.MAX_BAD_IMAGES."
+    )
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None):
+    """Upstream's ``build_detection_train_loader``, from which training can be resumed: see :func:`stream_of`.
+
+    The sampler is the one that ``DATALOADER.SAMPLER_TRAIN`` names.
+
+    Args:
+        cfg: a Detectron2 config with the plugin's keys.
+        mapper: as upstream's; default: ``DatasetMapper(cfg, True)``.
+
+    Raises:
+        ValueError: no image is left to train on.
+    """
+    mapper = mapper or DatasetMapper(cfg, is_train=True)
+    try:
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    except AssertionError as error:  # upstream's, where nothing is left
+        raise ValueError(
+            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} Images without an object are dropped unless "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        ) from error
+    groups = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
+    dataset = DatasetFromList(dicts, copy=False)
+    del dicts  # packed by now, and much smaller
+
+    def make_sampler(seed: int) -> torch.utils.data.Sampler:
+        # Those of upstream's samplers that take no seed draw one from NumPy's generator.
+        with seeded(seed):
+            return _train_loader_from_config(cfg, mapper=mapper, dataset=dataset)["sampler"]
+
+    seed = comm.shared_random_seed()
+    stream = TrainingStream(make_sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, groups)
+    return build_detection_train_loader(
+        SeededDataset(dataset, mapper, stream, cfg.DATALOADER.MAX_BAD_IMAGES),
+        mapper=None,
+        sampler=stream,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        aspect_ratio_grouping=False,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,  # of the data workers; without one they would draw it from the generator of the model
+    )
+
+
+def stream_of(loader) -> TrainingStream | None:
+    """The stream that a loader of :func:`build_train_loader` reads; None for another loader."""
+    sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
+    return sampler if isinstance(sampler, TrainingStream) else None
+
+
+def _ignore_sigterm_in_data_workers() -> None:
+    # A scheduler sends it to every process. It is for the trainer, which saves a checkpoint and then stops them.
+    if torch.utils.data.get_worker_info() is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,57 @@
+"""The state of every random number generator of a process, and a way to borrow them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def get_rng_state() -> dict:
+    """The state of Python's, NumPy's and torch's generators (of the current GPU too), in types that any checkpoint
+    may hold: tensors, numbers and strings."""
+    version, words, gauss_next = random.getstate()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": (version, torch.tensor(words), gauss_next),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Puts back what :func:`get_rng_state` returned; a GPU's only where there is one."""
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss_next))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators start from ``entropy`` inside, and go on outside as if nothing were.
+
+    Args:
+        entropy: non-negative integers, any number of them; others give unrelated random numbers.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # Not torch.manual_seed, which seeds the GPUs as well.
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

@@ -1,0 +1,41 @@
+"""Real runs on a tiny data set, forked from one process that has imported everything."""
+
+import pytest
+
+from focal_plugin.data import make_digits
+
+from zygote import Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder with 14 images to train on and 4 to evaluate, of 64 to 96 pixels."""
+    return make_digits(tmp_path_factory.mktemp("scenes"), num_train=14, num_val=4, image_size=96)
+
+
+@pytest.fixture
+def command(scenes):
+    """command(folder, KEY, VALUE, ...): the arguments of a run into ``folder``: 12 steps of 2 images, evaluated twice.
+
+    With everything that draws random numbers, and whose state might get lost: sizes, flips, crops, batch norm, AdamW's
+    moments, a running mean as normaliser.
+    """
+
+    def make(folder, *opts, flags=("--resume",)):
+        argv = ["--config-file", "digits/focal.yaml", *flags]
+        argv += ["--register", f"t_train={scenes / 'train.json'}:{scenes / 'train'}"]
+        argv += ["--register", f"t_val={scenes / 'val.json'}:{scenes / 'val'}"]
+        argv += ["DATASETS.TRAIN", '("t_train",)', "DATASETS.TEST", '("t_val",)', "OUTPUT_DIR", folder]
+        argv += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "20", "SOLVER.CHECKPOINT_PERIOD", "2"]
+        argv += ["TEST.EVAL_PERIOD", "4", "INPUT.MIN_SIZE_TRAIN", "(64, 80, 96)", "INPUT.RANDOM_FLIP", "horizontal"]
+        argv += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.CROP.ENABLED", "True", "SOLVER.WARMUP_ITERS", "3"]
+        return [*argv, *opts]
+
+    return make

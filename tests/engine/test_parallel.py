@@ -1,0 +1,177 @@
+"""Two "machines" of two workers each, over gloo on this one, give the gradients of one process with the joint batch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from focal_plugin import get_config
+
+HERE = Path(__file__).resolve().parent
+# The CPU on every machine: with a GPU in sight upstream's launch would start NCCL.
+CPU_ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TIMEOUT = 300  # seconds for both machines; alone they take 30
+
+SYNC = ["MODEL.FOCAL.NORMALIZER_SYNC", "True"]
+OHEM = ["MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16"]
+OHEM += ["MODEL.OHEM.SCOPE", "image"]  # the joint batch keeps as many as its parts only if each image counts alone
+ONE_TO_THREE = ["MODEL.OHEM.NEG_POS_RATIO", "3.0", "MODEL.OHEM.NORMALIZER", "positives"]
+BATCH = ["MODEL.FOCAL.NORMALIZER", "batch"]
+SYNCED = {
+    "focal ema": SYNC,
+    "focal batch": [*SYNC, *BATCH],
+    "ohem selected": [*SYNC, *OHEM],
+    "ohem 1:3 positives batch": [*SYNC, *OHEM, *ONE_TO_THREE, *BATCH],
+}
+ALONE = {"focal ema alone": [], "focal batch alone": BATCH, "ohem selected alone": OHEM}
+
+# The images of each worker, as their numbers of objects; the third worker has none.
+OBJECTS = [[3, 0], [1], [0, 0], [4, 2, 0]]
+STEPS = 2  # so that the running mean of the positives is covered
+
+MACHINE = """
+import sys
+from datetime import timedelta
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, {here!r})
+from test_parallel import ALONE, STEPS, SYNCED, gradients, make_batch, make_model
+
+
+def main(folder):
+    results = {{}}
+    for case, opts in {{**SYNCED, **ALONE}}.items():
+        model = DistributedDataParallel(make_model(opts))
+        results[case] = [gradients(model, make_batch(seed)[comm.get_rank()]) for seed in range(STEPS)]
+    place = [comm.get_world_size(), comm.get_local_size(), comm.get_local_rank()]
+    # All gradients are the same after DistributedDataParallel: those of the last worker are the farthest from rank 0.
+    torch.save({{"place": place, "results": results}}, f"{{folder}}/{{comm.get_rank()}}.pth")
+    # As focal_plugin.engine does: at the end of the process its threads could abort it.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank, url, folder = sys.argv[1:]
+    launch(main, 2, 2, int(rank), url, (folder,), timedelta(seconds={timeout}))
+"""
+
+
+def make_model(opts):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    # Norms over the batch would differ between a part and the whole.
+    fixed = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    return build_model(get_config("digits/focal.yaml", [*fixed, *opts]))
+
+
+def make_batch(seed):
+    """A list of inputs for each worker."""
+    g = torch.Generator().manual_seed(seed)
+    return [[_image(num, g) for num in counts] for counts in OBJECTS]
+
+
+def _image(num_objects, g):
+    instances = Instances((64, 64))
+    xy = 40 * torch.rand(num_objects, 2, generator=g)
+    instances.gt_boxes = Boxes(torch.cat([xy, xy + 10 + 12 * torch.rand(num_objects, 2, generator=g)], dim=1))
+    instances.gt_classes = torch.randint(0, 3, (num_objects,), generator=g)
+    return {"image": 255 * torch.rand(3, 64, 64, generator=g), "instances": instances}
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    sum(model(inputs).values()).backward()
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """What each of the four workers saved; one launch for all cases, since each process imports for seconds."""
+    folder = tmp_path_factory.mktemp("parallel")
+    script = folder / "machine.py"
+    script.write_text(MACHINE.format(here=str(HERE), timeout=TIMEOUT))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    errors = [folder / f"stderr{rank}" for rank in range(2)]
+    machines = []
+    for rank, path in enumerate(errors):
+        with path.open("w") as stderr:
+            command = [sys.executable, str(script), str(rank), url, str(folder)]
+            machines.append(subprocess.Popen(command, env=CPU_ENV, stderr=stderr, start_new_session=True))
+    try:
+        codes = _wait_for_all(machines, time.monotonic() + TIMEOUT)
+    finally:
+        for machine in machines:
+            _kill(machine)
+    assert codes == [0, 0], "\n".join(path.read_text() for path in errors)
+    return [torch.load(folder / f"{rank}.pth") for rank in range(4)]
+
+
+def _wait_for_all(machines, deadline):
+    """Their exit codes, once all have ended, one has failed (the other would wait for it) or the time is over."""
+    while True:
+        codes = [machine.poll() for machine in machines]
+        if None not in codes or any(codes) or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.1)
+
+
+def _kill(machine):
+    """With its workers, which are in its session; what has ended by itself has none left."""
+    if machine.poll() == 0:
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(machine.pid, signal.SIGKILL)
+    machine.wait()
+
+
+def differences(got, want):
+    """The parameters whose gradients differ by more than rounding."""
+    assert got.keys() == want.keys()
+    # A bias before a norm has no gradient but noise.
+    noise = 1e-6 * max(g.norm() for g in want.values())
+    return [name for name in want if not (got[name] - want[name]).norm() <= 1e-4 * want[name].norm() + noise]
+
+
+def joint_gradients(opts):
+    model = make_model(opts)
+    return [gradients(model, list(chain(*make_batch(seed)))) for seed in range(STEPS)]
+
+
+def test_there_were_two_machines(workers):
+    assert [worker["place"] for worker in workers] == [[4, 2, 0], [4, 2, 1], [4, 2, 0], [4, 2, 1]]
+
+
+@pytest.mark.parametrize("case", SYNCED)
+def test_four_workers_with_sync_give_the_gradients_of_the_joint_batch(case, workers):
+    for want, first, last in zip(
+        joint_gradients(SYNCED[case]), workers[0]["results"][case], workers[3]["results"][case]
+    ):
+        assert any(g.norm() > 0 for g in want.values())
+        assert differences(first, want) == []
+        assert differences(last, want) == []
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_without_sync_they_do_not(case, workers):
+    """What the sync is for, and the proof that the test above can fail."""
+    for got, want in zip(workers[0]["results"][case], joint_gradients(ALONE[case])):
+        assert differences(got, want)
