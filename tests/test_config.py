@@ -63,6 +63,9 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
         "MODEL.OHEM.BOX_LOSS_ON": "selected",
         "SOLVER.OPTIMIZER": "SGD",
         "SOLVER.AMP.PRECISION": "float16",
+        "SOLVER.CHECKPOINTS_TO_KEEP": 0,
+        "TEST.BEST_METRIC": "bbox/AP",
+        "DATALOADER.MAX_BAD_IMAGES": 10,
     }
 
 

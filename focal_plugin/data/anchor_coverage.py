@@ -66,7 +66,12 @@ def resized_sizes(widths: np.ndarray, heights: np.ndarray, cfg) -> tuple[np.ndar
 
     Returns:
         The same, resized and rounded as upstream does; float64.
+
+    Raises:
+        ValueError: INPUT.MIN_SIZE_TRAIN is empty.
     """
+    if not np.size(cfg.INPUT.MIN_SIZE_TRAIN):
+        raise ValueError("INPUT.MIN_SIZE_TRAIN is empty")
     min_size, max_size = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
     widths, heights = np.asarray(widths, np.float64), np.asarray(heights, np.float64)
     if min_size <= 0:  # upstream: no resizing
@@ -138,7 +143,7 @@ def check_coverage(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, c
         to set MODEL.ANCHOR_GENERATOR.SIZES to, or None.
 
     Raises:
-        ValueError: see :func:`anchor_grid`.
+        ValueError: see :func:`anchor_grid` and :func:`resized_sizes`.
     """
     grid = anchor_grid(cfg)
     boxes, widths, heights = _thin_out(max_boxes, boxes, widths, heights)
@@ -176,14 +181,10 @@ def _resize(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg) -> 
     """XYXY boxes cut to the resized image, and its sizes; boxes of which nothing is left are dropped."""
     new_widths, new_heights = resized_sizes(widths, heights, cfg)
     scale_x, scale_y = new_widths / widths, new_heights / heights
-    x1, y1 = boxes[:, 0] * scale_x, boxes[:, 1] * scale_y
-    x2, y2 = x1 + boxes[:, 2] * scale_x, y1 + boxes[:, 3] * scale_y
-    corners = [
-        x1.clip(min=0),
-        y1.clip(min=0),
-        np.minimum(x2, new_widths),
-        np.minimum(y2, new_heights),
-    ]
+    with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
+        x1, y1 = boxes[:, 0] * scale_x, boxes[:, 1] * scale_y
+        x2, y2 = x1 + boxes[:, 2] * scale_x, y1 + boxes[:, 3] * scale_y
+    corners = x1.clip(min=0), y1.clip(min=0), np.minimum(x2, new_widths), np.minimum(y2, new_heights)
     boxes = np.stack(corners, axis=1)
     left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     return boxes[left], new_widths[left], new_heights[left]

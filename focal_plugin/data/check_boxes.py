@@ -42,12 +42,14 @@ def check_classes(columns: Columns) -> list[Finding]:
     names = dict(zip(columns.category_ids.tolist(), columns.category_names))
     empty = [f"{shown(name)} (id {key})" for key, name in names.items() if key not in used]
     if empty and len(columns.boxes):
-        found.append(warning("empty_classes", f"{len(empty):,} classes have no boxes", len(empty), empty))
+        found.append(
+            warning("empty_classes", f"{len(empty):,} of {len(names):,} classes without boxes", len(empty), empty)
+        )
     seen, twice = set(), []
     for name in columns.category_names:
         (twice.append if name in seen else seen.add)(name)
     if twice:
-        message = "classes have a name that another class has: they are trained as different classes"
+        message = "class names that an earlier class has: they are trained as different classes"
         found.append(warning("duplicate_class_names", f"{len(twice):,} {message}", len(twice), map(shown, twice)))
     return found
 
@@ -66,12 +68,12 @@ def check_objects(columns: Columns, filter_empty: bool | None) -> list[Finding]:
             True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
             False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
         }[filter_empty]
-        message = f"{num_empty:,} of {len(columns.image_ids):,} images are without objects: {use}"
+        message = f"{num_empty:,} of {len(columns.image_ids):,} images without objects: {use}"
         found.append(note("images_without_objects", message, num_empty))
     num_crowd = int(columns.crowd.sum())
     if num_crowd:
         share = num_crowd / len(columns.crowd)
-        message = f"{num_crowd:,} annotations ({share:.1%}) are crowds (iscrowd 1): training leaves them out"
+        message = f"{num_crowd:,} of {len(columns.crowd):,} annotations ({share:.1%}) with iscrowd 1: training leaves them out"
         make = note if share < _CROWD_SHARE else warning
         found.append(make("crowds", message, num_crowd))
         if num_crowd == len(columns.crowd):
@@ -95,32 +97,32 @@ def check_boxes(columns: Columns) -> list[Finding]:
         outside, leaving = _outside(boxes, widths, heights)
         is_xyxy = _looks_like_xyxy(boxes[finite], widths[finite], heights[finite])
     found = [
-        _box_finding(fatal, "nonfinite_boxes", "are not finite: the loss becomes NaN", ~finite, columns),
+        _box_finding(fatal, "nonfinite_boxes", "boxes that are not finite: the loss becomes NaN", ~finite, columns),
         _box_finding(
             error,
             "negative_boxes",
-            "have a negative width or height: Detectron2 trains on the box turned over, beside its corner",
+            "boxes of negative width or height: Detectron2 trains on the box turned over, beside its corner",
             negative,
             columns,
         ),
         _box_finding(
             error,
             "zero_boxes",
-            "have no width or no height: Detectron2 drops them without a word",
+            "boxes without width or height: Detectron2 drops them without a word",
             finite & ~has_size & ~negative,
             columns,
         ),
         _box_finding(
             error,
             "boxes_outside",
-            "are entirely outside their image: Detectron2 drops them without a word",
+            "boxes entirely outside their image: Detectron2 drops them without a word",
             has_size & outside,
             columns,
         ),
         _box_finding(
             warning,
             "boxes_leave_image",
-            "leave their image by more than a pixel: Detectron2 cuts them off",
+            "boxes that leave their image by more than a pixel: Detectron2 cuts them off",
             has_size & leaving & ~outside,
             columns,
         ),
@@ -181,7 +183,7 @@ def _box_finding(make, code: str, what: str, mask: np.ndarray, columns: Columns)
         f"[{', '.join(f'{x:g}' for x in columns.boxes[row])}]"
         for row in rows[:MAX_EXAMPLES]
     ]
-    return make(code, f"{len(rows):,} boxes {what}", len(rows), examples)
+    return make(code, f"{len(rows):,} {what}", len(rows), examples)
 
 
 def _check_duplicates(what: str, ids: np.ndarray) -> list[Finding]:
@@ -189,17 +191,17 @@ def _check_duplicates(what: str, ids: np.ndarray) -> list[Finding]:
     twice = values[counts > 1]
     if not len(twice):
         return []
-    message = f"{len(twice):,} {what} ids are given more than once: one hides the other"
+    message = f"{len(twice):,} {what} ids given more than once: one hides the other"
     return [fatal(f"duplicate_{what}_ids", message, len(twice), map(str, twice[:MAX_EXAMPLES]))]
 
 
 def _check_references(what: str, used: np.ndarray, table: np.ndarray, columns: Columns) -> list[Finding]:
     section = {"image": "images", "category": "categories"}[what]
-    if len(table) < columns.counts[section]:
-        return []  # rows that were not readable are findings themselves; what refers to them is right
+    if not len(table) or len(table) < columns.counts[section]:
+        return []  # an empty list and rows that could not be read are findings themselves, not what refers to them
     unknown = np.flatnonzero(~rows_of(used, table)[1])
     if not len(unknown):
         return []
     examples = [f"annotation {columns.annotation_ids[i]}: {what} {used[i]}" for i in unknown[:MAX_EXAMPLES]]
-    message = f'{len(unknown):,} annotations of a {what} that is not in "{section}"'
+    message = f'{len(unknown):,} of {len(used):,} annotations with a {what} id that is not in "{section}"'
     return [fatal(f"unknown_{what}_ids", message, len(unknown), examples)]

@@ -142,7 +142,8 @@ def _box_sizes(columns: Columns) -> dict | None:
     boxes, _, _ = _usable(columns)
     if not len(boxes):
         return None
-    sizes = np.sqrt(boxes[:, 2]) * np.sqrt(boxes[:, 3])
+    with np.errstate(over="ignore"):
+        sizes = np.nan_to_num(np.sqrt(boxes[:, 2]) * np.sqrt(boxes[:, 3]))  # json has no infinity
     quantiles = np.quantile(sizes, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)).tolist()
     return dict(zip(("min", "5%", "25%", "50%", "75%", "95%", "max"), quantiles))
 

@@ -23,16 +23,16 @@ _EXIF_ORIENTATION = 274
 _SWAPS_SIDES = (5, 6, 7, 8)
 
 _MESSAGES = {
-    "escaping_file_names": (fatal, "file names leave the image folder by '..'"),
-    "missing_images": (fatal, "images are not there"),
-    "unreadable_images": (fatal, "images cannot be opened: training stops when it meets one"),
+    "escaping_file_names": (fatal, "file names that leave the image folder by '..'"),
+    "missing_images": (fatal, "images that are not there"),
+    "unreadable_images": (fatal, "images that cannot be opened: training stops when it meets one"),
     "mis_sized_images": (
         fatal,
-        "images are not of the size that the json gives: Detectron2 stops with SizeMismatchError when it meets one",
+        "images of another size than the json gives: Detectron2 stops with SizeMismatchError when it meets one",
     ),
-    "truncated_images": (fatal, "images cannot be decoded to their end: training stops when it meets one"),
-    "absolute_file_names": (note, "file names are absolute: the image folder is not used for them"),
-    "symlinked_images": (note, "images are symbolic links"),
+    "truncated_images": (fatal, "images that cannot be decoded to their end: training stops when it meets one"),
+    "absolute_file_names": (note, "absolute file names: the image folder is not used for them"),
+    "symlinked_images": (note, "images that are symbolic links"),
 }
 
 
@@ -96,7 +96,7 @@ def _check_repeated(columns: Columns) -> list[Finding]:
         (twice.append if name in seen else seen.add)(name)
     if not twice:
         return []
-    message = f"{len(twice):,} images have the file of another image: objects of one are background in the other"
+    message = f"{len(twice):,} images with the file of an earlier image: objects of one are background in the other"
     return [warning("repeated_file_names", message, len(twice), map(shown, twice))]
 
 

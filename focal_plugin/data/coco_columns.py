@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import sys
 from array import array
 from dataclasses import dataclass, field
 
@@ -19,6 +21,7 @@ REQUIRED = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+_REQUIRED_SETS = {section: set(names) for section, names in REQUIRED.items()}
 KNOWN = {
     "images": {*REQUIRED["images"], "license", "flickr_url", "coco_url", "url", "date_captured"},
     "annotations": {
@@ -34,9 +37,29 @@ KNOWN = {
     "": {*SECTIONS, "info", "licenses"},
 }
 _INT64 = 1 << 63
+_NUMBERS = {int, float}  # not bool, which is a subclass
 _MAX_SIDE = 1 << 31  # pixels
 _MAX_KINDS, _MAX_UNKNOWN = 1000, 20  # unknown keys to tell apart, and to report
 _MAX_KEY = 80  # characters of one
+
+_STRUCTURE = {
+    "missing_key": (fatal, '{section} without "{name}"'),
+    "wrong_type": (fatal, "{what} {why}"),
+    "malformed": (warning, "{what} {why} (training on boxes does not need it)"),
+    "float_number": (warning, "{what} is written with a point (write whole numbers)"),
+    "bad_area": (error, '{section} whose "area" is no number >= 0, which evaluation compares with'),
+    "missing_area": (error, '{section} without "area" (pycocotools stops with a KeyError when it evaluates)'),
+    "missing_iscrowd": (
+        warning,
+        '{section} without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, stops '
+        "with a KeyError; write 0)",
+    ),
+    "dropped_by_polygons": (
+        warning,
+        "{section} whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when it "
+        "loads the file (leave the segmentation out instead)",
+    ),
+}
 
 
 @dataclass
@@ -123,10 +146,12 @@ class _ColumnReader:
             where = f"{key}[{index}]"
             if not value.keys() <= KNOWN[key]:
                 self._note_unknown(key, value, where)
-            missing = [name for name in REQUIRED[key] if name not in value]
-            for name in missing:
-                self._faults.add(("missing_key", key, name, ""), where)
-            self._add_row[key](value, where, not missing)
+            complete = value.keys() >= _REQUIRED_SETS[key]
+            if not complete:
+                for name in REQUIRED[key]:
+                    if name not in value:
+                        self._faults.add(("missing_key", key, name, ""), where)
+            self._add_row[key](value, where, complete)
 
     def columns(self, problem: Finding | None) -> Columns:
         sizes = np.frombuffer(self._sizes, np.int64).reshape(-1, 2)
@@ -180,15 +205,8 @@ class _ColumnReader:
         # Detectron2's load_coco_json raises on all of these, so that training cannot begin.
         if not _equals_zero(item.get("ignore", 0)):
             self._wrong("annotations", "ignore", item["ignore"], where, "is not 0, which Detectron2 refuses")
-        segmentation = item.get("segmentation")
-        if segmentation:
-            if problem := segmentation_problem(segmentation):
-                self._wrong("annotations", "segmentation", segmentation, where, problem)
-            elif segmentation_is_dropped(segmentation):
-                self._faults.add(("dropped_by_polygons", "annotations", "segmentation", ""), where)
-        keypoints = item.get("keypoints")
-        if keypoints and (problem := keypoints_problem(keypoints)):
-            self._wrong("annotations", "keypoints", keypoints, where, problem)
+        self._check_shape("segmentation", item, where, segmentation_problem)
+        self._check_shape("keypoints", item, where, keypoints_problem)
         if complete and None not in ids and box is not None:
             self._ids["annotations"].append(ids[0])
             self._links.extend(ids[1:])
@@ -215,17 +233,33 @@ class _ColumnReader:
     def _box(self, item: dict, where: str) -> list[float] | None:
         """XYWH, or None after noting why there is no box."""
         box = item.get("bbox")
-        if type(box) is list and len(box) == 4 and all(type(x) is float or type(x) is int for x in box):
-            return [_as_float(x) for x in box]
+        if type(box) is list and len(box) == 4 and _NUMBERS.issuperset(map(type, box)):
+            try:
+                return list(map(float, box))
+            except OverflowError:  # an integer beyond 1e308
+                return [math.copysign(math.inf, x) if abs(x) > sys.float_info.max else float(x) for x in box]
         if "bbox" in item:
             self._wrong("annotations", "bbox", box, where, "is no list of four numbers")
         return None
+
+    def _check_shape(self, name: str, item: dict, where: str, find_problem) -> None:
+        value = item.get(name)
+        if not value:
+            return
+        why, raises = find_problem(value) or ("", False)
+        if raises:
+            self._wrong("annotations", name, value, where, why)
+            return
+        if why:
+            self._faults.add(("malformed", "annotations", name, why), f"{where} = {shown(value)}")
+        if name == "segmentation" and segmentation_is_dropped(value):
+            self._faults.add(("dropped_by_polygons", "annotations", name, ""), where)
 
     def _is_crowd(self, item: dict, where: str) -> bool:
         crowd = item.get("iscrowd")
         if "iscrowd" not in item:
             self._faults.add(("missing_iscrowd", "annotations", "iscrowd", ""), where)
-        elif not (crowd == 0 or crowd == 1) or isinstance(crowd, float):
+        elif not (crowd == 0 or crowd == 1):
             self._wrong("annotations", "iscrowd", crowd, where, "is neither 0 nor 1")
         return bool(crowd)
 
@@ -265,48 +299,19 @@ class _ColumnReader:
 
 def _structure_finding(kind: tuple, count: int, examples: list[str]) -> Finding:
     code, section, name, why = kind
+    make, message = _STRUCTURE[code]
     what = f'"{name}" of {section}' if name else f"an element of {section}"
-    if code == "missing_key":
-        return fatal(code, f"{count:,} {section} without {name!r}", count, examples)
-    if code == "wrong_type":
-        return fatal(code, f"{what} {why}: {count:,} times", count, examples)
-    if code == "float_number":
-        return warning(code, f"{what} is written with a point, {count:,} times: write whole numbers", count, examples)
-    if code == "bad_area":
-        return error(
-            code, f'{count:,} annotations whose "area" is no number >= 0: evaluation compares with it', count, examples
-        )
-    if code == "missing_area":
-        message = f'{count:,} annotations without "area": pycocotools stops with a KeyError when it evaluates'
-        return error(code, message, count, examples)
-    if code == "missing_iscrowd":
-        message = (
-            f'{count:,} annotations without "iscrowd": training works, but pycocotools (what evaluates where '
-            "Detectron2's compiled part is absent) stops with a KeyError; write 0"
-        )
-        return warning(code, message, count, examples)
-    message = (
-        f"{count:,} annotations whose segmentation has no polygon of three points: Detectron2 drops such objects, "
-        "boxes included, when it loads the file; leave the segmentation out instead"
-    )
-    return warning(code, message, count, examples)
+    message = message.format(what=what, section=section, name=name, why=why)
+    return make(code, f"{message}: {count:,} times", count, examples)
 
 
 def _unknown_finding(kind: tuple, count: int, examples: list[str]) -> Finding:
     section, name, near = kind
-    place = f"in {count:,} {section}" if section else "at the top level"
-    message = f"unknown key {shown(name)} {place}"
+    message = f"unknown key {shown(name)} " + (f"of {section}, {count:,} times" if section else "at the top level")
     examples = examples if section else []
     if near:
         return warning("unknown_key", f'{message}: did you mean "{near}"?', count, examples)
     return note("unknown_key", f"{message}: not read", count, examples)
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond 1e308
-        return float("inf") if value > 0 else float("-inf")
 
 
 def _equals_zero(value) -> bool:

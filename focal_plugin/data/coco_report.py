@@ -66,7 +66,7 @@ def _anchors(anchors: dict | None) -> str:
         lines.append(
             f"  size of those in the resized image: median {middle:.0f} pixels, 10 % to 90 %: {low:.0f} to {high:.0f}"
         )
-    return "\n".join(lines + [f"  {hint}" for hint in anchors["hints"]])
+    return "\n".join(lines)  # the hints are in a finding
 
 
 def _verdict(findings: list[Finding]) -> str:

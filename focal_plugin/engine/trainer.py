@@ -196,18 +196,25 @@ class FocalTrainer(DefaultTrainer):
     def _continue_data(self, data) -> None:
         stream = stream_of(self.data_loader)
         if stream is None or data is None:
-            logger.warning(
-                "the training images start again from the first: the checkpoint or the loader has no order"
-            )
+            logger.warning("the training images start again from the first: the checkpoint or the loader has no order")
         else:
             stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
 
 
 class _Evaluator(COCOEvaluator):
+    """Upstream's, which a request to stop ends between two images, on all workers alike."""
+
     def process(self, inputs, outputs):
         if stop_requested():
+            # The other workers come here at their next image, or to evaluate().
+            comm.all_gather(True)
             raise Interrupted
         super().process(inputs, outputs)
+
+    def evaluate(self, img_ids=None):
+        if any(comm.all_gather(stop_requested())):
+            raise Interrupted
+        return super().evaluate(img_ids)
 
 
 def describe_start(checkpointer: SafeCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:

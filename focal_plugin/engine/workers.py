@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 import torch
 from detectron2.utils import comm
 
-from .interrupt import RESUME_ME, Interrupted, request_stop
+from .interrupt import Interrupted, request_stop, stop_requested
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,10 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        watch.tell(_INTERRUPTED, "was interrupted")
         _wait_for_the_main_worker()
         raise
     except Exception as error:
-        # The first line says it; the traceback is this worker's to print.
-        watch.tell(_FAILED, f"{type(error).__name__}: {error}")
+        watch.tell_failure(f"{type(error).__name__}: {error}")
         time.sleep(_LINGER)
         raise
     finally:
@@ -62,32 +60,28 @@ class _Watch(threading.Thread):
         # A connection of its own: one that the main thread waits on would be locked.
         self._store = store.clone() if hasattr(store, "clone") else store
 
-    def tell(self, key: str, text: str) -> None:
-        """Leaves a message for all other workers, unless one has left one before."""
+    def tell_failure(self, why: str) -> None:
+        """Tells all other workers, unless one has told them before."""
         with suppress(Exception):  # the store may be gone, with the main worker
-            self._store.compare_set(key, "", f"worker {comm.get_rank()} {text}")
+            self._store.compare_set(_FAILED, "", f"worker {comm.get_rank()} has failed: {why}")
 
     def run(self) -> None:
         while not self.ended.wait(_PERIOD):
             try:
-                failed, interrupted = (self._look(key) for key in (_FAILED, _INTERRUPTED))
+                failed = self._look(_FAILED)
+                if stop_requested():
+                    self._store.set(_INTERRUPTED, "1")
+                elif self._look(_INTERRUPTED):
+                    request_stop()
             except Exception:
-                failed, interrupted = "the main worker is gone", ""
-            if failed:
-                self._leave(1, failed, _GRACE)
-            elif interrupted:
-                request_stop()  # at the end of this step, or before the next image of an evaluation
-                self._leave(RESUME_ME, interrupted, _SAVING)
+                failed = "the main worker is gone"
+            if failed and not self.ended.wait(_GRACE):
+                # The main thread is stuck in a collective that will never end.
+                print(f"worker {comm.get_rank()} stops: {failed}", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _look(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
-
-    def _leave(self, code: int, why: str, grace: float) -> None:
-        if self.ended.wait(grace):
-            return
-        # The main thread is stuck in a collective that will never end.
-        print(f"worker {comm.get_rank()} stops: {why}", file=sys.stderr, flush=True)
-        os._exit(code)
 
 
 def _wait_for_the_main_worker() -> None:

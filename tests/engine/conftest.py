@@ -1,10 +1,11 @@
 """Real runs on a tiny data set, forked from one process that has imported everything."""
 
+import socket
+
 import pytest
+from zygote import Zygote
 
 from focal_plugin.data import make_digits
-
-from zygote import Zygote
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,19 @@ def scenes(tmp_path_factory):
     return make_digits(tmp_path_factory.mktemp("scenes"), num_train=14, num_val=4, image_size=96)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def unused_port():
+    """unused_port(): a TCP port of this machine that nobody listens on."""
+
+    def find():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def command(scenes):
     """command(folder, KEY, VALUE, ...): the arguments of a run into ``folder``: 12 steps of 2 images, evaluated twice.
 

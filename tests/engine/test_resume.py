@@ -1,5 +1,6 @@
 """Runs that are stopped, at any moment and in any way, and resumed: bit for bit what the run that never stopped is."""
 
+import os
 import random
 import signal
 
@@ -9,18 +10,9 @@ import torch
 from focal_plugin.engine.interrupt import RESUME_ME
 
 FINAL = "model_final.pth"
-
-
-@pytest.fixture
-def never_stopped(zygote, command, tmp_path):
-    """never_stopped(KEY, VALUE, ...): its last checkpoint."""
-
-    def train(*opts):
-        folder = tmp_path / "never_stopped"
-        assert zygote.run(command(folder, *opts), tmp_path / "never.txt") == 0, (tmp_path / "never.txt").read_text()
-        return load(folder / FINAL)
-
-    return train
+DATA_WORKERS = ("DATALOADER.NUM_WORKERS", "2")
+OHEM = ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "SOLVER.OPTIMIZER", "SGD")
+NO_SEED = ("SEED", "-1")
 
 
 def load(path):
@@ -46,18 +38,153 @@ def assert_same(got, want, where="checkpoint"):
         assert got == want, where
 
 
+@pytest.fixture(scope="session")
+def never_stopped(zygote, command, tmp_path_factory):
+    """never_stopped(KEY, VALUE, ...): the last checkpoint of such a run, trained once."""
+    known = {}
+
+    def train(*opts):
+        if opts not in known:
+            folder = tmp_path_factory.mktemp("never_stopped")
+            assert zygote.run(command(folder, *opts), folder / "console.txt") == 0, (folder / "console.txt").read_text()
+            known[opts] = load(folder / FINAL)
+        return known[opts]
+
+    return train
+
+
+@pytest.fixture
+def run(zygote, command, tmp_path):
+    """run(opts, fault): one attempt in the test's folder; returns the exit code."""
+
+    def attempt(opts=(), fault=None, flags=("--resume",)):
+        return zygote.run(command(tmp_path / "run", *opts, flags=flags), tmp_path / "console.txt", fault=fault)
+
+    return attempt
+
+
 def test_killed_at_twenty_random_moments(zygote, command, never_stopped, tmp_path):
-    """Steps, checkpoints and evaluations are equally likely to be hit: all three happen all the time."""
-    want = never_stopped()
-    folder, console = tmp_path / "run", tmp_path / "run.txt"
-    moments = random.Random(0)
-    killed = 0
+    """Steps, checkpoints and evaluations are about equally likely to be hit: the run does little else."""
+    moments, killed, folders = random.Random(0), 0, 0
     while killed < 20:
-        code = zygote.run(command(folder), console, fault=("kill after", moments.uniform(0, 0.6)))
-        if code == 0:  # it was faster
-            break
-        assert code == -signal.SIGKILL, console.read_text()
-        killed += 1
-    print(killed)
-    assert zygote.run(command(folder), console) == 0, console.read_text()
-    assert_same(load(folder / FINAL), want)
+        folder, console, code = tmp_path / f"run{folders}", tmp_path / f"run{folders}.txt", None
+        while code != 0:
+            fault = ("kill after", moments.uniform(0, 0.5)) if killed < 20 else None
+            code = zygote.run(command(folder), console, fault=fault)
+            assert code in (0, -signal.SIGKILL), console.read_text()
+            killed += code != 0
+        assert_same(load(folder / FINAL), never_stopped())
+        assert not list(folder.glob("*.tmp"))
+        folders += 1
+
+
+@pytest.mark.parametrize("opts", [DATA_WORKERS, OHEM], ids=["data workers", "OHEM and SGD"])
+def test_killed_with(opts, run, never_stopped, tmp_path):
+    for delay in (0.15, 0.3, 0.6):
+        assert run(opts, fault=("kill after", delay)) in (0, -signal.SIGKILL)
+    assert run(opts) == 0, (tmp_path / "console.txt").read_text()
+    assert_same(load(tmp_path / "run" / FINAL), never_stopped(*opts))
+
+
+def test_the_number_of_data_workers_changes_nothing(never_stopped):
+    assert_same(never_stopped(*DATA_WORKERS)["model"], never_stopped()["model"])
+
+
+# Of one save: sync and rename of the checkpoint, then of last_checkpoint; a sync of the folder after each rename.
+@pytest.mark.parametrize("call", [("os.fsync", 1), ("os.replace", 1), ("os.fsync", 3), ("os.replace", 2)])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_in_a_save(call, when, run, never_stopped, tmp_path):
+    """In the second, so that there is one to go on from; and whatever lies there then can be resumed from."""
+    assert run(fault=("kill at", call[0], call[1] + (4 if call[0] == "os.fsync" else 2), when)) == -signal.SIGKILL
+    for file in (tmp_path / "run").glob("*.pth"):
+        load(file)
+    assert run() == 0, (tmp_path / "console.txt").read_text()
+    assert_same(load(tmp_path / "run" / FINAL), never_stopped())
+
+
+@pytest.mark.parametrize("opts", [(), DATA_WORKERS], ids=["", "data workers"])
+@pytest.mark.parametrize(
+    "fault, saved",
+    [
+        (("signal in step", 4, signal.SIGTERM), "model_0000004.pth"),
+        (("signal in step", 5, signal.SIGTERM), "model_0000005.pth"),  # due anyway
+        (("signal in evaluation", 6, signal.SIGTERM), "model_0000007.pth"),
+        (("signal in evaluation", 18, signal.SIGTERM), FINAL),  # the last one: nothing is left to train
+    ],
+    ids=["step", "step with a checkpoint", "evaluation", "last evaluation"],
+)
+def test_sigterm_saves_and_says_resume_me(fault, saved, opts, run, never_stopped, tmp_path):
+    assert run(opts, fault) == RESUME_ME == 75
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == saved
+    assert run(opts) == 0, (tmp_path / "console.txt").read_text()
+    assert f"RESUMING after step {5 if '4' in saved else ''}" in (tmp_path / "console.txt").read_text()
+    assert_same(load(tmp_path / "run" / FINAL), never_stopped(*opts))
+    # The evaluations that were interrupted have been made up for.
+    assert (tmp_path / "console.txt").read_text().count("copypaste: AP,AP50") == 5
+
+
+def test_a_crash_is_gone_on_from(run, never_stopped, tmp_path):
+    assert run(fault=("raise in step", 7, 0)) == 1
+    assert "a made-up fault" in (tmp_path / "console.txt").read_text()
+    assert run() == 0
+    assert_same(load(tmp_path / "run" / FINAL), never_stopped())
+
+
+def test_without_a_seed_too(run, tmp_path):
+    """The seed that was drawn goes on with the run: what is drawn after the resume is what would have been drawn."""
+    assert run(NO_SEED, fault=("signal in step", 9, signal.SIGTERM)) == RESUME_ME
+    at_the_stop = (tmp_path / "run").rename(tmp_path / "kept")
+    ends = []
+    for _ in range(2):
+        (tmp_path / "run").mkdir()
+        for name in ("model_0000009.pth", "last_checkpoint"):
+            os.link(at_the_stop / name, tmp_path / "run" / name)
+        assert run(NO_SEED) == 0
+        ends.append(load(tmp_path / "run" / FINAL))
+        (tmp_path / "run").rename(tmp_path / f"end{len(ends)}")
+    assert_same(*ends)
+
+
+# ------------------------------ two workers, started as torchrun starts them
+
+
+@pytest.fixture
+def pair(zygote, command, tmp_path, unused_port):
+    """pair(opts, fault): one attempt with two workers; returns both exit codes."""
+
+    def attempt(opts=(), fault=None):
+        env = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(unused_port()),
+        }
+        argv = command(tmp_path / "run", *opts)
+        pids = [
+            zygote.start(argv, tmp_path / f"console{rank}.txt", {**env, "RANK": rank, "LOCAL_RANK": rank}, fault)
+            for rank in ("0", "1")
+        ]
+        return [zygote.wait(pid) for pid in pids]
+
+    attempt.console = lambda: "".join((tmp_path / f"console{rank}.txt").read_text() for rank in (0, 1))
+    return attempt
+
+
+def test_two_workers(pair, tmp_path):
+    """Each has batch norms and a running mean of its own, which a checkpoint of upstream has for the first only."""
+    assert pair() == [0, 0], pair.console()
+    want = load((tmp_path / "run").rename(tmp_path / "never_stopped") / FINAL)
+    assert len(want["workers"]) == 2 and want["workers"][1]["buffers"]
+    # Killed, both; and asked to stop, one of them only.
+    assert pair(fault=("kill after", 0.3)) == [-signal.SIGKILL] * 2, pair.console()
+    assert pair(fault=("signal in step of", 9, signal.SIGTERM, 1)) == [RESUME_ME] * 2, pair.console()
+    assert pair(fault=("signal in evaluation of", 1, signal.SIGTERM, 1)) == [RESUME_ME] * 2, pair.console()
+    assert pair() == [0, 0], pair.console()
+    assert_same(load(tmp_path / "run" / FINAL), want)
+
+
+def test_another_number_of_workers_goes_on_and_says_so(pair, run, tmp_path):
+    assert pair(fault=("signal in step", 3, signal.SIGTERM)) == [RESUME_ME] * 2, pair.console()
+    assert run() == 0
+    console = (tmp_path / "console.txt").read_text()
+    assert "saved by 2 worker(s), this run has 1" in console and "RESUMING after step 4" in console

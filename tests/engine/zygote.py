@@ -23,7 +23,11 @@ class Zygote:
 
     def __init__(self):
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-W", "ignore", __file__],
+            env=ENV,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def start(self, argv, console, env=None, fault=None) -> int:
@@ -107,12 +111,15 @@ def _child(argv, console, env, fault) -> None:
 
 
 def _prepare_fault(fault) -> None:
-    """What shall go wrong in the run.
+    """What shall go wrong in the run: a kind, and its arguments.
 
-    ("kill after", s): SIGKILL, so many seconds after its first step has begun. ("signal in step", n, number): signal in
-    the middle of step n. ("kill at", "os.replace", n, "before" or "after"): SIGKILL at the n-th call of a function.
-    ("signal in evaluation", n, number): at the n-th image that is evaluated. ("no loss", n, rank): the losses of step n
-    are NaN on that worker. ("raise in step", n, rank): an error there. ("file size", bytes): none may grow larger.
+    "kill after", s: SIGKILL, so many seconds after its first step has begun.
+    "kill at", "os.replace", n, "before" or "after": SIGKILL at the n-th call of a function.
+    "signal in step", n, number: a signal at the beginning of step n; "signal in step of", n, number, rank: there only.
+    "signal in evaluation", n, number: at the n-th image that is evaluated; "... of", and a rank.
+    "no loss", n, rank: the losses of step n are NaN on that worker.
+    "raise in step", n, rank: an error there.
+    "file size", bytes: no file may grow larger.
     """
     if fault is None:
         return
@@ -161,8 +168,12 @@ def _prepare_fault(fault) -> None:
     elif kind == "kill at":
         owner, name = rest[0].split(".")
         at_call({"os": os}[owner], name, rest[1], rest[2] == "before", kill)
+    elif kind == "signal in step of":
+        in_step(rest[0], lambda self: kill(rest[1]), rest[2])
     elif kind == "signal in evaluation":
         at_call(trainer._Evaluator, "process", rest[0], True, lambda: kill(rest[1]))
+    elif kind == "signal in evaluation of":
+        at_call(trainer._Evaluator, "process", rest[0], True, lambda: comm.get_rank() == rest[2] and kill(rest[1]))
     elif kind == "no loss":
         in_step(rest[0], spoil, rest[1])
     elif kind == "raise in step":

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator
+from detectron2.structures import Boxes, pairwise_iou
+
+from focal_plugin import get_config
+from focal_plugin.data.anchor_coverage import anchor_grid, best_ious, check_coverage, resized_sizes
+
+
+def config(*opts):
+    return get_config("retina_focal.yaml", list(opts))
+
+
+def brute_force(boxes, width, height, cfg):
+    """The best IoU of each box over every anchor that Detectron2 makes for a padded image."""
+    levels = [int(name[1]) for name in cfg.MODEL.RETINANET.IN_FEATURES]
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=2**level) for level in levels])
+    padded = [-(-side // 32) * 32 for side in (height, width)]
+    features = [torch.zeros(1, 1, *(-(-side // 2**level) for side in padded)) for level in levels]
+    anchors = Boxes.cat(generator(features))
+    return pairwise_iou(Boxes(torch.tensor(boxes)), anchors).max(dim=1).values.numpy()
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [],
+        ["MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"],
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 20.5]]", "MODEL.RETINANET.IN_FEATURES", '["p4", "p5"]'],
+        ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.2], [1.0], [1.0], [3.0], [1.0]]"],
+    ],
+)
+@pytest.mark.parametrize(("width", "height"), [(200, 131), (64, 300), (31, 33)])
+def test_best_iou_is_that_of_brute_force(opts, width, height):
+    cfg, rng = config(*opts), np.random.default_rng(0)
+    corners = rng.uniform(0, 1, (300, 2, 2)) ** rng.uniform(0.3, 3, (300, 1, 2)) * (width, height)
+    corners[:30, :, 0] = 0, width  # as wide as the image
+    corners[30:60, 1] = width, height  # in its corner
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    sizes = np.full(len(boxes), float(width)), np.full(len(boxes), float(height))
+    best = best_ious(boxes, *sizes, anchor_grid(cfg))
+    assert best.min() >= 0 and best.max() <= 1 and best.std() > 0.02
+    np.testing.assert_allclose(best, brute_force(boxes, width, height, cfg), atol=2e-5)
+
+
+def test_sizes_are_those_of_resize_shortest_edge():
+    cfg, rng = config("INPUT.MAX_SIZE_TRAIN", "1000"), np.random.default_rng(0)
+    widths, heights = rng.integers(1, 3000, (2, 500))
+    new_widths, new_heights = resized_sizes(widths, heights, cfg)
+    for width, height, new_width, new_height in zip(widths, heights, new_widths, new_heights):
+        expected = ResizeShortestEdge.get_output_shape(int(height), int(width), 720, 1000)
+        assert (new_height, new_width) == tuple(max(side, 1) for side in expected)
+    no_resizing = config("INPUT.MIN_SIZE_TRAIN", "(0,)")
+    assert resized_sizes(widths, heights, no_resizing)[0].tolist() == widths.tolist()
+
+
+def boxes_of(width, height, count=300, image=(800, 800)):
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 1, (count, 2)) * (image[0] - width, image[1] - height)
+    boxes = np.concatenate([xy, np.tile([width, height], (count, 1))], axis=1).astype(float)
+    return boxes, np.full(count, float(image[0])), np.full(count, float(image[1]))
+
+
+AS_IS = "INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333"
+
+
+def test_boxes_that_fit_need_no_hint():
+    result = check_coverage(*boxes_of(100, 100), config(*AS_IS), None)
+    assert result["boxes"] == 300 and result["unmatched"] == 0 and result["share"] == 0
+    assert result["hints"] == [] and result["sizes"] is None and result["unmatched_sizes"] is None
+
+
+def test_small_boxes_get_sizes_that_match_them():
+    boxes = boxes_of(14, 14)
+    result = check_coverage(*boxes, config(*AS_IS), None)
+    assert result["share"] > 0.9 and result["unmatched_sizes"] == pytest.approx([14, 14, 14])
+    assert result["aspect_share"] == 0
+    (hint,) = result["hints"]
+    assert "MODEL.ANCHOR_GENERATOR.SIZES" in hint and str(result["sizes"]) in hint
+    key, _, pasted = hint[hint.index("MODEL.ANCHOR") :].partition(" ")
+    better = check_coverage(*boxes, config(*AS_IS, key, pasted.strip('"')), None)
+    assert better["share"] < 0.7 * result["share"]
+    assert f"would leave {better['share']:.1%} unmatched" in hint
+
+
+def test_big_images_are_scaled_down_first():
+    big = boxes_of(140, 140, image=(8000, 8000))
+    assert check_coverage(*big, config(*AS_IS), None)["unmatched_sizes"] == pytest.approx([14, 14, 14])
+
+
+def test_long_boxes_blame_the_aspect_ratio():
+    boxes = boxes_of(400, 40)
+    result = check_coverage(*boxes, config(*AS_IS), None)
+    assert result["share"] == 1 and result["aspect_share"] == 1 and result["sizes"] is None
+    (hint,) = result["hints"]
+    assert "ASPECT_RATIOS (height / width 0.5, 1, 2)" in hint and "flat boxes, median 10.0 : 1" in hint
+    longer = config(*AS_IS, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.1, 1.0, 2.0]]")
+    assert check_coverage(*boxes, longer, None)["share"] < 0.5
+
+
+def test_the_bound_for_the_aspect_ratio_is_sharp():
+    """At 4.5 : 1, 2.25 times the ratio of the longest anchor, the right size has IoU .5 exactly."""
+    for aspect, hopeless in ((4.45, 0.0), (4.55, 1.0)):
+        result = check_coverage(*boxes_of(4 * aspect, 4), config(*AS_IS), None)
+        assert result["share"] == 1 and result["aspect_share"] == hopeless
+
+
+def test_few_boxes_stand_for_many():
+    result = check_coverage(*boxes_of(14, 14, count=1000), config(*AS_IS), 50)
+    assert result["boxes"] == 50 and result["share"] > 0.9
+    nothing = check_coverage(np.zeros((0, 4)), np.zeros(0), np.zeros(0), config(), None)
+    assert nothing == {"boxes": 0}
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["MODEL.RETINANET.IN_FEATURES", '["res4"]'],
+        ["MODEL.RETINANET.IN_FEATURES", "[]"],
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]"],
+        ["MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"],
+        ["MODEL.ANCHOR_GENERATOR.NAME", "Nothing"],
+    ],
+)
+def test_anchors_that_cannot_be_compared(opts):
+    with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)"):
+        anchor_grid(config(*opts))
+
+
+def test_no_training_size():
+    with pytest.raises(ValueError, match="MIN_SIZE_TRAIN is empty"):
+        check_coverage(*boxes_of(14, 14), config("INPUT.MIN_SIZE_TRAIN", "()"), None)
