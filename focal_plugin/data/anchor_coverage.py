@@ -147,24 +147,30 @@ def check_coverage(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, c
     """
     grid = anchor_grid(cfg)
     boxes, widths, heights = _thin_out(max_boxes, boxes, widths, heights)
-    boxes, widths, heights = _resize(boxes, widths, heights, cfg)
-    if not len(boxes):
+    ious, unmatched = [], []
+    for start in range(0, len(boxes), _CHUNK):  # so that the resized boxes are never all there
+        part = slice(start, start + _CHUNK)
+        resized = _resize(boxes[part], widths[part], heights[part], cfg)
+        ious.append(best_ious(*resized, grid))
+        unmatched.append(resized[0][ious[-1] < MATCH_IOU])
+    ious = np.concatenate(ious or [np.zeros(0)])
+    if not len(ious):
         return {"boxes": 0}
-    ious = best_ious(boxes, widths, heights, grid)
-    unmatched = ious < MATCH_IOU
+    unmatched = np.concatenate(unmatched)
     result = {
-        "boxes": len(boxes),
-        "unmatched": int(unmatched.sum()),
-        "share": float(unmatched.mean()),
+        "boxes": len(ious),
+        "unmatched": len(unmatched),
+        "share": len(unmatched) / len(ious),
         "mean_best_iou": float(ious.mean()),
         "unmatched_sizes": None,
         "aspect_share": 0.0,
         "hints": [],
         "sizes": None,
     }
-    if unmatched.any():
-        result.update(_describe_unmatched(boxes[unmatched], grid))
-        result.update(_suggest_sizes(*_thin_out(_MAX_TRIED, boxes, widths, heights), grid, cfg))
+    if len(unmatched):
+        tried = _thin_out(_MAX_TRIED, boxes, widths, heights)
+        result.update(_describe_unmatched(unmatched, grid))
+        result.update(_suggest_sizes(*_resize(*tried, cfg), grid, cfg))
         result["hints"] += result.pop("aspect_hints")
     return result
 

@@ -13,8 +13,8 @@ _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make
 _CROWD_SHARE = 0.10  # of the annotations, from which it is worth a warning
 
 
-def check_ids(columns: Columns) -> list[Finding]:
-    """Empty lists, duplicate ids, and ids of nothing."""
+def check_ids(columns: Columns, allow_duplicates: bool = False) -> list[Finding]:
+    """Empty lists, duplicate ids (of annotations only a warning with ``allow_duplicates``), and ids of nothing."""
     found = [fatal(f"no_{what}", f'"{what}" is empty') for what in ("images", "categories") if not columns.counts[what]]
     if not columns.counts["annotations"]:
         found.append(error("no_annotations", '"annotations" is empty: there is nothing to train on'))
@@ -23,7 +23,8 @@ def check_ids(columns: Columns) -> list[Finding]:
         ("annotation", columns.annotation_ids),
         ("category", columns.category_ids),
     ):
-        found += _check_duplicates(what, ids)
+        make = warning if allow_duplicates and what == "annotation" else fatal
+        found += _check_duplicates(what, ids, make)
     found += _check_references("image", columns.box_image_ids, columns.image_ids, columns)
     found += _check_references("category", columns.box_category_ids, columns.category_ids, columns)
     if (columns.annotation_ids == 0).any():
@@ -43,14 +44,14 @@ def check_classes(columns: Columns) -> list[Finding]:
     empty = [f"{shown(name)} (id {key})" for key, name in names.items() if key not in used]
     if empty and len(columns.boxes):
         found.append(
-            warning("empty_classes", f"{len(empty):,} of {len(names):,} classes without boxes", len(empty), empty)
+            warning("empty_classes", f"classes without boxes: {len(empty):,} of {len(names):,}", len(empty), empty)
         )
     seen, twice = set(), []
     for name in columns.category_names:
         (twice.append if name in seen else seen.add)(name)
     if twice:
-        message = "class names that an earlier class has: they are trained as different classes"
-        found.append(warning("duplicate_class_names", f"{len(twice):,} {message}", len(twice), map(shown, twice)))
+        message = "class names that an earlier class has (they are trained as different classes)"
+        found.append(warning("duplicate_class_names", f"{message}: {len(twice):,}", len(twice), map(shown, twice)))
     return found
 
 
@@ -68,12 +69,12 @@ def check_objects(columns: Columns, filter_empty: bool | None) -> list[Finding]:
             True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
             False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
         }[filter_empty]
-        message = f"{num_empty:,} of {len(columns.image_ids):,} images without objects: {use}"
+        message = f"images without objects: {num_empty:,} of {len(columns.image_ids):,}; {use}"
         found.append(note("images_without_objects", message, num_empty))
     num_crowd = int(columns.crowd.sum())
     if num_crowd:
         share = num_crowd / len(columns.crowd)
-        message = f"{num_crowd:,} of {len(columns.crowd):,} annotations ({share:.1%}) with iscrowd 1: training leaves them out"
+        message = f"annotations with iscrowd 1 (training leaves them out): {num_crowd:,}, {share:.1%} of all"
         make = note if share < _CROWD_SHARE else warning
         found.append(make("crowds", message, num_crowd))
         if num_crowd == len(columns.crowd):
@@ -97,32 +98,32 @@ def check_boxes(columns: Columns) -> list[Finding]:
         outside, leaving = _outside(boxes, widths, heights)
         is_xyxy = _looks_like_xyxy(boxes[finite], widths[finite], heights[finite])
     found = [
-        _box_finding(fatal, "nonfinite_boxes", "boxes that are not finite: the loss becomes NaN", ~finite, columns),
+        _box_finding(fatal, "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite, columns),
         _box_finding(
             error,
             "negative_boxes",
-            "boxes of negative width or height: Detectron2 trains on the box turned over, beside its corner",
+            "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)",
             negative,
             columns,
         ),
         _box_finding(
             error,
             "zero_boxes",
-            "boxes without width or height: Detectron2 drops them without a word",
+            "boxes without width or height (Detectron2 drops them without a word)",
             finite & ~has_size & ~negative,
             columns,
         ),
         _box_finding(
             error,
             "boxes_outside",
-            "boxes entirely outside their image: Detectron2 drops them without a word",
+            "boxes entirely outside their image (Detectron2 drops them without a word)",
             has_size & outside,
             columns,
         ),
         _box_finding(
             warning,
             "boxes_leave_image",
-            "boxes that leave their image by more than a pixel: Detectron2 cuts them off",
+            "boxes that leave their image by more than a pixel (Detectron2 cuts them off)",
             has_size & leaving & ~outside,
             columns,
         ),
@@ -183,16 +184,16 @@ def _box_finding(make, code: str, what: str, mask: np.ndarray, columns: Columns)
         f"[{', '.join(f'{x:g}' for x in columns.boxes[row])}]"
         for row in rows[:MAX_EXAMPLES]
     ]
-    return make(code, f"{len(rows):,} {what}", len(rows), examples)
+    return make(code, f"{what}: {len(rows):,} of {len(mask):,}", len(rows), examples)
 
 
-def _check_duplicates(what: str, ids: np.ndarray) -> list[Finding]:
+def _check_duplicates(what: str, ids: np.ndarray, make) -> list[Finding]:
     values, counts = np.unique(ids, return_counts=True)
     twice = values[counts > 1]
     if not len(twice):
         return []
-    message = f"{len(twice):,} {what} ids given more than once: one hides the other"
-    return [fatal(f"duplicate_{what}_ids", message, len(twice), map(str, twice[:MAX_EXAMPLES]))]
+    message = f"{what} ids given more than once (one hides the other): {len(twice):,}"
+    return [make(f"duplicate_{what}_ids", message, len(twice), map(str, twice[:MAX_EXAMPLES]))]
 
 
 def _check_references(what: str, used: np.ndarray, table: np.ndarray, columns: Columns) -> list[Finding]:
@@ -203,5 +204,5 @@ def _check_references(what: str, used: np.ndarray, table: np.ndarray, columns: C
     if not len(unknown):
         return []
     examples = [f"annotation {columns.annotation_ids[i]}: {what} {used[i]}" for i in unknown[:MAX_EXAMPLES]]
-    message = f'{len(unknown):,} of {len(used):,} annotations with a {what} id that is not in "{section}"'
+    message = f'annotations with a {what} id that is not in "{section}": {len(unknown):,} of {len(used):,}'
     return [fatal(f"unknown_{what}_ids", message, len(unknown), examples)]

@@ -90,7 +90,9 @@ def check_coco(
     if columns.complete and not any(finding.code == "no_coco" for finding in findings):
         workers = max_workers or min(8, os.cpu_count() or 1)
         found, summary["images_looked_at"] = check_images(columns, os.fspath(image_root), images, workers)
-        findings += check_ids(columns) + check_boxes(columns) + check_classes(columns) + found
+        # Detectron2 allows duplicates in a file of such a name, for some of COCO 2014's own have them.
+        findings += check_ids(columns, allow_duplicates="minival" in os.fspath(json_file))
+        findings += check_boxes(columns) + check_classes(columns) + found
         findings += check_objects(columns, None if cfg is None else bool(cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
         summary["box_sizes"] = _box_sizes(columns)
         if cfg is not None:
@@ -103,12 +105,12 @@ def check_coco(
 
 def _summarize(columns: Columns, json_file, image_root, images: str) -> dict:
     rows, known = rows_of(columns.box_category_ids, columns.category_ids)
-    rows = rows[known]
-    num_classes = len(columns.category_ids)
-    num_boxes = np.bincount(rows, minlength=num_classes)
-    # A pair of class and image counts once.
-    pairs = np.unique(np.stack([rows, columns.box_image_ids[known]], axis=1), axis=0)[:, 0]
-    num_images = np.bincount(pairs, minlength=num_classes)
+    num_classes, num_images = len(columns.category_ids), len(columns.image_ids)
+    boxes_of_class = np.bincount(rows[known], minlength=num_classes)
+    image_rows, in_image = rows_of(columns.box_image_ids, columns.image_ids)
+    known &= in_image
+    pairs = np.unique(rows[known] * num_images + image_rows[known])  # a class and an image, each pair once
+    images_of_class = np.bincount(pairs // max(num_images, 1), minlength=num_classes)
     return {
         "json_file": os.fspath(json_file),
         "image_root": os.fspath(image_root),
@@ -121,7 +123,7 @@ def _summarize(columns: Columns, json_file, image_root, images: str) -> dict:
         "classes": [
             {"id": key, "name": name, "boxes": int(boxes), "images": int(count)}
             for key, name, boxes, count in zip(
-                columns.category_ids.tolist(), columns.category_names, num_boxes, num_images
+                columns.category_ids.tolist(), columns.category_names, boxes_of_class, images_of_class
             )
         ],
         "box_sizes": None,

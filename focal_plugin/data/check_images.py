@@ -25,13 +25,13 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 _MESSAGES = {
     "escaping_file_names": (fatal, "file names that leave the image folder by '..'"),
     "missing_images": (fatal, "images that are not there"),
-    "unreadable_images": (fatal, "images that cannot be opened: training stops when it meets one"),
+    "unreadable_images": (fatal, "images that cannot be opened (training stops when it meets one)"),
     "mis_sized_images": (
         fatal,
-        "images of another size than the json gives: Detectron2 stops with SizeMismatchError when it meets one",
+        "images of another size than the json gives (training stops with SizeMismatchError when it meets one)",
     ),
-    "truncated_images": (fatal, "images that cannot be decoded to their end: training stops when it meets one"),
-    "absolute_file_names": (note, "absolute file names: the image folder is not used for them"),
+    "truncated_images": (fatal, "images that cannot be decoded to their end (training stops when it meets one)"),
+    "absolute_file_names": (note, "absolute file names (the image folder is not used for them)"),
     "symlinked_images": (note, "images that are symbolic links"),
 }
 
@@ -63,7 +63,7 @@ def check_images(columns: Columns, image_root: str, images: str, max_workers: in
     found = []
     for code, count, examples in tally.items():
         make, text = _MESSAGES[code]
-        found.append(make(code, f"{count:,} {text}", count, examples))
+        found.append(make(code, f"{text}: {count:,}", count, examples))
     return found + _check_repeated(columns), len(rows)
 
 
@@ -96,7 +96,7 @@ def _check_repeated(columns: Columns) -> list[Finding]:
         (twice.append if name in seen else seen.add)(name)
     if not twice:
         return []
-    message = f"{len(twice):,} images with the file of an earlier image: objects of one are background in the other"
+    message = f"images with the file of an earlier image (objects of one are background in the other): {len(twice):,}"
     return [warning("repeated_file_names", message, len(twice), map(shown, twice))]
 
 

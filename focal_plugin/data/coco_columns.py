@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
-import sys
 from array import array
 from dataclasses import dataclass, field
 
@@ -237,7 +235,7 @@ class _ColumnReader:
             try:
                 return list(map(float, box))
             except OverflowError:  # an integer beyond 1e308
-                return [math.copysign(math.inf, x) if abs(x) > sys.float_info.max else float(x) for x in box]
+                return [float(str(x)) for x in box]  # which gives infinity
         if "bbox" in item:
             self._wrong("annotations", "bbox", box, where, "is no list of four numbers")
         return None

@@ -195,8 +195,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         (path, checkpoint), self._read = self._read, ("", None)
         if path == f:
             return checkpoint
-        with _refusing(f):
-            return torch.load(f, map_location="cpu", weights_only=True)
+        return load_plain(f)
 
     def _load_file(self, filename):
         with _refusing(filename):
@@ -220,6 +219,17 @@ class SafeCheckpointer(DetectionCheckpointer):
             "not in the model": incompatible.unexpected_keys,
         }
         self.skipped = [_listed(what, names) for what, names in kinds.items() if names]
+
+
+def load_plain(path: str) -> Any:
+    """What ``torch.save`` has written, if it is tensors, numbers, strings and containers of them; on the CPU.
+
+    Raises:
+        ValueError: it is damaged, or would run code.
+        OSError: it cannot be read.
+    """
+    with _refusing(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:

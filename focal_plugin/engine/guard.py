@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..scalars import flush_scalars
 from .interrupt import stop_requested
+from .scale import REFERENCE_BATCH, REFERENCE_LR
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_LR = 0.01 / 16  # per image, of RetinaNet's published schedules
 _CAUSES = """\
 The usual causes:
-  1. The learning rate is too high for the batch: it is {ratio:.1f} times that of the published schedules per image. Try
-     SOLVER.BASE_LR {lower:.3g}, a longer SOLVER.WARMUP_ITERS, or SOLVER.CLIP_GRADIENTS.ENABLED True.
+  1. The learning rate is too high{ratio}. Try SOLVER.BASE_LR {lower:.3g}, a longer SOLVER.WARMUP_ITERS, or
+     SOLVER.CLIP_GRADIENTS.ENABLED True.
   2. Boxes that are none (of no, negative or endless size, or written as corners): tools/check_dataset.py JSON IMAGES
   3. Numbers too large for the precision{amp}: SOLVER.AMP.ENABLED False, or SOLVER.AMP.PRECISION bfloat16."""
 
@@ -72,9 +72,11 @@ class LossGuard(HookBase):
         grads_finite = not is_finite or self._gradients_are_finite()
         all_workers = comm.all_gather((is_finite, grads_finite, stop_requested()))
         self.stopping = any(stop for _, _, stop in all_workers)
-        broken = [rank for rank, (loss, grads, _) in enumerate(all_workers) if not (loss and grads)]
-        if broken:
-            raise FloatingPointError(self._report(broken, loss_is_finite=all(loss for loss, _, _ in all_workers)))
+        no_loss = [rank for rank, (loss, _, _) in enumerate(all_workers) if not loss]
+        no_grads = [rank for rank, (_, grads, _) in enumerate(all_workers) if not grads]
+        if no_loss or no_grads:
+            # One worker's loss has broken the gradients of all.
+            raise FloatingPointError(self._report(no_loss or no_grads, loss_is_finite=not no_loss))
         self._batch, self._losses = (), {}
 
     def _gradients_are_finite(self) -> bool:
@@ -91,7 +93,7 @@ class LossGuard(HookBase):
         facts = self._facts()
         path = self._save(facts) if mine else ""
         # On all workers, for norms over all of them.
-        facts["largest |logit|"] = _largest_logit(self.trainer.model, self._batch)
+        facts["largest |logit|"] = largest_logit(self.trainer.model, self._batch)
         workers = comm.all_gather((facts, [image.get("file_name", "?") for image in self._batch], path))
         what = "Gradients, not the loss," if loss_is_finite else "Loss"
         verb = "are" if loss_is_finite else "became"
@@ -139,13 +141,14 @@ class LossGuard(HookBase):
 
     def _causes(self) -> str:
         solver = self.cfg.SOLVER
-        return _CAUSES.format(
-            ratio=solver.BASE_LR / solver.IMS_PER_BATCH / _REFERENCE_LR,
-            lower=min(solver.BASE_LR / 4, _REFERENCE_LR * solver.IMS_PER_BATCH),
-            amp=f" ({solver.AMP.get('PRECISION', 'float16')})"
-            if solver.AMP.ENABLED
-            else " (not likely here: it is float32)",
-        )
+        ratio, lower, amp = "", solver.BASE_LR / 4, " (not likely here: it is float32)"
+        if solver.OPTIMIZER == "SGD":
+            times = solver.BASE_LR / solver.IMS_PER_BATCH * REFERENCE_BATCH / REFERENCE_LR
+            ratio = f" for the batch: per image it is {times:.3g} times that of the published schedules"
+            lower = min(lower, REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH)
+        if solver.AMP.ENABLED:
+            amp = f" ({solver.AMP.PRECISION})"
+        return _CAUSES.format(ratio=ratio, lower=lower, amp=amp)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -163,8 +166,8 @@ def _plain(image: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
-    """Of the step that has broken, computed again: to keep all logits of every step would cost their memory."""
+def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
+    """The largest of a batch, in words; computed again, since to keep those of every step would cost their memory."""
     model = _unwrapped(model)
     try:
         images = model.preprocess_image(batch)

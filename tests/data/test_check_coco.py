@@ -146,10 +146,7 @@ FATAL = [
             {"counts": [1, 2], "size": 4},
         )
     ),
-    *(
-        ("wrong_type", 1, edit("annotations", 2, keypoints=v))
-        for v in ([1, 2], {"a": 1}, 3, [1, "a", 2], [10**400] * 3)
-    ),
+    *(("wrong_type", 1, edit("annotations", 2, keypoints=v)) for v in ("123", {"a": 1}, 3, [1, "a", 2], [10**400] * 3)),
 ]
 
 
@@ -183,6 +180,25 @@ def test_what_is_no_coco_json_is_the_first_finding(check, text, code):
     report = check(text)
     assert [finding.code for finding in report.fatal if finding.code != "missing_key"] == [code]
     assert report.fatal[0].code == code and report.to_text()
+
+
+def test_duplicate_annotations_are_allowed_where_detectron2_allows_them(folder, tmp_path):
+    data = content()
+    data["annotations"][1]["id"] = 1
+    for name, is_fatal in (("minival.json", False), ("mini.json", True)):
+        (folder / name).write_text(json.dumps(data))
+        finding = found(check_coco(folder / name, folder / "images", images="none"))["duplicate_annotation_ids"]
+        assert finding.fatal == is_fatal
+        context = pytest.raises(AssertionError) if is_fatal else contextlib.nullcontext()
+        with context:
+            load_coco_json(str(folder / name), str(folder))
+
+
+def test_classes_are_counted_by_box_and_by_image(check):
+    data = content()
+    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
+    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in check(data).summary["classes"]}
+    assert by_name == {"three": (5, 2), "seven": (0, 0)}
 
 
 def test_an_unreadable_json_is_a_finding(tmp_path):
@@ -235,8 +251,8 @@ def test_a_mistyped_key_is_recognised(check):
     for annotation in data["annotations"]:
         annotation["bboxes"] = annotation.pop("bbox")
     report = check(data, images="none")
-    assert found(report)["missing_key"].message == "8 annotations without 'bbox'"
-    assert "unknown key 'bboxes' in 8 annotations: did you mean \"bbox\"?" in report.to_text()
+    assert found(report)["missing_key"].message == 'annotations without "bbox": 8 times'
+    assert "unknown key 'bboxes' of annotations, 8 times: did you mean \"bbox\"?" in report.to_text()
     data = content()
     data["category"] = data.pop("categories")
     assert 'did you mean "categories"' in check(data, images="none").to_text()

@@ -118,6 +118,7 @@ def _prepare_fault(fault) -> None:
     "signal in step", n, number: a signal at the beginning of step n; "signal in step of", n, number, rank: there only.
     "signal in evaluation", n, number: at the n-th image that is evaluated; "... of", and a rank.
     "no loss", n, rank: the losses of step n are NaN on that worker.
+    "no gradient", n, rank: a gradient of step n is NaN, on that worker before it is averaged.
     "raise in step", n, rank: an error there.
     "file size", bytes: no file may grow larger.
     """
@@ -156,7 +157,8 @@ def _prepare_fault(fault) -> None:
         setattr(owner, name, with_fault)
 
     def spoil(self):
-        self.model.register_forward_hook(lambda m, a, losses: {k: v * float("nan") for k, v in losses.items()})
+        nan = float("nan")
+        self.model.register_forward_hook(lambda m, a, losses: {k: v * nan for k, v in losses.items()}, prepend=True)
 
     def fail(self):
         raise KeyError("a made-up fault")
@@ -176,6 +178,8 @@ def _prepare_fault(fault) -> None:
         at_call(trainer._Evaluator, "process", rest[0], True, lambda: comm.get_rank() == rest[2] and kill(rest[1]))
     elif kind == "no loss":
         in_step(rest[0], spoil, rest[1])
+    elif kind == "no gradient":
+        in_step(rest[0], lambda self: next(self.model.parameters()).register_hook(lambda g: g * float("nan")), rest[1])
     elif kind == "raise in step":
         in_step(rest[0], fail, rest[1])
     elif kind == "file size":

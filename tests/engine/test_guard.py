@@ -1,0 +1,194 @@
+"""What a run does when its loss breaks, one of its workers fails, or its images cannot be read."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from zygote import ENV, ROOT
+
+SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", "False")
+
+
+@pytest.fixture
+def run(zygote, command, tmp_path):
+    """run(KEY, VALUE, ..., fault=...): exit code and what was printed."""
+
+    def attempt(*opts, fault=None, flags=(), env=None):
+        console = tmp_path / "console.txt"
+        code = zygote.run(command(tmp_path / "run", *opts, flags=flags), console, fault=fault, env=env)
+        return code, console.read_text()
+
+    return attempt
+
+
+def test_a_learning_rate_that_breaks_the_loss(run, tmp_path):
+    """For real: nothing is patched."""
+    code, text = run(*SGD, "SOLVER.BASE_LR", "1e6", "SOLVER.WARMUP_ITERS", "0")
+    assert code == 1
+    error = text[text.rindex("error: ") :]
+    step = int(re.match(r"error: (?:Loss|Gradients).* infinite or NaN at iteration=(\d+)!", error)[1])
+    assert 1 <= step <= 5
+    for expected in (
+        r"Worker 0 of 1: loss_cls \S+, loss_box_reg \S+, learning rate \S+ \(SOLVER.BASE_LR 1e\+06\)",
+        r"normaliser \d+\.\d+, positive anchors per image \d+",
+        r"largest \|logit\| (\d\S*|NaN or infinite)\n",
+        r"images: \S+\.png, \S+\.png\n",
+        r"1\. The learning rate is too high for the batch: per image it is 8e\+08 times .* SOLVER.BASE_LR 0.00125,",
+        r"2\. Boxes that are none .*tools/check_dataset\.py",
+        r"3\. Numbers too large for the precision \(not likely here",
+    ):
+        assert re.search(expected, error), (expected, error)
+    assert "Traceback" not in error
+
+    saved = tmp_path / "run" / f"broken_{step:07d}_worker0.pth"
+    content = torch.load(saved, weights_only=True)
+    assert all(torch.isfinite(v).all() for v in content["model"].values()), "the weights of before the step"
+    # The replay command that the message gives.
+    command = [sys.executable, str(ROOT / "tools" / "replay_loss.py"), str(saved)]
+    replay = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert replay.returncode == 0, replay.stderr
+    for name in ("loss_cls", "loss_box_reg"):
+        was = content["facts"][name]
+        now = float(re.search(rf"^{name} +(\S+)", replay.stdout, re.MULTILINE)[1])
+        assert now == pytest.approx(was, rel=1e-5, nan_ok=True), name
+    assert len(re.findall(r"^\S+\.png ", replay.stdout, re.MULTILINE)) == 2, "a line for each image"
+
+
+def test_gradients_that_break_before_the_loss_does(run, tmp_path):
+    """Upstream takes the step, and finds weights of NaN at the next one."""
+    code, text = run(*SGD, fault=("no gradient", 3, 0))
+    assert code == 1
+    assert "error: Gradients, not the loss, are infinite or NaN at iteration=3!" in text
+    content = torch.load(tmp_path / "run" / "broken_0000003_worker0.pth", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in content["model"].values())
+
+
+@pytest.fixture
+def pair(zygote, command, tmp_path, unused_port):
+    """pair(fault): the exit codes and the output of two workers, as torchrun starts them."""
+
+    def attempt(fault, *opts):
+        env = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(unused_port()),
+        }
+        consoles = [tmp_path / f"console{rank}.txt" for rank in (0, 1)]
+        argv = command(tmp_path / "run", *opts, flags=())
+        pids = [
+            zygote.start(argv, console, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault)
+            for rank, console in enumerate(consoles)
+        ]
+        return [zygote.wait(pid, timeout=40) for pid in pids], [console.read_text() for console in consoles]
+
+    return attempt
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_workers_stop_at_once_when_the_loss_of_one_breaks(rank, pair, tmp_path):
+    codes, texts = pair(("no loss", 3, rank))
+    assert codes == [1, 1]
+    for text in texts:
+        error = text[text.rindex("error: ") :]
+        assert "Loss became infinite or NaN at iteration=3!" in error
+        assert f"Worker {rank} of 2: loss_cls nan" in error and f"Worker {1 - rank} of 2" not in error
+    assert [p.name for p in (tmp_path / "run").glob("broken_*")] == [f"broken_0000003_worker{rank}.pth"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_workers_stop_when_one_fails(rank, pair):
+    """The other waits in a collective then; upstream's would for half an hour."""
+    codes, texts = pair(("raise in step", 3, rank))
+    assert codes == [1, 1]
+    assert "KeyError: 'a made-up fault'" in texts[rank]
+    told = f"worker {1 - rank} stops: worker {rank} has failed: KeyError: 'a made-up fault'"
+    assert told in texts[1 - rank] or "Connection closed by peer" in texts[1 - rank]
+
+
+def test_all_workers_stop_when_one_is_killed(pair):
+    codes, texts = pair(("signal in step of", 3, 9, 1))
+    assert codes[1] == -9 and codes[0] == 1, texts[0]
+
+
+# ------------------------------ images that cannot be read
+
+
+@pytest.fixture
+def spoiled(scenes, tmp_path):
+    """spoiled(n): a copy of the scenes with n truncated images; its folder, and their names."""
+
+    def make(number):
+        copy = shutil.copytree(scenes, tmp_path / "spoiled")
+        images = sorted((copy / "train").iterdir())[:number]
+        for image in images:
+            image.write_bytes(image.read_bytes()[:150])
+        return copy, [image.name for image in images]
+
+    return make
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_truncated_images_are_named_counted_and_skipped(workers, spoiled, zygote, command, tmp_path):
+    copy, names = spoiled(3)
+    argv = command(tmp_path / "run", "DATALOADER.NUM_WORKERS", workers, "DATALOADER.MAX_BAD_IMAGES", "3", flags=())
+    argv = with_data(argv, copy)
+    assert zygote.run(argv, tmp_path / "console.txt") == 0, (tmp_path / "console.txt").read_text()
+    text = (tmp_path / "console.txt").read_text()
+    for name in names:
+        assert len(re.findall(rf"{name} cannot be read \(.+\); another image took its place", text)) == 1
+    assert "3 of at most 3 (DATALOADER.MAX_BAD_IMAGES)" in text
+    assert '"bad_images": 3.0' in (tmp_path / "run" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("limit, allowed", [(2, "2"), (0, "0")])
+def test_more_truncated_images_than_allowed_stop_the_run(limit, allowed, spoiled, zygote, command, tmp_path):
+    copy, names = spoiled(3)
+    argv = with_data(command(tmp_path / "run", "DATALOADER.MAX_BAD_IMAGES", str(limit), flags=()), copy)
+    assert zygote.run(argv, tmp_path / "console.txt") == 1
+    text = (tmp_path / "console.txt").read_text()
+    assert f"image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {allowed}" in text
+    assert any(name in text[text.rindex("DATALOADER.MAX_BAD_IMAGES allows") :] for name in names)
+
+
+def test_a_truncated_image_in_an_evaluation_is_named(spoiled, zygote, command, tmp_path):
+    copy, _ = spoiled(0)
+    image = sorted((copy / "val").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:150])
+    assert zygote.run(with_data(command(tmp_path / "run", flags=()), copy), tmp_path / "console.txt") != 0
+    text = (tmp_path / "console.txt").read_text()
+    assert f"{image} cannot be read" in text and "an evaluation needs every image" in text
+
+
+def with_data(argv, folder):
+    """A command line, with the data sets of another folder."""
+    argv = [str(word) for word in argv]
+    registered = [i + 1 for i, word in enumerate(argv) if word == "--register"]
+    for i, split in zip(registered, ("train", "val")):
+        argv[i] = f"t_{split}={folder / split}.json:{folder / split}"
+    return argv
+
+
+# ------------------------------ a full disk
+
+
+def test_a_disk_that_is_full_stops_the_run_with_the_earlier_files_whole(run, tmp_path):
+    assert run()[0] == 0
+    size = (tmp_path / "run" / "model_final.pth").stat().st_size
+    shutil.rmtree(tmp_path / "run")
+    assert run(fault=("signal in step", 3, 15))[0] == 75
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")}
+    code, text = run(flags=("--resume",), fault=("file size", size // 2))
+    assert code == 1
+    assert re.search(
+        r"could not write \S+model_0000005.pth \(.*\)\. The earlier checkpoints are whole, the last one is "
+        r"model_0000003\.pth\. Make room",
+        text,
+    ), text
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")} == before
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert run(flags=("--resume",))[0] == 0
