@@ -28,10 +28,8 @@ def main(argv=None):
         print(f"{name:<16} {value:.6g}")
     print(f"{'largest |logit|':<16} {seen.largest_logit}")
     broken = seen.broken_gradients
-    print(
-        f"{'gradients':<16} "
-        + (f"NaN or infinite in {len(broken)} parameters, {broken[0]} first" if broken else "finite")
-    )
+    where = f"NaN or infinite in {len(broken)} parameters, {broken[0]} first" if broken else "finite"
+    print(f"{'gradients':<16} {where}")
     print("each image alone:")
     for file_name, losses, num_boxes, smallest in seen.images:
         values = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())

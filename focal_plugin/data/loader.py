@@ -149,8 +149,8 @@ class NamingMapper:
             if not reason:
                 raise
             raise ValueError(
-                f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take it "
-                "out of the annotations (tools/check_dataset.py lists all such images)"
+                f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
+                "it out of the annotations (tools/check_dataset.py lists all such images)"
             ) from error
 
 

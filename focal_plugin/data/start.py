@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-try:
-    from .check_coco import check_coco
-except ImportError:  # TEMPORARY
-    from types import SimpleNamespace
-
-    def check_coco(*a, **k):
-        return SimpleNamespace(findings=[], fatal=[], summary={'images': 1})
+from .check_coco import check_coco
 
 
 @dataclass
@@ -42,8 +36,8 @@ def check_training_data(cfg: CfgNode) -> Found:
             found.sizes[name] = len(DatasetCatalog.get(name))
             continue
         json_file = meta.get("json_file")
-        if not json_file or "://" in json_file:
-            continue
+        if not json_file or "://" in json_file or meta.get("evaluator_type") != "coco":
+            continue  # Cityscapes, LVIS and others have a json of another form
         report = check_coco(json_file, meta.get("image_root", ""), cfg, images="sample")
         found.sizes[name] = report.summary["images"]
         full = f"tools/check_dataset.py {json_file} {meta.get('image_root', '')}"

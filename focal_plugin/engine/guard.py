@@ -118,7 +118,8 @@ class LossGuard(HookBase):
         return facts
 
     def _save(self, facts: dict[str, Any]) -> str:
-        """The batch and the weights before the step; where they are, or why not."""
+        """Saves the batch and the weights before the step (the norms' running statistics are those after its forward
+        pass, which training does not read); returns where, or "" if the disk does not take it."""
         state = {name: value.detach().cpu() for name, value in _unwrapped(self.trainer.model).state_dict().items()}
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer.cpu()

@@ -19,8 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import multiprocessing
 
 from ..config import find_config, load_config
-from ..data import check_datasets, register_from_args
-from ..data.start import check_training_data
+from ..data import check_datasets, check_training_data, register_from_args
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
 from .interrupt import RESUME_ME, Interrupted, stopped_by_sigterm

@@ -45,7 +45,8 @@ def test_a_learning_rate_that_breaks_the_loss(run, tmp_path):
 
     saved = tmp_path / "run" / f"broken_{step:07d}_worker0.pth"
     content = torch.load(saved, weights_only=True)
-    assert all(torch.isfinite(v).all() for v in content["model"].values()), "the weights of before the step"
+    # The weights of before the step; the norms' running statistics have been through the forward pass.
+    assert all(torch.isfinite(v).all() for name, v in content["model"].items() if "running_" not in name)
     # The replay command that the message gives.
     command = [sys.executable, str(ROOT / "tools" / "replay_loss.py"), str(saved)]
     replay = subprocess.run(command, env=ENV, capture_output=True, text=True)

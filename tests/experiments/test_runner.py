@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -175,24 +174,6 @@ def test_fresh_does_not_touch_what_another_process_trains(run, make_run, attempt
         wait_for((make_run("a").folder / "attempts").is_file)
         (second,) = run(make_run("a"), fresh=True)
     assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1  # of the second alone
-
-
-@pytest.mark.parametrize(
-    ("left", "goes_on_from"),
-    [("", 12), ("model_0000", 12), ("model_0000040.pth", 12), ("model_0000016.pth", 12), ("model_0000008.pth", 8)],
-)
-def test_after_a_loss_of_power_a_run_goes_on_from_the_newest_whole_checkpoint(run, make_run, left, goes_on_from):
-    first = make_run("a", "FAIL", "2")
-    run(first)
-    for step in (8, 12):
-        with zipfile.ZipFile(first.folder / f"model_{step:07d}.pth", "w") as file:
-            file.writestr("step", "")
-    (first.folder / "model_0000016.pth").write_bytes(b"PK\3\4 and no end")
-    (first.folder / "last_checkpoint").write_text(left)
-    (first.folder / "metrics.json").write_text('{"iteration": 3, "total_loss": 1}\n{"iterat')
-    (result,) = run(make_run("a"))
-    assert result.ok and result.attempts == 2
-    assert [record["iteration"] for record in result.history()] == [3, *range(goes_on_from, 41)]
 
 
 def test_without_a_whole_checkpoint_a_run_starts_again(run, make_run):

@@ -1,0 +1,355 @@
+"""What is saved, kept and found again; upstream's own hooks and checkpointer drive it."""
+
+import os
+
+import pytest
+import torch
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.utils.events import EventStorage
+
+from focal_plugin.engine import SafeCheckpointer
+from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
+from focal_plugin.files import atomic_write
+
+
+class Trainer(TrainerBase):
+    """One weight, which counts the steps; stops when it is told to."""
+
+    def __init__(self, folder, metrics=(), period=1, keep=0, eval_period=2):
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(self.model.weight)
+        self.stopping = False
+        self.metrics = dict(metrics)  # by steps done
+        self.checkpointer = SafeCheckpointer(self.model, str(folder), trainer=self)
+        checkpoints = PeriodicCheckpointer(self.checkpointer, period, keep)
+        evaluation = EvalHook(eval_period, self.evaluate, checkpoints)
+        self.best = BestCheckpointer(eval_period, self.checkpointer, "bbox/AP")
+        self.register_hooks([checkpoints, evaluation, self.best])
+
+    def run_step(self):
+        with torch.no_grad():
+            self.model.weight += 1
+
+    def evaluate(self):
+        return {"bbox": {"AP": self.metrics.get(self.done, 0.0)}}
+
+    @property
+    def done(self):
+        return min(self.storage.iter + 1, self.max_iter)
+
+    def go(self, steps, resume=False):
+        start = 0
+        if resume:
+            self.checkpointer.resume_or_load("", resume=True)
+            start = self.iter + 1
+        self.train(start, steps)
+
+
+class Crash(HookBase):
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self):
+        if self.trainer.iter == self.step:
+            raise KeyError("crash")
+
+
+def weight_in(path):
+    return torch.load(path, weights_only=True)["model"]["weight"].item()
+
+
+# ------------------------------ keeping
+
+
+@pytest.mark.parametrize("keep, kept", [(0, range(7)), (1, [6]), (3, [4, 5, 6])])
+def test_the_last_are_kept(keep, kept, tmp_path):
+    Trainer(tmp_path, keep=keep, eval_period=0).go(7)
+    numbered = sorted(p.name for p in tmp_path.glob("model_0*.pth"))
+    assert numbered == [f"model_{i:07d}.pth" for i in kept]
+    assert weight_in(tmp_path / "model_final.pth") == 7
+
+
+def test_those_of_before_a_resume_count(tmp_path):
+    """Upstream's hook knows only those that it has written itself."""
+    Trainer(tmp_path, keep=2, eval_period=0).go(3)
+    Trainer(tmp_path, keep=2, eval_period=0).go(6, resume=True)
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == ["model_0000004.pth", "model_0000005.pth"]
+
+
+def test_later_ones_of_another_run_stay(tmp_path):
+    """Where one went back to an earlier checkpoint by hand, the later ones are not the trainer's to delete."""
+    Trainer(tmp_path, eval_period=0).go(6)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    Trainer(tmp_path, keep=1, eval_period=0).go(4, resume=True)
+    assert {"model_0000004.pth", "model_0000005.pth"} <= {p.name for p in tmp_path.glob("model_0*")}
+
+
+# ------------------------------ the best
+
+
+def test_the_best_is_kept_and_does_not_move_last_checkpoint(tmp_path):
+    """Trap: upstream's makes a run that is killed then resume from its best model."""
+    trainer = Trainer(tmp_path, {2: 10.0, 4: 30.0, 6: 20.0}, period=5)
+    trainer.register_hooks([Crash(6)])
+    with pytest.raises(KeyError):
+        trainer.go(8)
+    assert weight_in(tmp_path / "model_best.pth") == 4
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
+
+
+def test_the_best_so_far_survives_a_resume(tmp_path):
+    """Trap: after a resume upstream's takes the first evaluation for the best."""
+    trainer = Trainer(tmp_path, {2: 30.0})
+    trainer.register_hooks([Crash(2)])
+    with pytest.raises(KeyError):
+        trainer.go(6)
+    resumed = Trainer(tmp_path, {4: 10.0, 6: 20.0})
+    resumed.go(6, resume=True)
+    assert weight_in(tmp_path / "model_best.pth") == 2 and resumed.best.best_metric == 30
+
+
+def test_the_best_that_the_last_checkpoint_does_not_know(tmp_path):
+    """Evaluated, saved as the best, and killed before the next checkpoint."""
+    trainer = Trainer(tmp_path, {2: 10.0, 4: 30.0}, period=3)
+    trainer.register_hooks([Crash(4)])
+    with pytest.raises(KeyError):
+        trainer.go(8)
+    resumed = Trainer(tmp_path, {4: 30.0, 6: 20.0, 8: 5.0}, period=3)
+    resumed.go(8, resume=True)
+    assert weight_in(tmp_path / "model_best.pth") == 4 and resumed.best.best_metric == 30
+
+
+def test_a_best_that_is_torn_is_replaced(tmp_path):
+    trainer = Trainer(tmp_path, {2: 30.0})
+    trainer.register_hooks([Crash(2)])
+    with pytest.raises(KeyError):
+        trainer.go(6)
+    (tmp_path / "model_best.pth").write_bytes(b"PK\3\4 and no end")
+    Trainer(tmp_path, {4: 10.0, 6: 20.0}).go(6, resume=True)
+    assert weight_in(tmp_path / "model_best.pth") == 6
+
+
+def test_a_fresh_run_forgets_the_best_of_the_one_before(tmp_path):
+    Trainer(tmp_path, {2: 90.0, 4: 90.0}).go(4)
+    Trainer(tmp_path, {2: 10.0, 4: 20.0}).go(4)
+    assert weight_in(tmp_path / "model_best.pth") == 4
+
+
+def test_nan_is_never_the_best(tmp_path):
+    Trainer(tmp_path, {2: float("nan"), 4: 1.0, 6: float("nan")}).go(6)
+    assert weight_in(tmp_path / "model_best.pth") == 4
+
+
+# ------------------------------ an evaluation that a stop has swallowed
+
+
+@pytest.mark.parametrize("crash_at, owed", [(1, True), (2, False)])
+def test_an_evaluation_is_made_up_for(crash_at, owed, tmp_path):
+    """At step 2 a checkpoint is written, then it is evaluated: killed in between, the evaluation would be lost."""
+
+    class Killed(Trainer):
+        def evaluate(self):
+            if owed:
+                raise KeyError("killed")
+            return super().evaluate()
+
+    trainer = Killed(tmp_path, {2: 10.0})
+    trainer.register_hooks([Crash(crash_at)])
+    with pytest.raises(KeyError):
+        trainer.go(6)
+    evaluated = []
+
+    class Resumed(Trainer):
+        def evaluate(self):
+            evaluated.append((self.done, self.model.weight.item()))
+            return super().evaluate()
+
+    Resumed(tmp_path, {2: 10.0, 4: 20.0, 6: 30.0}).go(6, resume=True)
+    assert evaluated == ([(2, 2.0)] if owed else []) + [(4, 4.0), (6, 6.0)]
+
+
+# ------------------------------ finding the newest good one
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A folder with five checkpoints, the last of which is named."""
+    trainer = Trainer(tmp_path, eval_period=0)
+    trainer.register_hooks([Crash(5)])
+    with pytest.raises(KeyError):
+        trainer.go(10)
+    (tmp_path / "model_0000005.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    return tmp_path
+
+
+def resume(folder):
+    trainer = Trainer(folder, eval_period=0)
+    trainer.checkpointer.resume_or_load("", resume=True)
+    return trainer.iter, os.path.basename(trainer.checkpointer.resumed_from)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"data/0") + 70] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PK\3\4 and no end"),
+        lambda path: path.unlink(),
+        lambda path: torch.save({"model": {}}, path),
+        lambda path: torch.save([1, 2], path),
+    ],
+    ids=["truncated", "empty", "a beginning", "gone", "without a trainer", "of something else"],
+)
+def test_a_torn_newest_is_reported_and_the_newest_good_one_used(spoil, stopped, caplog):
+    spoil(stopped / "model_0000004.pth")
+    spoil(stopped / "model_0000003.pth")
+    assert resume(stopped) == (2, "model_0000002.pth")
+    assert "model_0000004.pth" in caplog.text
+
+
+@pytest.mark.parametrize("tag", ["", "model_00", "../elsewhere/model_0000002.pth", "model_0000009.pth", "\0"])
+def test_a_last_checkpoint_that_names_none(tag, stopped, caplog):
+    (stopped / "last_checkpoint").write_text(tag)
+    assert resume(stopped) == (4, "model_0000004.pth")
+    assert "names no checkpoint" in caplog.text
+
+
+def test_without_last_checkpoint(stopped):
+    (stopped / "last_checkpoint").unlink()
+    assert resume(stopped) == (4, "model_0000004.pth")
+
+
+def test_an_earlier_one_can_be_chosen_by_hand(stopped):
+    (stopped / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert resume(stopped) == (1, "model_0000001.pth")
+
+
+def test_none_is_good(stopped):
+    for path in stopped.glob("*.pth"):
+        path.write_bytes(b"torn")
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoints in (.|\n)*model_0000004.pth(.|\n)*leave out --resume"
+    ):
+        resume(stopped)
+
+
+def test_nothing_to_resume_from(tmp_path, caplog):
+    assert resume(tmp_path) == (0, "")
+    assert "has no checkpoint to resume from; starting afresh" in caplog.text
+
+
+def test_what_a_killed_save_has_left_is_removed(stopped):
+    (stopped / "model_0000005.pth.tmp").write_bytes(b"half")
+    resume(stopped)
+    assert not list(stopped.glob("*.tmp"))
+
+
+def test_parameters_that_were_skipped_are_told(tmp_path):
+    torch.save({"weight": torch.ones(5, 1), "bias": torch.ones(1), "more": torch.ones(1)}, tmp_path / "w.pth")
+    checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
+    checkpointer.load(str(tmp_path / "w.pth"))
+    assert any("other shape in the model (weight (5, 1) -> (1, 1))" in line for line in checkpointer.skipped)
+    assert "1 not in the model (more)" in checkpointer.skipped
+
+
+# ------------------------------ writing
+
+
+class Full:
+    """A file on a full disk."""
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+
+def test_a_full_disk_leaves_the_earlier_files_whole(stopped, monkeypatch):
+    import builtins
+
+    open_ = builtins.open
+    monkeypatch.setattr(
+        builtins, "open", lambda f, mode="r", **kw: Full(open_(f, mode, **kw)) if "w" in mode else open_(f, mode, **kw)
+    )
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
+    trainer = Trainer(stopped, eval_period=0)
+    with EventStorage(), pytest.raises(OSError, match=r"could not write .*No space left.*model_0000004.pth. Make room"):
+        trainer.checkpointer.save("model_0000005", iteration=5)
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as file:
+        file.write("half of the n")
+        raise KeyError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    with atomic_write(path) as file:
+        file.write("new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failing_rename_of_last_checkpoint_keeps_both_checkpoints(stopped, monkeypatch):
+    """last_checkpoint moves after the checkpoint, so that it never names one that is not there."""
+    replace, calls = os.replace, []
+
+    def fail_at_the_tag(source, target):
+        calls.append(os.path.basename(target))
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_tag)
+    with pytest.raises(OSError, match="Input/output error"):
+        Trainer(stopped, eval_period=0).checkpointer.save("model_0000005", iteration=5)
+    assert calls == ["model_0000005.pth", "last_checkpoint"]
+    assert (stopped / "last_checkpoint").read_text() == "model_0000004.pth"
+
+
+# ------------------------------ hooks of one class
+
+
+def test_two_hooks_of_one_class_keep_their_states(tmp_path, tiny_config):
+    """Trap: upstream keys the states by class, and drops all but the first."""
+    from focal_plugin.engine import FocalTrainer
+
+    class Counting(HookBase):
+        def __init__(self, count):
+            self.count = count
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    class Bare(FocalTrainer):
+        def __init__(self, *counts):
+            TrainerBase.__init__(self)
+            self._hooks = [Counting(c) for c in counts]
+
+    first, second = Bare(1, 2), Bare(3, 4)
+    states = {name: hook.state_dict() for name, hook in first._named_hooks()}
+    assert len(states) == 2
+    for name, hook in second._named_hooks():
+        hook.load_state_dict(states[name])
+    assert [hook.count for hook in second._hooks] == [1, 2]
