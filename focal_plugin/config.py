@@ -10,6 +10,10 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .yaml_safety import BASE_KEY, check_text, read_config_files
+
+_TOO_NESTED = "a value is nested too deeply"
+
 
 def add_focal_config(cfg: CN) -> None:
     """Adds the keys of focal_plugin to ``cfg``; no upstream key or default is changed.
@@ -99,7 +103,7 @@ def find_config(config_file: str) -> Path:
     """The path of a config file, as :func:`get_config` looks it up."""
     folder = config_dir()
     for path in (Path(config_file), folder / config_file):
-        if path.is_file():
+        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
     shipped = ", ".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")))
     raise FileNotFoundError(f"no config file {str(config_file)!r}; focal_plugin has: {shipped}")
@@ -114,7 +118,9 @@ def config_dir() -> Path:
 def load_config(config_file: Union[str, os.PathLike], opts: Sequence[str] = ()) -> CN:
     """Upstream's defaults, the plugin's, a YAML file (empty: none), then overrides; the result is not frozen.
 
-    YAML is loaded safely: unlike Detectron2, which runs ``!!python`` tags in a config, this refuses them.
+    YAML is loaded safely: unlike Detectron2, which runs ``!!python`` tags in a config and fetches a ``_BASE_`` over the
+    network, this refuses them. It also refuses what Detectron2 would take in silence: a key given twice, and an
+    ``OUTPUT_DIR`` from a file that leads out of the working directory (on the command line it may).
 
     Raises:
         FileNotFoundError: the file or a ``_BASE_`` of it is not there.
@@ -125,31 +131,68 @@ def load_config(config_file: Union[str, os.PathLike], opts: Sequence[str] = ()) 
     add_focal_config(cfg)
     path = os.fspath(config_file)
     if path:
+        default = cfg.OUTPUT_DIR
         _merge_file(cfg, path)
+        if default != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
+            _check_output_dir(cfg.OUTPUT_DIR, path)
     _merge_opts(cfg, list(opts))
     return cfg
 
 
 def _merge_file(cfg: CN, path: str) -> None:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no config file {path!r}")
+    for file in read_config_files(path):
+        place = path if file.path == path else f"{path}: its _BASE_ {file.path}"
+        try:
+            _check_groups(cfg, file.content)
+        except ValueError as e:
+            raise ValueError(f"{place}: {e}") from e
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{path}: its _BASE_ {e.filename!r} is not there") from e
-    except yaml.constructor.ConstructorError as e:
-        raise ValueError(
-            f"{path}: {e.problem} ({_where(e)}). Python tags can run any code and are refused: write the values as "
-            "literals, e.g. anchor sizes as numbers (see configs/Base-FocalRetinaNet.yaml)"
-        ) from e
-    except yaml.YAMLError as e:
-        raise ValueError(f"{path}: not valid YAML: {e}") from e
-    except RecursionError as e:
-        raise ValueError(f"{path}: its _BASE_ leads back to itself") from e
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not valid YAML: not UTF-8 text") from e
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+        _check_numbers(cfg)
+    except (RecursionError, MemoryError) as e:
+        raise ValueError(f"{path}: {_TOO_NESTED}") from e
+    except OSError as e:
+        raise ValueError(f"{path}: it cannot be read any more ({e})") from e
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as e:
         raise ValueError(f"{path}: {_explain(cfg, e)}") from e
+
+
+def _check_groups(cfg: CN, content: dict, prefix: str = "") -> None:
+    """Where a config has a group of keys a file has one, too: Detectron2 looks for old names before it checks types."""
+    for key, value in content.items():
+        if isinstance(cfg.get(key), CN):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{prefix}{key} is a group of keys, such as {prefix}{key}.{next(iter(cfg[key]), '...')}"
+                )
+            _check_groups(cfg[key], value, f"{prefix}{key}.")
+    if not prefix and content.get("VERSION", 2) not in (1, 2):
+        raise ValueError("VERSION must be 2, or 1 for a config with the names of early Detectron2")
+
+
+def _check_numbers(cfg: CN) -> None:
+    """Integers beyond 64 bits fit nowhere, and those of thousands of digits cannot even be printed."""
+    waiting = _flat(cfg)
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, (list, tuple)):
+            waiting += [(key, inner) for inner in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{key}: a number that does not fit into 64 bits")
+
+
+def _check_output_dir(folder: object, path: str) -> None:
+    """A file from somebody else may choose a folder for its output, but not somewhere else than where one works."""
+    if not isinstance(folder, str):
+        raise ValueError(f"{path}: OUTPUT_DIR must be a path, got {folder!r}")
+    here = os.path.realpath(os.getcwd())
+    # Of what is there already symbolic links are followed, as they will be when it is written to.
+    there = os.path.realpath(os.path.join(here, folder))
+    if not os.path.isabs(folder) and os.path.commonpath([here, there]) != here:
+        raise ValueError(
+            f"{path}: OUTPUT_DIR {folder!r} leads out of the working directory, to {there}: give OUTPUT_DIR on the "
+            "command line, or an absolute path"
+        )
 
 
 def _merge_opts(cfg: CN, opts: list[str]) -> None:
@@ -160,9 +203,29 @@ def _merge_opts(cfg: CN, opts: list[str]) -> None:
         raise ValueError(f"overrides must be KEY VALUE pairs, got an odd number of words: {' '.join(map(str, opts))}")
     for key, value in zip(opts[::2], opts[1::2]):
         try:
+            _check_override(cfg, key, value)
             cfg.merge_from_list([key, _as_float(cfg, key, value)])
-        except (AssertionError, AttributeError, KeyError, ValueError) as e:
-            raise ValueError(f"override {key} {value}: {_explain(cfg, e, key)}") from e
+            _check_numbers(cfg)
+        except (RecursionError, MemoryError) as e:
+            raise ValueError(f"override {key} {_cut(value)}: {_TOO_NESTED}") from e
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"override {_cut(key)} {_cut(value)}: {_explain(cfg, e, key)}") from e
+
+
+def _check_override(cfg: CN, key: object, value: object) -> None:
+    """yacs would look for "cu" in the text "cuda" to see whether there is a MODEL.DEVICE.cu."""
+    if not isinstance(key, str):
+        raise ValueError(f"{key!r} is no key")
+    for text in (key, value):
+        if isinstance(text, str):
+            check_text(text)
+    node = cfg
+    for name in key.split("."):
+        if key != BASE_KEY and (not isinstance(node, CN) or name not in node):
+            raise KeyError(f"Non-existent key: {key}")
+        node = node.get(name)
+    if isinstance(node, CN):
+        raise ValueError(f"it is a group of keys, such as {key}.{next(iter(node), '...')}")
 
 
 def _as_float(cfg: CN, key: str, value: str) -> Union[str, float]:
@@ -172,7 +235,7 @@ def _as_float(cfg: CN, key: str, value: str) -> Union[str, float]:
         node = node.get(name) if isinstance(node, CN) else None
     try:
         return float(value) if isinstance(node, float) else value
-    except ValueError:
+    except (TypeError, ValueError):
         return value
 
 
@@ -181,8 +244,10 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
     message = str(error.args[0] if error.args else error)
     if isinstance(error, (KeyError, AssertionError)) and "Non-existent" in message:
         key = key or message.rsplit(" ", 1)[-1]
-        near = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0.6)
-        return f"unknown config key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        near = difflib.get_close_matches(key[:200], _all_keys(cfg), n=1, cutoff=0.6)
+        if near == [key]:
+            return f"unknown config key {key!r}: in a file it is written nested, one name a line"
+        return f"unknown config key {_cut(key)}" + (f"; did you mean {near[0]}?" if near else "")
     if "ype mismatch" in message and "'float'" in message and "'int'" in message:
         message += " (write a float with a point: 2.0)"
     if "ype mismatch" in message and "'tuple'" in message and "'str'" in message:
@@ -190,13 +255,17 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
     return message
 
 
-def _all_keys(node: CN, prefix: str = "") -> list[str]:
-    keys = []
+def _all_keys(node: CN) -> list[str]:
+    return [key for key, _ in _flat(node)]
+
+
+def _flat(node: CN, prefix: str = "") -> list[tuple[str, object]]:
+    pairs = []
     for name, value in node.items():
-        keys += _all_keys(value, f"{prefix}{name}.") if isinstance(value, CN) else [prefix + name]
-    return keys
+        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, CN) else [(prefix + name, value)]
+    return pairs
 
 
-def _where(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark
-    return f"line {mark.line + 1}" if mark else "unknown line"
+def _cut(value: object, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

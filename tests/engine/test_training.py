@@ -30,14 +30,19 @@ def digits(tmp_path_factory):
     return make_digits(tmp_path_factory.mktemp("digits"), num_train=12, num_val=6)
 
 
-def train_net(digits, tmp_path, *flags, opts=(), config="digits/focal.yaml"):
-    """The real command in a process of its own: 4 steps of 4 images."""
-    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", config]
-    command += ["--register", f"my_train={digits / 'train.json'}:{digits / 'train'}"]
-    command += ["--register", f"my_val={digits / 'val.json'}:{digits / 'val'}", *flags]
-    command += ["DATASETS.TRAIN", '("my_train",)', "DATASETS.TEST", '("my_val",)', "OUTPUT_DIR", str(tmp_path / "out")]
-    command += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "4", *opts]
-    return subprocess.run(command, cwd=tmp_path, env=CPU_ENV, capture_output=True, text=True)
+def arguments(digits, tmp_path, *flags, opts=(), config="digits/focal.yaml"):
+    """Of a run of 4 steps of 4 images."""
+    argv = ["--config-file", config]
+    argv += ["--register", f"my_train={digits / 'train.json'}:{digits / 'train'}"]
+    argv += ["--register", f"my_val={digits / 'val.json'}:{digits / 'val'}", *flags]
+    argv += ["DATASETS.TRAIN", '("my_train",)', "DATASETS.TEST", '("my_val",)', "OUTPUT_DIR", str(tmp_path / "out")]
+    return [*argv, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "4", *opts]
+
+
+def train_net(*args, **kwargs):
+    """The real command in a process of its own."""
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *arguments(*args, **kwargs)]
+    return subprocess.run(command, cwd=args[1], env=CPU_ENV, capture_output=True, text=True)
 
 
 def read_metrics(tmp_path):
@@ -100,15 +105,16 @@ def test_two_cpu_workers_train(digits, tmp_path):
         ((), ["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
     ],
 )
-def test_bad_input_is_one_message_and_no_traceback(digits, tmp_path, flags, opts, message):
-    done = train_net(digits, tmp_path, *flags, opts=opts)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert re.search(f"^error: .*{message}", done.stderr, re.MULTILINE), done.stderr
+def test_bad_input_is_one_message_and_no_traceback(zygote, digits, tmp_path, flags, opts, message):
+    console = tmp_path / "console.txt"
+    assert zygote.run(arguments(digits, tmp_path, *flags, opts=opts), console) == 2
+    assert "Traceback" not in console.read_text()
+    assert re.search(f"^error: .*{message}", console.read_text(), re.MULTILINE), console.read_text()
 
 
-def test_no_config_file(tmp_path, digits):
-    assert "no config" in train_net(digits, tmp_path, config="").stderr
+def test_no_config_file(zygote, digits, tmp_path):
+    assert zygote.run(arguments(digits, tmp_path, config=""), tmp_path / "console.txt") == 2
+    assert "no config" in (tmp_path / "console.txt").read_text()
 
 
 # ------------------------------ the optimizer
