@@ -41,6 +41,9 @@ def add_focal_config(cfg: CN) -> None:
     if "BEST_METRIC" not in cfg.TEST:
         # With EVAL_PERIOD > 0: the metric by which model_best.pth is kept, as in metrics.json; "": none
         cfg.TEST.BEST_METRIC = "bbox/AP"
+    if "EARLY_STOP_PATIENCE" not in cfg.TEST:
+        # Evaluations in a row without a new best after which training ends; 0: it goes on to SOLVER.MAX_ITER
+        cfg.TEST.EARLY_STOP_PATIENCE = 0
 
 
 def _focal_defaults() -> CN:
@@ -198,16 +201,18 @@ def _check_output_dir(folder: object, path: str) -> None:
 def _merge_opts(cfg: CN, opts: list[str]) -> None:
     flags = [o for o in opts if isinstance(o, str) and o.startswith("--")]
     if flags:
-        raise ValueError(f"{flags[0]} comes after the first KEY VALUE pair; put all flags before them")
+        raise ValueError(f"{_cut(flags[0])} comes after the first KEY VALUE pair; put all flags before them")
     if len(opts) % 2:
-        raise ValueError(f"overrides must be KEY VALUE pairs, got an odd number of words: {' '.join(map(str, opts))}")
+        raise ValueError(
+            f"overrides must be KEY VALUE pairs, got an odd number of words: {_cut(' '.join(map(str, opts)))}"
+        )
     for key, value in zip(opts[::2], opts[1::2]):
         try:
             _check_override(cfg, key, value)
             cfg.merge_from_list([key, _as_float(cfg, key, value)])
             _check_numbers(cfg)
         except (RecursionError, MemoryError) as e:
-            raise ValueError(f"override {key} {_cut(value)}: {_TOO_NESTED}") from e
+            raise ValueError(f"override {_cut(key)} {_cut(value)}: {_TOO_NESTED}") from e
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"override {_cut(key)} {_cut(value)}: {_explain(cfg, e, key)}") from e
 

@@ -102,6 +102,8 @@ def read_columns(json_file: str | os.PathLike) -> Columns:
     reader = _ColumnReader()
     problem = None
     try:
+        if os.path.exists(json_file) and not os.path.isfile(json_file):
+            raise ValueError("it is a folder, a pipe or a device")  # of which a pipe would be waited for
         for key, index, value in stream_json(json_file):
             reader.add(key, index, value)
     except NotAnObjectError:

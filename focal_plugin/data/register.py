@@ -1,5 +1,6 @@
 """The `--register name=annotations.json:image_dir` flag, on top of Detectron2's `register_coco_instances`."""
 
+import os
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,18 +12,26 @@ from .json_stream import LIST, NotAnObjectError, stream_json
 _FORM = "--register name=annotations.json:image_dir"
 
 
-def register_from_args(args):
+def register_from_args(args, known=None):
     """Registers every data set of a repeatable `--register` flag.
 
     Args:
         args: list of "name=annotations.json:image_dir", or None if the flag was not given.
+        known: what an earlier call returned, in another process perhaps: spares reading the annotations again.
+
+    Returns:
+        the class names by data set name.
 
     Raises:
         FileNotFoundError: a json file or an image directory does not exist.
         ValueError: an argument is malformed, its file is no COCO json, or its name is taken.
     """
+    thing_classes = {}
     for text in args or ():
-        register_coco_json(*parse_register_arg(text))
+        name, json_file, image_root = parse_register_arg(text)
+        register_coco_json(name, json_file, image_root, (known or {}).get(name))
+        thing_classes[name] = MetadataCatalog.get(name).thing_classes
+    return thing_classes
 
 
 def parse_register_arg(text):
@@ -44,7 +53,7 @@ def parse_register_arg(text):
     return name, json_file, image_root
 
 
-def register_coco_json(name, json_file, image_root):
+def register_coco_json(name, json_file, image_root, thing_classes=None):
     """Registers a data set in COCO format, class names included, after a look into its json.
 
     Registering the same three again does nothing, so that every spawned worker may do it.
@@ -53,6 +62,7 @@ def register_coco_json(name, json_file, image_root):
         name: what DATASETS.TRAIN or DATASETS.TEST calls it.
         json_file: path of the annotations; "~" is expanded.
         image_root: directory that the json's file names start from; "~" is expanded.
+        thing_classes: the class names by category id, if they are known; None: read from the json.
 
     Raises:
         FileNotFoundError: the json file or the image directory does not exist.
@@ -61,7 +71,8 @@ def register_coco_json(name, json_file, image_root):
     """
     argument = f"--register {name}={json_file}:{image_root}"
     _check_name(name, argument)
-    json_file, image_root = (Path(path).expanduser().absolute() for path in (json_file, image_root))
+    # os.path's functions and not Path's, which raise for an unknown "~user" and for names that are too long.
+    json_file, image_root = (Path(os.path.expanduser(path)).absolute() for path in (json_file, image_root))
     if _is_taken(name):
         if _is_registered_as(name, json_file, image_root):
             return
@@ -69,12 +80,12 @@ def register_coco_json(name, json_file, image_root):
             f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
             f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
         )
-    if not json_file.is_file():
+    if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{argument}: there is no file {json_file}; the form is {_FORM}")
-    if not image_root.is_dir():
+    if not os.path.isdir(image_root):
         raise FileNotFoundError(f"{argument}: there is no directory {image_root}; the form is {_FORM}")
     try:
-        thing_classes = _read_thing_classes(json_file)
+        thing_classes = thing_classes or _read_thing_classes(json_file)
     except ValueError as error:
         raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
     register_coco_instances(name, {"thing_classes": thing_classes}, str(json_file), str(image_root))

@@ -453,6 +453,8 @@ class _ArrayUnpickler(_Unpickler):
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
             return dict
+        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):
+            return _no_bytes
         if module in ("numpy", "_codecs") or module.startswith(("numpy.core.", "numpy._core.")):
             stand_in = _STAND_INS.get(name)
             if stand_in:
@@ -479,6 +481,11 @@ class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
         super().__setstate__((version, shape, dtype.numpy(), bool(is_fortran), data))
+
+
+def _no_bytes() -> bytes:
+    """How b"" is written in the protocols that have no bytes."""
+    return b""
 
 
 def _encode(text: str, encoding: str) -> bytes:

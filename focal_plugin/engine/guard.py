@@ -42,10 +42,12 @@ class LossGuard(HookBase):
 
     Attributes:
         stopping: whether a worker has been asked to stop; the same on all.
+        finish: set on any worker, ends training after the next step.
+        finishing: whether it is set on any; the same on all.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
-        self.cfg, self.stopping = cfg, False
+        self.cfg, self.stopping, self.finish, self.finishing = cfg, False, False, False
         self._batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
         self._normalizer: Tensor | None = None
@@ -70,10 +72,11 @@ class LossGuard(HookBase):
         """
         is_finite = all_finite([torch.stack(list(self._losses.values()))])
         grads_finite = not is_finite or self._gradients_are_finite()
-        all_workers = comm.all_gather((is_finite, grads_finite, stop_requested()))
-        self.stopping = any(stop for _, _, stop in all_workers)
-        no_loss = [rank for rank, (loss, _, _) in enumerate(all_workers) if not loss]
-        no_grads = [rank for rank, (_, grads, _) in enumerate(all_workers) if not grads]
+        all_workers = comm.all_gather((is_finite, grads_finite, stop_requested(), self.finish))
+        losses, gradients, stops, finishes = zip(*all_workers)
+        self.stopping, self.finishing = any(stops), any(finishes)
+        no_loss = [rank for rank, finite in enumerate(losses) if not finite]
+        no_grads = [rank for rank, finite in enumerate(gradients) if not finite]
         if no_loss or no_grads:
             # One worker's loss has broken the gradients of all.
             raise FloatingPointError(self._report(no_loss or no_grads, loss_is_finite=not no_loss))

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from ..data.loader import SKIPPED, too_many_bad_images
 from ..scalars import flush_scalars
 from .checkpoint import remove_old_checkpoints
-from .interrupt import Interrupted
+from .interrupt import FinishedEarly, Interrupted
 from .resume import gather_worker_states
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
     def after_step(self):
         trainer = self.trainer
-        is_last = trainer.iter + 1 >= trainer.max_iter
+        if trainer.finishing:
+            self.max_iter = trainer.iter + 1  # upstream's step then saves it as the last
+        is_last = trainer.iter + 1 >= self.max_iter
         stop = trainer.stopping and not is_last  # the last step ends the run anyway
         if not stop and not is_last and (trainer.iter + 1) % self.period:
             return
@@ -60,6 +62,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
                 remove_old_checkpoints(self.checkpointer.save_dir, self._keep, trainer.iter)
         if stop:
             raise Interrupted
+        if trainer.finishing:
+            raise FinishedEarly
 
     def save_interrupted(self, workers: list[dict[str, Any]]) -> None:
         """Saves the present step out of turn, if it is not saved yet; on the main worker."""
@@ -74,13 +78,22 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Upstream's, but resuming does not start from the best model, and does not forget how good it was.
 
     For the main worker, after :class:`EvalHook`.
+
+    Args:
+        eval_period, checkpointer, val_metric: as upstream's.
+        patience: evaluations in a row without a new best after which training ends; 0: it never does.
     """
 
+    def __init__(self, eval_period: int, checkpointer, val_metric: str, patience: int = 0):
+        super().__init__(eval_period, checkpointer, val_metric)
+        self._patience, self._in_vain = patience, 0
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter, "in_vain": self._in_vain}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
+        self._in_vain = state_dict["in_vain"]
 
     def before_train(self):
         if self.trainer.start_iter:
@@ -89,12 +102,16 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self._best_checking()  # of an evaluation that EvalHook has made up for
 
     def _best_checking(self):
-        whole = self._checkpointer
+        whole, before = self._checkpointer, self.best_iter
         self._checkpointer = _Untagged(whole, self)
         try:
             super()._best_checking()
         finally:
             self._checkpointer = whole
+        self._in_vain = 0 if self.best_iter != before else self._in_vain + 1
+        if 0 < self._patience <= self._in_vain:
+            self._logger.info(f"{self._val_metric} has not improved in {self._in_vain} evaluations: training ends")
+            self.trainer.finish()
 
     def _remember_file(self) -> None:
         """A run that is killed after an evaluation has a better model in its folder than in its last checkpoint."""

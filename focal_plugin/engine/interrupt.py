@@ -22,6 +22,13 @@ class Interrupted(SystemExit):
         super().__init__(RESUME_ME)
 
 
+class FinishedEarly(SystemExit):
+    """Training has ended before its last step because it does not improve any more; no error."""
+
+    def __init__(self):
+        super().__init__(0)
+
+
 def request_stop() -> None:
     """As SIGTERM does: this process shall stop when the step is over."""
     _requested.set()

@@ -160,7 +160,8 @@ def load_checked_config(args: Namespace) -> CfgNode:
     """
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
-    register_from_args(args.register)
+    # The workers, to which args go, need not read the annotations for them again.
+    args.thing_classes = register_from_args(args.register, getattr(args, "thing_classes", None))
     # Upstream's default_setup opens this path again.
     args.config_file = str(find_config(args.config_file))
     cfg = load_config(args.config_file, args.opts)

@@ -7,9 +7,13 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from detectron2.engine import launch
 from detectron2.engine.launch import _distributed_worker
+from torch.distributed import PrefixStore
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
             number("WORLD_SIZE"),
             number("LOCAL_RANK"),
             number("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]),
-            "env://",
+            # Of several machines the counts of restarts differ: see tools/launch/torchrun.sh.
+            "attempt://" if env.get("GROUP_WORLD_SIZE") == "1" else "env://",
             number("TORCHELASTIC_RESTART_COUNT", "0"),
         )
     # Of a job step: a batch script that calls us without srun, or for one task, starts the workers itself.
@@ -153,3 +158,14 @@ def first_host(nodelist: str) -> str:
         raise ValueError(f"SLURM_STEP_NODELIST {nodelist!r} names no machine: give the first one as MASTER_ADDR")
     prefix, number, suffix = match.groups(default="")
     return prefix + number + suffix
+
+
+def _meet_in_this_attempt(url: str, timeout: timedelta = default_pg_timeout, **kwargs):
+    """As env://, but apart from the attempts before: torchrun keeps the store, in which the addresses of dead workers
+    are (pytorch/pytorch#135712), and a run that is started again would wait for those."""
+    for store, rank, world_size in rendezvous("env://", timeout=timeout, **kwargs):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        yield PrefixStore(f"attempt {attempt}", store), rank, world_size
+
+
+register_rendezvous_handler("attempt", _meet_in_this_attempt)

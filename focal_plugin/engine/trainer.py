@@ -24,7 +24,7 @@ from ..rng import get_rng_state, set_rng_state
 from .checkpoint import SafeCheckpointer
 from .guard import LossGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer
-from .interrupt import Interrupted, stop_requested
+from .interrupt import FinishedEarly, Interrupted, stop_requested
 from .resume import restore_worker_state
 from .scale import learning_rate_warning, scale_to_workers, start_banner, unknown_keys
 
@@ -59,6 +59,15 @@ class FocalTrainer(DefaultTrainer):
     def stopping(self) -> bool:
         """Whether training ends after this step, to be resumed later; the same on all workers."""
         return self._guard.stopping
+
+    @property
+    def finishing(self) -> bool:
+        """Whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers."""
+        return self._guard.finishing
+
+    def finish(self) -> None:
+        """Ends training after the next step, as if it were the last, on all workers; to be called on any of them."""
+        self._guard.finish = True
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Upstream's, from the newest checkpoint that is whole, with what each worker had for itself.
@@ -96,7 +105,10 @@ class FocalTrainer(DefaultTrainer):
             # As late as possible: what was built since must not have drawn from the generators.
             restore_worker_state(self.model, self._worker_states)
             self._worker_states = None
-        return super().train()
+        try:
+            return super().train()
+        except FinishedEarly:
+            return self._last_eval_results
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -152,7 +164,8 @@ class FocalTrainer(DefaultTrainer):
                 built.append(checkpoints)  # on all workers; upstream's is on the main one only
                 built.append(EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints))
                 if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and comm.is_main_process():
-                    built.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC))
+                    best = cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC
+                    built.append(BestCheckpointer(*best, patience=cfg.TEST.EARLY_STOP_PATIENCE))
             elif not isinstance(hook, hooks.PeriodicCheckpointer):
                 built.append(hook)
         return built
@@ -214,7 +227,24 @@ class _Evaluator(COCOEvaluator):
     def evaluate(self, img_ids=None):
         if any(comm.all_gather(stop_requested())):
             raise Interrupted
-        return super().evaluate(img_ids)
+        results = super().evaluate(img_ids)
+        if comm.is_main_process() and not results.get("bbox", {}).get("AP", 0.0) > 0:
+            logger.warning(self._why_nothing())
+        return results
+
+    def _why_nothing(self) -> str:
+        """For an AP of 0 or NaN, which says nothing by itself."""
+        predicted = [detection for image in self._predictions for detection in image["instances"]]
+        found = Counter(detection["category_id"] for detection in predicted)
+        there = Counter(annotation["category_id"] for annotation in self._coco_api.anns.values())
+        scores = sorted(detection["score"] for detection in predicted)
+        best = f", scores {scores[0]:.3f} to {scores[-1]:.3f}" if scores else ""
+        return (
+            f"AP is 0: {len(predicted)} detections{best} for {sum(there.values())} objects. Category ids detected: "
+            f"{sorted(found) or 'none'}, annotated: {sorted(there)}. Is it too early in training, were weights skipped "
+            "(see the start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the "
+            "classes have another order than in training?"
+        )
 
 
 def describe_start(checkpointer: SafeCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:

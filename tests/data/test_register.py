@@ -29,6 +29,16 @@ def cells(tmp_path):
     return tmp_path / "cells.json", tmp_path / "images"
 
 
+def test_known_classes_spare_a_second_reading(cells, monkeypatch):
+    argument = [f"cells={cells[0]}:{cells[1]}"]
+    known = register_from_args(argument)
+    assert list(known) == ["cells"] and known["cells"]
+    DatasetCatalog.pop("cells")
+    MetadataCatalog.pop("cells")
+    monkeypatch.setattr("focal_plugin.data.register._read_thing_classes", lambda path: pytest.fail("read again"))
+    assert register_from_args(argument, known) == known
+
+
 def test_parse():
     assert parse_register_arg("cells=a/b.json:c/d") == ("cells", "a/b.json", "c/d")
     assert parse_register_arg("cells=a=b.json:images") == ("cells", "a=b.json", "images")

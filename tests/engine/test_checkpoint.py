@@ -9,23 +9,27 @@ from detectron2.utils.events import EventStorage
 
 from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
+from focal_plugin.engine.interrupt import FinishedEarly
 from focal_plugin.files import atomic_write
 
 
 class Trainer(TrainerBase):
     """One weight, which counts the steps; stops when it is told to."""
 
-    def __init__(self, folder, metrics=(), period=1, keep=0, eval_period=2):
+    def __init__(self, folder, metrics=(), period=1, keep=0, eval_period=2, patience=0):
         super().__init__()
         self.model = torch.nn.Linear(1, 1)
         torch.nn.init.zeros_(self.model.weight)
-        self.stopping = False
+        self.stopping = self.finishing = False
         self.metrics = dict(metrics)  # by steps done
         self.checkpointer = SafeCheckpointer(self.model, str(folder), trainer=self)
         checkpoints = PeriodicCheckpointer(self.checkpointer, period, keep)
         evaluation = EvalHook(eval_period, self.evaluate, checkpoints)
-        self.best = BestCheckpointer(eval_period, self.checkpointer, "bbox/AP")
+        self.best = BestCheckpointer(eval_period, self.checkpointer, "bbox/AP", patience)
         self.register_hooks([checkpoints, evaluation, self.best])
+
+    def finish(self):
+        self.finishing = True
 
     def run_step(self):
         with torch.no_grad():
@@ -139,6 +143,22 @@ def test_a_fresh_run_forgets_the_best_of_the_one_before(tmp_path):
 def test_nan_is_never_the_best(tmp_path):
     Trainer(tmp_path, {2: float("nan"), 4: 1.0, 6: float("nan")}).go(6)
     assert weight_in(tmp_path / "model_best.pth") == 4
+
+
+def test_training_ends_when_it_does_not_improve_any_more(tmp_path):
+    """Counted over a resume: 30 is the best, and then there are two evaluations in vain."""
+    metrics = {2: 10.0, 4: 30.0, 6: 20.0, 8: 30.0, 10: 99.0}
+    trainer = Trainer(tmp_path, metrics, patience=2)
+    trainer.register_hooks([Crash(6)])
+    with pytest.raises(KeyError):
+        trainer.go(20)
+    with pytest.raises(FinishedEarly):
+        Trainer(tmp_path, metrics, patience=2).go(20, resume=True)
+    assert weight_in(tmp_path / "model_best.pth") == 4
+    assert weight_in(tmp_path / "model_final.pth") == 9, "the step after the evaluation"
+    (tmp_path / "without").mkdir()
+    Trainer(tmp_path / "without", metrics).go(11)
+    assert weight_in(tmp_path / "without" / "model_best.pth") == 10
 
 
 # ------------------------------ an evaluation that a stop has swallowed

@@ -43,6 +43,7 @@ def test_workers_that_were_started_for_us(env, launcher):
 
 def test_where_they_meet():
     assert find_place(TORCHRUN).dist_url == "env://"
+    assert find_place({**TORCHRUN, "GROUP_WORLD_SIZE": "1"}).dist_url == "attempt://"
     assert find_place(SRUN).dist_url == "tcp://gpu007:24242"
     assert find_place({**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "1"}).dist_url == "tcp://a:1"
 

@@ -22,6 +22,9 @@ CONFIG=${1:?usage: tools/launch/torchrun.sh configs/retina_focal.yaml [FLAGS] [K
 shift
 # Time for a last checkpoint; torchrun's own 30 s can be short on a network drive. Older ones do not read it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+# Started again, workers of several machines would meet in the store of the attempt before, and wait for the addresses
+# of dead workers (pytorch/pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Otherwise torchrun sets 1 with a warning; the image work is done by DATALOADER.NUM_WORKERS processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
