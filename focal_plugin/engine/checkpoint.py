@@ -111,7 +111,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             OSError: it is not there, or cannot be read.
         """
         self.skipped = []
-        path = os.fspath(path)
+        path = os.fspath(path) if path else ""
         if path and "://" not in path:
             _check_regular(path.partition("?")[0])  # behind the "?" there may be upstream's matching_heuristics
         try:
