@@ -342,6 +342,11 @@ class _Unpickler(pickle._Unpickler):
         self.stack.append({})
         self._set(items)
 
+    def _load_bytearray(self):
+        # Python's own makes it first, of any length that is claimed, and then looks whether the file is as long.
+        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
     dispatch[pickle.DICT[0]] = _load_dict
     dispatch[pickle.SETITEMS[0]] = lambda self: self._set(self.pop_mark())
     dispatch[pickle.SETITEM[0]] = lambda self: self._set([self.stack.pop(-2), self.stack.pop()])
@@ -380,6 +385,8 @@ class _Reader(_Unpickler):
         self.storages: list[tuple[str, int]] = []
 
     def find_class(self, module, name):
+        if name == "bytearray":  # which torch would make, of any length
+            raise pickle.UnpicklingError("it holds a bytearray")
         self.made.append(_Made(name))
         return self.made[-1]
 

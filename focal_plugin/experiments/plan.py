@@ -13,10 +13,10 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
 
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
+from ..engine.scale import scale_to_workers
 from .naming import title_of
 from .paper import TABLES, PaperRow
 from .worker import Run
@@ -134,7 +134,7 @@ def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
     config_file, overrides = profile.recipe(row)
     overrides = ("SEED", str(seed), *overrides)
     cfg = load_config(config_file, list(overrides))
-    solver = _scaled_solver(cfg, num_gpus)
+    solver = scale_to_workers(cfg, num_gpus).SOLVER
     register = [word for text in profile.register for word in ("--register", text)]
     return Run(
         method=method_key(row, profile),
@@ -150,17 +150,6 @@ def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
         images_per_step=solver.IMS_PER_BATCH,
         on_gpu=torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )
-
-
-def _scaled_solver(cfg: CfgNode, num_gpus: int) -> CfgNode:
-    """As upstream's trainer scales it from SOLVER.REFERENCE_WORLD_SIZE workers to these."""
-    solver = cfg.SOLVER
-    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared out among SOLVER.REFERENCE_WORLD_SIZE "
-            f"{solver.REFERENCE_WORLD_SIZE} workers; 0 switches the scaling off"
-        )
-    return DefaultTrainer.auto_scale_workers(cfg, num_gpus).SOLVER
 
 
 def _title(row: PaperRow, cfg: CfgNode) -> str:

@@ -176,14 +176,6 @@ def test_fresh_does_not_touch_what_another_process_trains(run, make_run, attempt
     assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1  # of the second alone
 
 
-def test_without_a_whole_checkpoint_a_run_starts_again(run, make_run):
-    first = make_run("a", "FAIL", "2")
-    run(first)
-    (first.folder / "last_checkpoint").write_text("")
-    (result,) = run(make_run("a"))
-    assert result.ok and not result.history()[0]["iteration"]
-
-
 def test_a_training_can_be_interrupted_in_the_background_too(run, make_run):
     """torch ends the workers of a dead training by SIGINT, which a shell has a background job ignore."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

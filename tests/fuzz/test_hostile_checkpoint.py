@@ -321,6 +321,9 @@ def test_pickles_that_take_for_ever_or_all_the_memory(refused):
         b"\x80\x02]q\x00h\x00a.",  # a list in itself
         b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".",
         b"\x80\x02}U\x05modelcbuiltins\nbytearray\n\x8a\x06" + b"\x7f" * 6 + b"\x85Rs.",
+        b"\x80\x02}U\x05modelc__builtin__\nbytearray\n\x8a\x06\0\0\0\0\x10\0\x85Rs.",  # 64 GiB
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b".",
+        b"\x80\x04\x8d" + struct.pack("<Q", 1 << 36) + b".",
         b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b".",
         b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"}.",
     ):
