@@ -7,10 +7,13 @@ batch, with any number of data workers, and sees what it would have seen.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -25,6 +28,7 @@ from ..rng import seeded
 
 logger = logging.getLogger(__name__)
 
+_MAX_TRIES = 1000  # images, for one that can be trained on
 SKIPPED = "skipped"  # key of an image's dict: the files that it stands in for
 
 
@@ -104,20 +108,21 @@ class SeededDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: more images cannot be read than may be passed over; names them.
         """
-        _ignore_sigterm_in_data_workers()
         index, position = sample
         seed = self._stream.seed
         others = random.Random(f"{seed} {position}")
         skipped = []
-        while True:
+        for _ in range(_MAX_TRIES):
             with seeded(seed, position):
                 image, reason = self._read(self._dataset[index])
-            if not reason:
+            if reason:
+                skipped.append((image["file_name"], reason))
+                if len(skipped) > self._max_bad_images:
+                    raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
+            elif image is not None:  # None is how a mapper says: another one
                 return {**image, SKIPPED: skipped} if skipped else image
-            skipped.append((image["file_name"], reason))
-            if len(skipped) > self._max_bad_images:
-                raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
             index = others.randrange(len(self))
+        raise ValueError(f"the mapper has returned None for {_MAX_TRIES - len(skipped)} images in a row")
 
     def _read(self, image: dict) -> tuple[dict, str]:
         """The mapped image and no reason; or the image as it is and why it cannot be read."""
@@ -201,7 +206,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
         ) from error
     groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING and not all("width" in image and "height" in image for image in dicts):
+        logger.warning("images are not grouped by aspect ratio: the data set does not say how wide and high they are")
+    elif cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
     dataset = DatasetFromList(dicts, copy=False)
     del dicts  # packed by now, and much smaller
@@ -213,7 +220,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
 
     seed = comm.shared_random_seed()
     stream = TrainingStream(make_sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, groups)
-    return build_detection_train_loader(
+    loader = build_detection_train_loader(
         SeededDataset(dataset, mapper, stream, cfg.DATALOADER.MAX_BAD_IMAGES),
         mapper=None,
         sampler=stream,
@@ -222,6 +229,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=seed,  # of the data workers; without one they would draw it from the generator of the model
     )
+    return deaf_to_sigterm(loader)
 
 
 def stream_of(loader) -> TrainingStream | None:
@@ -230,7 +238,36 @@ def stream_of(loader) -> TrainingStream | None:
     return sampler if isinstance(sampler, TrainingStream) else None
 
 
-def _ignore_sigterm_in_data_workers() -> None:
-    # A scheduler sends it to every process. It is for the trainer, which saves a checkpoint and then stops them.
-    if torch.utils.data.get_worker_info() is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deaf_to_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    """Makes the data workers of a loader obey no SIGTERM but that of the process that started them.
+
+    A scheduler sends it to every process. It is for the trainer, which saves a checkpoint, and cannot if its data
+    workers have died. Where signals cannot be waited for (not on Linux) nothing changes.
+    """
+    if loader.num_workers and hasattr(signal, "sigwaitinfo"):
+        loader.__class__ = _DeafLoader
+        loader.worker_init_fn = functools.partial(_init_deaf_worker, loader.worker_init_fn)
+    return loader
+
+
+class _DeafLoader(torch.utils.data.DataLoader):
+    def __iter__(self):
+        # The workers inherit the mask: no moment is left in which they could die of it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_deaf_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+    threading.Thread(target=_obey_the_parent, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _obey_the_parent() -> None:
+    # torch ends a worker by SIGTERM if it does not end by itself; the interpreter would wait for it without end.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

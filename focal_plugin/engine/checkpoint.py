@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ..files import TEMPORARY, atomic_write
+from .safe_load import check_regular, check_weights, load_plain, load_pycls, load_zoo, refusing
 
 logger = logging.getLogger(__name__)
 
+_RUN = "run_id"
+_EARLIER = "it is of an earlier run in that folder"
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
-_MAX_WEIGHTS = 20_000  # upstream compares each name of a file with each of the model
-_MAX_OBJECTS = 10_000_000  # in a file, one that is used n times counting n times
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -36,6 +33,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     Attributes:
         resumed_from: the file that ``resume_or_load`` resumed from; empty if it did not.
+        run: an id of the run that saves here.
         skipped: after loading, a line for each kind of parameter that the file did not fill.
     """
 
@@ -46,6 +44,25 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.skipped: list[str] = []
         self._read: tuple[str, Any] = ("", None)
         self._moves_tag = True
+        self.run = ""
+
+    def begin_run(self, run: str | None = None) -> None:
+        """From now on the folder is that of one run: what another one has left there is not fallen back on any more.
+
+        The files of an earlier run stay until they are overwritten; but ``last_checkpoint`` goes, so that a new run
+        that is stopped before its first checkpoint is not taken for the old one.
+
+        Args:
+            run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
+        """
+        self.run = uuid.uuid4().hex if run is None else run
+        if not self.save_to_disk or not self.save_dir:
+            return
+        if run is None:
+            Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
+        if self.run:
+            with atomic_write(Path(self.save_dir, _RUN)) as file:
+                file.write(self.run)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Upstream's ``save``.
@@ -59,6 +76,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             OSError: it cannot be written, as on a full disk. All earlier files are whole.
         """
         self._moves_tag = tag
+        if self.run:
+            kwargs["run"] = self.run
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the disk's error
@@ -113,9 +132,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.skipped = []
         path = os.fspath(path) if path else ""
         if path and "://" not in path:
-            _check_regular(path.partition("?")[0])  # behind the "?" there may be upstream's matching_heuristics
+            check_regular(path.partition("?")[0])  # behind the "?" there may be upstream's matching_heuristics
         try:
-            with _refusing(path, "what it holds does not fit here"):
+            with refusing(path, "what it holds does not fit here"):
                 return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # upstream's, left behind by an error
@@ -158,7 +177,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 return str(path)
             logger.warning(f"cannot resume from {path}: {problem}")
             problems.append(f"\n  {path}: {problem}")
-        if problems:
+        if any(not problem.endswith(_EARLIER) for problem in problems):
             raise ValueError(
                 f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
                 "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
@@ -168,9 +187,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _why_not_resumable(self, path: Path) -> str:
         try:
             checkpoint = self._torch_load(str(path))
-            _check_weights(checkpoint, str(path))
+            check_weights(checkpoint, str(path))
             if not {"iteration", *self.checkpointables} <= checkpoint.keys():
                 raise ValueError(f"it holds weights only, no {' and no '.join(self.checkpointables)}")
+            if path.name != _last(self.save_dir) and _owner(self.save_dir) not in ("", checkpoint.get("run")):
+                raise ValueError(_EARLIER)
         except (OSError, ValueError) as error:
             return str(error)
         self._read = str(path), checkpoint  # not to be read a second time
@@ -187,15 +208,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         return load_plain(f)
 
     def _load_file(self, filename):
-        with _refusing(filename):
+        with refusing(filename):
             # Upstream would unpickle .pkl and .pyth files without looking.
             if filename.endswith(".pkl"):
-                checkpoint = _zoo_checkpoint(_load_arrays(filename))
+                checkpoint = load_zoo(filename)
             elif filename.endswith(".pyth"):
-                checkpoint = _pycls_checkpoint(load_plain(filename))
+                checkpoint = load_pycls(filename)
             else:
                 checkpoint = super()._load_file(filename)
-        _check_weights(checkpoint, filename)
+        check_weights(checkpoint, filename)
         return checkpoint
 
     def _log_incompatible_keys(self, incompatible) -> None:
@@ -208,23 +229,6 @@ class SafeCheckpointer(DetectionCheckpointer):
             "not in the model": incompatible.unexpected_keys,
         }
         self.skipped = [_listed(what, names) for what, names in kinds.items() if names]
-
-
-def load_plain(path: str) -> Any:
-    """What ``torch.save`` has written, if it is tensors, numbers, strings and containers of them; on the CPU.
-
-    Raises:
-        ValueError: it is damaged, or would run code.
-        OSError: it cannot be read.
-    """
-    _check_regular(path)
-    with _refusing(path):
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\3\4":  # how torch tells its two formats apart
-                _check_archive(file)
-            else:
-                _check_stream(file)
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
@@ -247,6 +251,15 @@ def _last(folder: str | os.PathLike) -> str:
         return ""
     with open(tag, encoding="utf-8", errors="replace") as file:
         return file.read(1024).strip()
+
+
+def _owner(folder: str | os.PathLike) -> str:
+    """The run that a folder is of."""
+    path = os.path.join(folder, _RUN)
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(100).strip()
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -273,264 +286,6 @@ def _iteration(path: Path) -> int:
 def _listed(what: str, names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
-
-
-def _check_weights(checkpoint: Any, filename: str) -> None:
-    """Raises a ValueError unless a checkpoint's "model" is a dict of names to tensors or arrays of numbers."""
-    model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict) or len(model) > _MAX_WEIGHTS:
-        raise ValueError(f"{filename} is refused: it holds no state_dict of a model")
-    for name, value in model.items():
-        is_numbers = isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
-        # Names are logged: no control characters for somebody's terminal.
-        if not isinstance(name, str) or not name.isprintable() or not is_numbers:
-            raise ValueError(
-                f"{filename} is refused: {str(name)[:80]!r} in its state_dict is no tensor but {type(value).__name__}"
-            )
-
-
-def _check_regular(path: str) -> None:
-    """A pipe would be waited for, and a device never ends."""
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"there is no checkpoint {path!r}")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is refused: it is no regular file")
-
-
-@contextmanager
-def _refusing(filename: str, why: str = "") -> Iterator[None]:
-    """Turns whatever a damaged or hostile file raises (anything, from KeyError to EOFError) into one error."""
-    why = why or (
-        "it is damaged, or no plain checkpoint of tensors and arrays but one that would run code when loaded. If you "
-        "trust it, load it yourself and save its state_dict again."
-    )
-    try:
-        yield
-    except OSError as e:
-        if filename in str(e):
-            raise
-        raise OSError(e.errno, f"{filename} cannot be read ({e})") from e
-    except Exception as e:
-        if " is refused: " in str(e):
-            raise
-        raise ValueError(f"{filename} is refused: {why} ({repr(e)[:500]})") from e
-
-
-# ------------------------------ what a pickle says, without doing it
-
-
-class _Unpickler(pickle._Unpickler):
-    """In Python and not in C, whose memory can be exhausted by a few bytes ("store this at place 2**31").
-
-    There are no sets, and no keys but plain ones: the hash of tuples of tuples of tuples may take for ever.
-    """
-
-    dispatch = {
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code not in (pickle.EMPTY_SET[0], pickle.FROZENSET[0], pickle.ADDITEMS[0])
-    }
-
-    def _set(self, items: list) -> None:
-        for key, value in zip(items[::2], items[1::2]):
-            if not all(isinstance(k, (str, bytes, int, float, type(None))) for k in _members(key)):
-                raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
-            self.stack[-1][key] = value
-
-    def _load_dict(self):
-        items = self.pop_mark()
-        self.stack.append({})
-        self._set(items)
-
-    def _load_bytearray(self):
-        # Python's own makes it first, of any length that is claimed, and then looks whether the file is as long.
-        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
-
-    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
-    dispatch[pickle.DICT[0]] = _load_dict
-    dispatch[pickle.SETITEMS[0]] = lambda self: self._set(self.pop_mark())
-    dispatch[pickle.SETITEM[0]] = lambda self: self._set([self.stack.pop(-2), self.stack.pop()])
-
-
-def _members(key: Any) -> tuple:
-    return key if type(key) is tuple else (key,)
-
-
-class _Made:
-    """Stands in for whatever a pickle would import or make; has only what went into it."""
-
-    def __init__(self, *parts: Any):
-        self.parts = list(parts)
-        self.__new__ = lambda cls, *args: cls(*args)
-
-    def __call__(self, *args: Any) -> _Made:
-        self.parts.append(_Made(*args))  # here as well, as a pickle may throw away what it has made
-        return self.parts[-1]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.parts.append(value)
-
-    def append(self, value: Any) -> None:
-        self.parts.append(value)
-
-    extend = __setstate__ = append
-
-
-class _Reader(_Unpickler):
-    """Reads a pickle of ``torch.save`` and makes nothing; ``storages`` is what it would read: (key, bytes)."""
-
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file)
-        self.made: list[_Made] = []
-        self.storages: list[tuple[str, int]] = []
-
-    def find_class(self, module, name):
-        if name == "bytearray":  # which torch would make, of any length
-            raise pickle.UnpicklingError("it holds a bytearray")
-        self.made.append(_Made(name))
-        return self.made[-1]
-
-    def persistent_load(self, pid):
-        _, kind, key, _, count, *_ = pid
-        dtype = getattr(torch, kind.parts[0]).dtype if kind.parts[0] != "UntypedStorage" else torch.uint8
-        self.storages.append((str(key), count * torch.empty(0, dtype=dtype).element_size()))
-        return _Made()
-
-    def check(self) -> None:
-        """Reads, and raises a ValueError if what it holds grows or nests without end: see ``_count``."""
-        known: dict[int, int] = {}
-        if _count(self.load(), known) + sum(_count(made, known) for made in self.made) > _MAX_OBJECTS:
-            raise ValueError("its objects are used in each other so often that they have no end")
-
-
-def _count(value: Any, known: dict[int, int]) -> int:
-    """Objects in this one; those that are used twice count twice."""
-    if isinstance(value, _Made):
-        value = value.parts
-    if not isinstance(value, (list, tuple, dict)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = _MAX_OBJECTS + 1  # if it is in itself
-        known[id(value)] = 1 + sum(_count(v, known) for v in (value.values() if isinstance(value, dict) else value))
-    return known[id(value)]
-
-
-def _check_archive(file: IO[bytes]) -> None:
-    """torch checks no sums, and before 2.9 not that a tensor ends where its record does."""
-    size = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-        # torch looks names up without regard to case.
-        if len({name.lower() for name in sizes}) < len(archive.infolist()) or sum(sizes.values()) > size:
-            raise ValueError("its parts have the same name or, compressed or overlapping, are larger than the file")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the sum of {damaged} is wrong: it was not stored as it was written")
-        root = archive.namelist()[0].split("/")[0]
-        with archive.open(f"{root}/data.pkl") as pickled:
-            reader = _Reader(pickled)
-            reader.check()
-        for key, num_bytes in reader.storages:
-            if num_bytes != sizes[f"{root}/data/{key}"]:
-                raise ValueError(f"a tensor of {num_bytes} bytes, of which it has {sizes[f'{root}/data/{key}']}")
-
-
-def _check_stream(file: IO[bytes]) -> None:
-    """The format before torch 1.6: magic number, version, machine, content, keys; then the numbers."""
-    file.seek(0)
-    for _ in range(5):
-        reader = _Reader(file)
-        reader.check()
-        if any(num_bytes > os.fstat(file.fileno()).st_size for _, num_bytes in reader.storages):
-            raise ValueError("a tensor larger than the file")
-
-
-# ------------------------------ the pickles of the model zoos
-
-
-def _load_arrays(path: str) -> Any:
-    _check_regular(path)
-    with open(path, "rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()
-
-
-class _ArrayUnpickler(_Unpickler):
-    """Loads containers of numbers, strings and numpy's arrays, which is all that the zoos' pickles have."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):
-            return _no_bytes
-        if module in ("numpy", "_codecs") or module.startswith(("numpy.core.", "numpy._core.")):
-            stand_in = _STAND_INS.get(name)
-            if stand_in:
-                return stand_in
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
-
-
-class _DType:
-    """numpy's own believes a pickle that tells it that eight bytes of a file are the address of an object."""
-
-    def __init__(self, code: str, *_: Any):
-        if not re.fullmatch(r"[biufcSU]\d{1,4}", code):
-            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
-        self._code, self._order = code, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self._order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-    def numpy(self) -> np.dtype:
-        return np.dtype(self._order + self._code)
-
-
-class _Array(np.ndarray):
-    def __setstate__(self, state: tuple) -> None:
-        version, shape, dtype, is_fortran, data = state
-        super().__setstate__((version, shape, dtype.numpy(), bool(is_fortran), data))
-
-
-def _no_bytes() -> bytes:
-    """How b"" is written in the protocols that have no bytes."""
-    return b""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":  # which is how bytes are written in the protocols that have none
-        raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
-    return text.encode("latin1")
-
-
-def _array_of_bytes(data: bytes, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
-    return np.ndarray(shape, dtype.numpy(), bytearray(data), order=order)
-
-
-def _scalar(dtype: _DType, data: bytes | str) -> np.generic:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.numpy())[0]
-
-
-_STAND_INS = {
-    "encode": _encode,
-    "dtype": _DType,
-    "ndarray": str,  # only named, for _reconstruct
-    "_reconstruct": lambda *_: _Array(0, "b"),
-    "scalar": _scalar,
-    "_frombuffer": _array_of_bytes,
-}
-
-
-def _zoo_checkpoint(data: dict[str, Any]) -> dict[str, Any]:
-    """The two formats that upstream knows: Detectron2's own, and that of Detectron and Caffe2."""
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    model = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
-    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _pycls_checkpoint(data: dict[str, Any]) -> dict[str, Any]:
-    model = {name: value for name, value in data["model_state"].items() if not name.endswith("num_batches_tracked")}
-    return {"model": model, "__author__": "pycls", "matching_heuristics": True}
 
 
 class _AtomicWrites:

@@ -48,6 +48,7 @@ class LossGuard(HookBase):
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.stopping, self.finish, self.finishing = cfg, False, False, False
+        self.looked_at = -1  # the last step that it has looked at
         self._batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
         self._normalizer: Tensor | None = None
@@ -63,24 +64,31 @@ class LossGuard(HookBase):
 
     def _after_forward(self, model, args, losses):
         if model.training:
-            self._losses = {name: loss.detach() for name, loss in losses.items()}
+            losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
+            self._losses = {name: loss.detach() for name, loss in losses.items() if isinstance(loss, Tensor)}
 
     def after_backward(self):
         """
         Raises:
             FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
         """
-        is_finite = all_finite([torch.stack(list(self._losses.values()))])
+        is_finite = all_finite(list(self._losses.values()))
         grads_finite = not is_finite or self._gradients_are_finite()
-        all_workers = comm.all_gather((is_finite, grads_finite, stop_requested(), self.finish))
-        losses, gradients, stops, finishes = zip(*all_workers)
-        self.stopping, self.finishing = any(stops), any(finishes)
+        losses, gradients = self.ask_all(is_finite, grads_finite)
+        self.looked_at = self.trainer.iter
         no_loss = [rank for rank, finite in enumerate(losses) if not finite]
         no_grads = [rank for rank, finite in enumerate(gradients) if not finite]
         if no_loss or no_grads:
             # One worker's loss has broken the gradients of all.
             raise FloatingPointError(self._report(no_loss or no_grads, loss_is_finite=not no_loss))
         self._batch, self._losses = (), {}
+
+    def ask_all(self, is_finite: bool = True, grads_finite: bool = True) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """What all workers say of their losses and gradients; also whether any is to stop. A collective call."""
+        all_workers = comm.all_gather((is_finite, grads_finite, stop_requested(), self.finish))
+        losses, gradients, stops, finishes = zip(*all_workers)
+        self.stopping, self.finishing = any(stops), any(finishes)
+        return losses, gradients
 
     def _gradients_are_finite(self) -> bool:
         if isinstance(self.trainer, AMPTrainer) and self.trainer.grad_scaler.is_enabled():
@@ -112,7 +120,7 @@ class LossGuard(HookBase):
     def _facts(self) -> dict[str, Any]:
         optimizer = self.trainer.optimizer
         group = optimizer.param_groups[hooks.LRScheduler.get_best_param_group_id(optimizer)]
-        facts = {name: float(loss) for name, loss in self._losses.items()}
+        facts = {name: float(loss.sum()) for name, loss in self._losses.items()}
         facts["learning rate"] = f"{group['lr']:.3g} (SOLVER.BASE_LR {self.cfg.SOLVER.BASE_LR:.3g})"
         logged = get_event_storage().latest()
         for name, title in (("loss_normalizer", "normaliser"), ("num_pos_anchors", "positive anchors per image")):

@@ -55,7 +55,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             return
         workers = gather_worker_states(trainer.model)
         if comm.is_main_process():
-            self.step(trainer.iter, workers=workers)
+            self.step(trainer.iter, workers=workers, finished_early=trainer.finishing)
             if stop:
                 self.save_interrupted(workers)
             if self._keep:
@@ -86,14 +86,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def __init__(self, eval_period: int, checkpointer, val_metric: str, patience: int = 0):
         super().__init__(eval_period, checkpointer, val_metric)
-        self._patience, self._in_vain = patience, 0
+        self._patience = patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter, "in_vain": self._in_vain}
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
-        self._in_vain = state_dict["in_vain"]
 
     def before_train(self):
         if self.trainer.start_iter:
@@ -101,16 +100,27 @@ class BestCheckpointer(hooks.BestCheckpointer):
             if self._val_metric in self.trainer.storage.latest():
                 self._best_checking()  # of an evaluation that EvalHook has made up for
 
+    def after_train(self):
+        # Upstream's does so after a last step that has failed, too.
+        if _has_ended_well(self.trainer):
+            super().after_train()
+
     def _best_checking(self):
-        whole, before = self._checkpointer, self.best_iter
+        if self._val_metric not in self.trainer.storage.latest():
+            super()._best_checking()  # which warns
+            return
+        whole = self._checkpointer
         self._checkpointer = _Untagged(whole, self)
         try:
             super()._best_checking()
         finally:
             self._checkpointer = whole
-        self._in_vain = 0 if self.best_iter != before else self._in_vain + 1
-        if 0 < self._patience <= self._in_vain:
-            self._logger.info(f"{self._val_metric} has not improved in {self._in_vain} evaluations: training ends")
+        # Not counted but computed, so that an evaluation that is made up for does not count twice.
+        _, iteration = self.trainer.storage.latest()[self._val_metric]
+        best_iter = -1 if self.best_iter is None else self.best_iter
+        in_vain = (iteration - best_iter) // self._period if self._patience else 0
+        if 0 < self._patience <= in_vain:
+            self._logger.info(f"{self._val_metric} has not improved in {in_vain} evaluations: training ends")
             self.trainer.finish()
 
     def _remember_file(self) -> None:
@@ -125,9 +135,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self._logger.warning(f"{path} cannot be read ({error!r}), and will be replaced by the next evaluation's")
             self.best_metric = self.best_iter = None
             return
-        if saved.get("name") == self._val_metric and (
-            self.best_metric is None or self._compare(metric, self.best_metric)
-        ):
+        is_ours = saved.get("run") == self._checkpointer.run and saved.get("name") == self._val_metric
+        if is_ours and (self.best_metric is None or self._compare(metric, self.best_metric)):
             self.best_metric, self.best_iter = metric, iteration
 
 
@@ -141,6 +150,7 @@ class _Untagged:
         metric, iteration = self._hook.trainer.storage.latest()[self._hook._val_metric]
         if math.isfinite(metric):
             best = {"name": self._hook._val_metric, "metric": float(metric), "iteration": iteration}
+            best["run"] = self._checkpointer.run
             self._checkpointer.save(name, tag=False, best=best, **state)
 
 
@@ -172,6 +182,11 @@ class EvalHook(hooks.EvalHook):
             self._do_eval()
             self.trainer.storage.iter = done
 
+    def after_train(self):
+        # Upstream's evaluates after a last step that has failed, too: alone, while the other workers wait in that step.
+        if _has_ended_well(self.trainer):
+            super().after_train()
+
     def _do_eval(self):
         trainer = self.trainer
         done = min(trainer.storage.iter + 1, trainer.max_iter)  # after the last step upstream counts one further
@@ -185,6 +200,11 @@ class EvalHook(hooks.EvalHook):
                 self._checkpoints.save_interrupted(workers)
             raise
         self._evaluated = done
+
+
+def _has_ended_well(trainer) -> bool:
+    """Whether all steps were made: only then upstream counts one further than the last."""
+    return trainer.iter >= trainer.max_iter
 
 
 class BadImages(HookBase):

@@ -48,8 +48,9 @@ def stopped_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _requested.clear()
     before = signal.signal(signal.SIGTERM, _take_note)
+    if before is not _take_note:  # inside another one, a request from before is still one
+        _requested.clear()
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import contextmanager, nullcontext
@@ -22,10 +23,11 @@ from ..config import find_config, load_config
 from ..data import check_datasets, check_training_data, register_from_args
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
-from .interrupt import RESUME_ME, Interrupted, stopped_by_sigterm
+from .interrupt import RESUME_ME, Interrupted, stop_requested, stopped_by_sigterm
 from .place import Place, find_place
 from .scale import check_scale
 from .trainer import FocalTrainer, check_amp_precision, check_optimizer, describe_start
+from .values import check_values
 from .workers import ending_together
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def run(args: Namespace) -> int:
         place.adapt(args)
         cfg = load_checked_config(args)
         _check_workers(args, cfg, place)
+        _check_output_dir(cfg.OUTPUT_DIR)
         args.found = check_training_data(cfg) if place.is_first and not args.eval_only else None
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -76,7 +79,8 @@ def run(args: Namespace) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
     except multiprocessing.ProcessExitedException as e:
-        if e.exit_code == RESUME_ME:
+        # A worker that was still importing when SIGTERM was handed on to it has died of it.
+        if e.exit_code == RESUME_ME or (stop_requested() and e.exit_code == -signal.SIGTERM):
             return RESUME_ME
         print(f"error: {e}; why, it has printed above", file=sys.stderr)
         return 1
@@ -165,6 +169,7 @@ def load_checked_config(args: Namespace) -> CfgNode:
     # Upstream's default_setup opens this path again.
     args.config_file = str(find_config(args.config_file))
     cfg = load_config(args.config_file, args.opts)
+    check_values(cfg)
     _choose_device(cfg)
     check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     _check_weights(cfg, args)
@@ -174,10 +179,7 @@ def load_checked_config(args: Namespace) -> CfgNode:
 
 
 def _choose_device(cfg: CfgNode) -> None:
-    try:
-        device = torch.device(cfg.MODEL.DEVICE).type
-    except RuntimeError as e:
-        raise ValueError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cuda or cpu") from e
+    device = torch.device(cfg.MODEL.DEVICE).type
     if device == "cpu" or (device == "cuda" and not torch.cuda.is_available()):
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
@@ -205,6 +207,17 @@ def _check_model(cfg: CfgNode) -> None:
     if name == "FocalRetinaNet":
         shapes = [ShapeSpec(channels=64, stride=2**i) for i, _ in enumerate(cfg.MODEL.RETINANET.IN_FEATURES, start=3)]
         build_retinanet_head(cfg, shapes)
+
+
+def _check_output_dir(folder: str) -> None:
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"OUTPUT_DIR {folder} cannot be made: {e}") from e
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"OUTPUT_DIR {folder} cannot be written to")
 
 
 def _check_workers(args: Namespace, cfg: CfgNode, place: Place) -> None:

@@ -15,8 +15,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..config import load_config
-from .checkpoint import load_plain
 from .guard import all_finite, largest_logit
+from .safe_load import load_plain
 
 
 @dataclass
@@ -58,7 +58,8 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(str(content["config"]))
         file.flush()
-        cfg = load_config(file.name, opts)
+        # The run's OUTPUT_DIR may be one that only its command line could choose; here nothing is written.
+        cfg = load_config(file.name, ["OUTPUT_DIR", ".", *opts])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     batch = [_image(saved) for saved in content["batch"]]

@@ -21,7 +21,7 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
     A worker's own are its random number generators and its buffers: the running statistics of batch norms, and
     ``loss_normalizer``, of which a checkpoint of upstream has the main worker's only.
     """
-    states = comm.gather({"rng": get_rng_state(), "buffers": _buffers(model)})
+    states = comm.gather({"rng": get_rng_state(), "buffers": _buffers(model), "normalizer": _plain_normalizer(model)})
     for state in states[1:]:
         # Frozen statistics and the like are equal everywhere and in the checkpoint already.
         mine = states[0]["buffers"]
@@ -46,6 +46,8 @@ def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> 
         for name, value in state["buffers"].items():
             if name in own:
                 own[name].copy_(value)
+    if state["normalizer"] is not None:
+        _unwrapped(model).loss_normalizer = state["normalizer"]
     set_rng_state(state["rng"])
 
 
@@ -55,6 +57,16 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those that checkpoints hold, by their names there."""
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = _unwrapped(model)
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _plain_normalizer(model: nn.Module) -> float | None:
+    """That of upstream's RetinaNet, which is a plain number in no state_dict."""
+    value = getattr(_unwrapped(model), "loss_normalizer", None)
+    return value if isinstance(value, (int, float)) else None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

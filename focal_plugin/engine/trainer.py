@@ -19,7 +19,7 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from ..data.loader import NamingMapper, build_train_loader, stream_of
+from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
 from ..rng import get_rng_state, set_rng_state
 from .checkpoint import SafeCheckpointer
 from .guard import LossGuard
@@ -75,10 +75,16 @@ class FocalTrainer(DefaultTrainer):
         Raises:
             ValueError: the run that was to be resumed is further than ``SOLVER.MAX_ITER``.
         """
+        if not isinstance(self.checkpointer, SafeCheckpointer):
+            super().resume_or_load(resume=resume)  # a subclass has put its own there
+            return
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.checkpointer.begin_run(rest.get("run", "") if self.checkpointer.resumed_from else None)
         if not self.checkpointer.resumed_from:
             return
         self.start_iter = self.iter + 1
+        if rest.get("finished_early") and self.cfg.TEST.EARLY_STOP_PATIENCE:
+            self.max_iter = self.start_iter
         if self.start_iter > self.max_iter:
             raise ValueError(
                 f"{self.checkpointer.resumed_from} has done {self.start_iter} steps, and SOLVER.MAX_ITER is "
@@ -116,9 +122,8 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
-        return defaults.build_detection_test_loader(
-            cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, is_train=False))
-        )
+        mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+        return deaf_to_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str = ""):
@@ -164,7 +169,7 @@ class FocalTrainer(DefaultTrainer):
                 built.append(checkpoints)  # on all workers; upstream's is on the main one only
                 built.append(EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints))
                 if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and comm.is_main_process():
-                    best = cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC
+                    best = cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg)
                     built.append(BestCheckpointer(*best, patience=cfg.TEST.EARLY_STOP_PATIENCE))
             elif not isinstance(hook, hooks.PeriodicCheckpointer):
                 built.append(hook)
@@ -174,13 +179,19 @@ class FocalTrainer(DefaultTrainer):
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
+    def after_step(self):
+        if self._guard.looked_at != self.iter:
+            self._guard.ask_all()  # a subclass makes its steps in another way, without after_backward
+        super().after_step()
+
     def state_dict(self):
         state = super().state_dict()
         # Upstream keys the hooks' states by class, and leaves out all but the first of a class.
         state["hooks"] = {name: hook.state_dict() for name, hook in self._named_hooks() if hook.state_dict()}
         stream = stream_of(self.data_loader)
         if stream is not None:
-            state["data"] = {"seed": stream.seed, "images": (self.iter + 1) * self.cfg.SOLVER.IMS_PER_BATCH}
+            batches = stream.batch + self.iter + 1 - self.start_iter
+            state["data"] = {"seed": stream.seed, "images": batches * self.cfg.SOLVER.IMS_PER_BATCH}
         return state
 
     def load_state_dict(self, state_dict):
@@ -212,6 +223,13 @@ class FocalTrainer(DefaultTrainer):
             logger.warning("the training images start again from the first: the checkpoint or the loader has no order")
         else:
             stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
+
+
+def _best_metric(cfg: CfgNode) -> str:
+    """As the storage has it: with several test sets upstream puts their names in front. The first is meant."""
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    is_full = len(names) < 2 or any(metric.startswith(f"{name}/") for name in names)
+    return metric if is_full else f"{names[0]}/{metric}"
 
 
 class _Evaluator(COCOEvaluator):

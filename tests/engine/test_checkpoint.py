@@ -16,7 +16,7 @@ from focal_plugin.files import atomic_write
 class Trainer(TrainerBase):
     """One weight, which counts the steps; stops when it is told to."""
 
-    def __init__(self, folder, metrics=(), period=1, keep=0, eval_period=2, patience=0):
+    def __init__(self, folder, metrics=(), period=1, keep=0, eval_period=2, patience=0, metric="bbox/AP"):
         super().__init__()
         self.model = torch.nn.Linear(1, 1)
         torch.nn.init.zeros_(self.model.weight)
@@ -25,7 +25,7 @@ class Trainer(TrainerBase):
         self.checkpointer = SafeCheckpointer(self.model, str(folder), trainer=self)
         checkpoints = PeriodicCheckpointer(self.checkpointer, period, keep)
         evaluation = EvalHook(eval_period, self.evaluate, checkpoints)
-        self.best = BestCheckpointer(eval_period, self.checkpointer, "bbox/AP", patience)
+        self.best = BestCheckpointer(eval_period, self.checkpointer, metric, patience)
         self.register_hooks([checkpoints, evaluation, self.best])
 
     def finish(self):
@@ -159,6 +159,23 @@ def test_training_ends_when_it_does_not_improve_any_more(tmp_path):
     (tmp_path / "without").mkdir()
     Trainer(tmp_path / "without", metrics).go(11)
     assert weight_in(tmp_path / "without" / "model_best.pth") == 10
+
+
+def test_patience_is_the_same_after_a_kill(tmp_path):
+    """The best is in the folder and not in the checkpoint yet; the evaluation that is made up for ties with it."""
+    metrics = {**dict.fromkeys(range(4, 40, 2), 5.0), 2: 1.0}
+    trainer = Trainer(tmp_path, metrics, period=4, patience=2)
+    trainer.register_hooks([Crash(4)])
+    with pytest.raises(KeyError):
+        trainer.go(40)
+    with pytest.raises(FinishedEarly):
+        Trainer(tmp_path, metrics, period=4, patience=2).go(40, resume=True)
+    assert weight_in(tmp_path / "model_final.pth") == 9, "after 4, the best, two in vain"
+
+
+def test_a_metric_that_there_is_not_ends_nothing(tmp_path):
+    Trainer(tmp_path, patience=1, metric="nothing/AP").go(9)
+    assert weight_in(tmp_path / "model_final.pth") == 9
 
 
 # ------------------------------ an evaluation that a stop has swallowed

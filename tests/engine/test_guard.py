@@ -100,10 +100,11 @@ def test_all_workers_stop_at_once_when_the_loss_of_one_breaks(rank, pair, tmp_pa
     assert [p.name for p in (tmp_path / "run").glob("broken_*")] == [f"broken_0000003_worker{rank}.pth"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_all_workers_stop_when_one_fails(rank, pair):
-    """The other waits in a collective then; upstream's would for half an hour."""
-    codes, texts = pair(("raise in step", 3, rank))
+@pytest.mark.parametrize("rank, step", [(0, 3), (1, 3), (0, 19), (1, 19)])
+def test_all_workers_stop_when_one_fails(rank, step, pair):
+    """The other waits in a collective then; upstream's would for half an hour. 19 is the last step, after which
+    upstream evaluates even if it has failed."""
+    codes, texts = pair(("raise in step", step, rank))
     assert codes == [1, 1]
     assert "KeyError: 'a made-up fault'" in texts[rank]
     told = f"worker {1 - rank} stops: worker {rank} has failed: KeyError: 'a made-up fault'"

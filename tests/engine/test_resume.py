@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ NO_SEED = ("SEED", "-1")
 
 
 def load(path):
-    return torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, weights_only=True)
+    assert len(checkpoint.pop("run")) == 32  # an id that no two runs share
+    return checkpoint
 
 
 def assert_same(got, want, where="checkpoint"):
@@ -145,6 +148,59 @@ def test_without_a_seed_too(run, tmp_path):
     assert_same(*ends)
 
 
+def test_sigterm_to_all_processes_in_an_evaluation(zygote, command, never_stopped, tmp_path):
+    """As a scheduler sends it: to data workers too, which must not die before the trainer has saved."""
+    opts = (*DATA_WORKERS, "SOLVER.MAX_ITER", "400")
+    pid = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
+    for text in ("Start inference", "Saving checkpoint"):  # once in an evaluation, once in training
+        wait_for_text(tmp_path / "console.txt", text)
+        os.killpg(pid, signal.SIGTERM)
+        assert zygote.wait(pid) == RESUME_ME, (tmp_path / "console.txt").read_text()
+        (tmp_path / "console.txt").unlink()
+        pid = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
+    os.kill(pid, signal.SIGKILL)
+    zygote.wait(pid)
+
+
+def wait_for_text(path, text, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in {path.read_text()}"
+        time.sleep(0.01)
+
+
+def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, zygote, command, tmp_path):
+    """Trap: started again by the batch system before its first checkpoint, it would "resume" what the old run left."""
+    assert run(OHEM) == 0
+    assert run(fault=("raise in step", 1, 0), flags=()) == 1
+    env = {"SLURM_RESTART_COUNT": "1"}
+    (tmp_path / "console.txt").unlink()
+    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "3", flags=())
+    assert zygote.run(argv, tmp_path / "console.txt", env=env) == 0
+    text = (tmp_path / "console.txt").read_text()
+    assert "it is of an earlier run in that folder" in text and "FRESH" in text and "RESUMING" not in text
+    assert load(tmp_path / "run" / FINAL)["iteration"] == 2
+
+
+def test_images_are_counted_over_changes_of_the_batch(run, tmp_path):
+    """The place in the data is counted in images, each step's as many as it had."""
+    assert run(fault=("signal in step", 3, signal.SIGTERM)) == RESUME_ME
+    assert run(("SOLVER.IMS_PER_BATCH", "4"), fault=("signal in step", 6, signal.SIGTERM)) == RESUME_ME
+    assert load(tmp_path / "run" / "model_0000006.pth")["trainer"]["data"]["images"] == 4 * 2 + 3 * 4
+
+
+def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
+    """Upstream's is a plain number, which no state_dict has. (Its loss, which torch.jit compiles anew in other steps
+    after a resume, is not bit for bit the same; the normaliser does not depend on it.)"""
+    stock = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+    assert run(stock) == 0
+    want = load((tmp_path / "run").rename(tmp_path / "never_stopped") / FINAL)
+    assert run(stock, fault=("signal in step", 6, signal.SIGTERM)) == RESUME_ME
+    assert run(stock) == 0
+    got = load(tmp_path / "run" / FINAL)
+    assert got["workers"][0]["normalizer"] == want["workers"][0]["normalizer"] < 100
+
+
 # ------------------------------ two workers, started as torchrun starts them
 
 
@@ -181,6 +237,17 @@ def test_two_workers(pair, tmp_path):
     assert pair(fault=("signal in evaluation of", 1, signal.SIGTERM, 1)) == [RESUME_ME] * 2, pair.console()
     assert pair() == [0, 0], pair.console()
     assert_same(load(tmp_path / "run" / FINAL), want)
+
+
+def test_sigterm_while_waiting_for_the_other_workers(zygote, command, tmp_path, unused_port):
+    """They may come minutes later, on another machine."""
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    argv = command(tmp_path / "run")
+    first = zygote.start(argv, tmp_path / "0.txt", {**env, "RANK": "0", "LOCAL_RANK": "0"})
+    time.sleep(1.5)
+    os.kill(first, signal.SIGTERM)
+    second = zygote.start(argv, tmp_path / "1.txt", {**env, "RANK": "1", "LOCAL_RANK": "1"})
+    assert [zygote.wait(first), zygote.wait(second)] == [RESUME_ME] * 2, (tmp_path / "0.txt").read_text()
 
 
 def test_another_number_of_workers_goes_on_and_says_so(pair, run, tmp_path):

@@ -95,7 +95,7 @@ def test_two_cpu_workers_train(digits, tmp_path):
         ((), ["MODEL.FOCAL.HEAD", "Foo"], "MODEL.FOCAL.HEAD must be one of"),
         ((), ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5"], "MODEL.RETINANET.FOCAL_LOSS_ALPHA must be in"),
         ((), ["MODEL.META_ARCHITECTURE", "Focal"], "MODEL.META_ARCHITECTURE: 'Focal' is not registered"),
-        ((), ["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device"),
+        ((), ["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu': must be cuda or cpu; it is no device"),
         ((), ["SOLVER.OPTIMIZER", "LAMB"], "SOLVER.OPTIMIZER must be one of SGD, ADAMW"),
         ((), ["SOLVER.AMP.PRECISION", "fp8"], "SOLVER.AMP.PRECISION must be one of float16, bfloat16"),
         ((), ["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),

@@ -1,0 +1,177 @@
+"""The training data as a stream: which images, in which order, augmented how, from any batch on."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.samplers import TrainingSampler
+
+from focal_plugin import get_config
+from focal_plugin.data import build_train_loader, make_digits
+from focal_plugin.data.loader import SKIPPED, SeededDataset, TrainingStream, stream_of
+from focal_plugin.rng import get_rng_state, seeded, set_rng_state
+
+
+def first(iterable, count):
+    return list(itertools.islice(iterable, count))
+
+
+@pytest.fixture
+def make_stream():
+    def make(size=10, batch_size=4, seed=1, groups=None):
+        return TrainingStream(lambda seed: TrainingSampler(size, seed=seed), batch_size, seed, groups)
+
+    return make
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 1, 0, 1, 1, 1, 0, 1, 0]])
+@pytest.mark.parametrize("batch", [0, 1, 7, 100])
+def test_it_can_start_at_any_batch(batch, groups, make_stream):
+    stream = make_stream(groups=groups)
+    want = first(stream, 4 * 120)
+    stream.start_from(batch, seed=1)
+    assert first(stream, 4 * 10) == want[4 * batch : 4 * batch + 40]
+
+
+def test_without_groups_it_is_upstreams_order(make_stream):
+    assert [index for index, _ in first(make_stream(), 50)] == first(TrainingSampler(10, seed=1), 50)
+
+
+def test_groups_share_batches_and_nothing_is_lost(make_stream):
+    groups = [0, 1, 1, 0, 1, 1, 1, 0, 1, 0]
+    samples = first(make_stream(groups=groups), 400)
+    for at in range(0, 400, 4):
+        assert len({groups[index] for index, _ in samples[at : at + 4]}) == 1
+    positions = sorted(position for _, position in samples)
+    assert positions == sorted(set(positions)) and positions[-1] < 410  # at most a batch of each group waits
+
+
+def test_another_seed_is_another_order(make_stream):
+    assert first(make_stream(seed=1), 50) != first(make_stream(seed=2), 50)
+
+
+# ------------------------------ the loader
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = make_digits(tmp_path / "digits", num_train=8, num_val=1, image_size=64)
+    register_coco_instances("loader_test", {}, str(folder / "train.json"), str(folder / "train"))
+
+    def make(*opts):
+        opts = ["DATASETS.TRAIN", '("loader_test",)', "SOLVER.IMS_PER_BATCH", "2", *opts]
+        return get_config("digits/focal.yaml", [*opts, "INPUT.RANDOM_FLIP", "horizontal", "INPUT.CROP.ENABLED", "True"])
+
+    yield make
+    DatasetCatalog.pop("loader_test")
+    MetadataCatalog.pop("loader_test")
+
+
+def batches(loader, count):
+    return [
+        [(d["file_name"], d["image"].sum().item(), d["image"].shape) for d in batch] for batch in first(loader, count)
+    ]
+
+
+SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler", "WeightedTrainingSampler"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_of_upstream_can_go_on(sampler, config):
+    cfg = config("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", "0.5")
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("loader_test", 1.5)]  # which upstream reads and does not define
+    loader = build_train_loader(cfg)
+    want = batches(loader, 9)
+    again = build_train_loader(cfg)  # with another seed, until the checkpoint is loaded
+    stream_of(again).start_from(5, stream_of(loader).seed)
+    assert batches(again, 4) == want[5:]
+
+
+def test_data_workers_change_nothing_not_even_the_models_random_numbers(config):
+    results = []
+    for workers in ("0", "1", "2"):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        loader = build_train_loader(config("DATALOADER.NUM_WORKERS", workers))
+        results.append((batches(loader, 6), torch.rand(1).item()))
+    assert results[0] == results[1] == results[2]
+
+
+def test_images_are_seeded_by_their_place(config):
+    """The same image, at another place of the stream, is augmented in another way."""
+    loader = build_train_loader(config())
+    dataset = loader.dataset.dataset
+    assert torch.equal(dataset[3, 7]["image"], dataset[3, 7]["image"])
+    shapes = {tuple(dataset[3, place]["image"].shape) for place in range(8)}
+    assert len(shapes) > 1
+
+
+def test_a_mapper_that_returns_none_gets_another(make_stream):
+    images = [{"file_name": str(i)} for i in range(10)]
+    dataset = SeededDataset(images, lambda d: d if d["file_name"] == "4" else None, make_stream(), 0)
+    assert dataset[3, 0]["file_name"] == "4" and SKIPPED not in dataset[3, 0]
+    with pytest.raises(ValueError, match="returned None for 1000 images"):
+        SeededDataset(images, lambda d: None, make_stream(), 0)[3, 0]
+
+
+def test_a_fault_of_the_mapper_is_not_the_images(config):
+    def mapper(image):
+        raise KeyError("my own fault")
+
+    loader = build_train_loader(config(), mapper)
+    with pytest.raises(KeyError, match="my own fault"):
+        loader.dataset.dataset[0, 0]
+
+
+def test_a_data_set_that_does_not_say_how_wide_its_images_are(config, caplog, monkeypatch):
+    cfg = config()
+    dicts = DatasetCatalog.get("loader_test")
+    for image in dicts:
+        del image["width"], image["height"]
+    monkeypatch.setattr("focal_plugin.data.loader.get_detection_dataset_dicts", lambda *a, **k: dicts)
+    assert len(batches(build_train_loader(cfg), 2)) == 2
+    assert "not grouped by aspect ratio" in caplog.text
+
+
+def test_no_image_is_left(config, tmp_path):
+    cfg = config("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True")
+    path = MetadataCatalog.get("loader_test").json_file
+    with open(path) as f:
+        text = f.read()
+    with open(path, "w") as f:
+        f.write(text[: text.index('"annotations"')] + '"annotations": [], "categories": [{"id": 1, "name": "x"}]}')
+    with pytest.raises(ValueError, match=r"loader_test.*DATALOADER\.FILTER_EMPTY_ANNOTATIONS is False"):
+        build_train_loader(cfg)
+
+
+# ------------------------------ random numbers
+
+
+def draw():
+    import random
+
+    return random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
+
+
+def test_rng_state_goes_round():
+    draw()
+    state = get_rng_state()
+    want = draw(), draw()
+    set_rng_state(state)
+    assert (draw(), draw()) == want
+
+
+def test_seeded_is_the_same_inside_and_leaves_no_trace():
+    state = get_rng_state()
+    want = draw()
+    set_rng_state(state)
+    inside = []
+    for entropy in ((1, 2), (1, 2), (2, 1), (1,)):
+        with seeded(*entropy):
+            inside.append(draw())
+    assert draw() == want
+    assert inside[0] == inside[1] and len(set(inside)) == 3
