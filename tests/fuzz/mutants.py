@@ -1,0 +1,254 @@
+"""Mutants of real files, and a loop that runs each case under guard: no hang, no command run, no connection made."""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+SCALE = float(os.environ.get("FOCAL_FUZZ_CASES", "1"))  # times as many cases
+SECONDS = 10  # that a case may take; one that is in order takes milliseconds
+
+JUNK = (
+    None,
+    float("nan"),
+    float("-inf"),
+    1e308,
+    0,
+    -1,
+    2**31,
+    2**70,
+    1.5,
+    True,
+    "",
+    "\0",
+    "../../x",
+    "é\u202e",
+    [],
+    {},
+)
+# What a case must not do, by the names under which Python reports it.
+_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
+
+
+class Hang(BaseException):
+    """Not an Exception: what is under test catches all of those."""
+
+
+class Executed(BaseException):
+    """A case has run a command or opened a connection."""
+
+
+_guarding = False
+
+
+@sys.addaudithook
+def _forbid(event, args):
+    if _guarding and event.startswith(_FORBIDDEN):
+        raise Executed(f"{event} {args}")
+
+
+@contextmanager
+def guarded(seconds: float = SECONDS):
+    """Fails the block with :class:`Hang` or :class:`Executed`; a hang inside of C ends the process with a traceback."""
+    global _guarding
+
+    def stop(*_):
+        raise Hang(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(6 * seconds, exit=True)
+    _guarding = True
+    try:
+        yield
+    finally:
+        _guarding = False
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Fuzz:
+    """Runs the cases of one module and counts them: ``outcomes[property][True or False]``, True being accepted."""
+
+    def __init__(self):
+        self.outcomes: dict[str, Counter] = {}
+
+    def run(self, name: str, num_cases: int, case) -> None:
+        """Runs ``case(rng)``, which says whether the mutant was accepted, with fixed seeds.
+
+        At the end as many as promised must have run, and both outcomes occurred: mutants that are refused all, or none
+        of them, test nothing.
+        """
+        outcomes = self.outcomes[name] = Counter()
+        num_cases = max(1, int(num_cases * SCALE))
+
+        @settings(
+            max_examples=num_cases,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate,),  # a smaller seed is no simpler case
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(seed=st.integers(0, 2**64 - 1))
+        def run_case(seed):
+            with guarded():
+                accepted = case(random.Random(f"{name} {seed}"))
+            outcomes[bool(accepted)] += 1
+
+        run_case()
+        assert sum(outcomes.values()) >= num_cases, outcomes
+        assert outcomes[True] and outcomes[False], outcomes
+
+    def assert_ran(self, names: set[str], num_cases: int) -> None:
+        """At the end of a module: all its properties had their cases. Needs the whole module to run."""
+        assert self.outcomes.keys() == names
+        assert sum(sum(outcomes.values()) for outcomes in self.outcomes.values()) >= int(num_cases * SCALE)
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    return Fuzz()
+
+
+@pytest.fixture(scope="session")
+def guard():
+    """guard(): a block that must neither hang nor run a command."""
+    return guarded
+
+
+@pytest.fixture(scope="session")
+def mutate():
+    """mutate.bytes(rng, data, words), mutate.tree(rng, tree, junk)."""
+    return Mutate
+
+
+class Mutate:
+    @staticmethod
+    def bytes(rng: random.Random, data: bytes, words=()) -> bytes:
+        """One to three places of a file changed: bits, bytes, runs of them, and words that mean something."""
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            data = rng.choice(_EDITS)(rng, data, words)
+        return data
+
+    @staticmethod
+    def tree(rng: random.Random, tree, junk=()):
+        """A copy of lists and dicts with one to three places changed."""
+        tree = copy.deepcopy(tree)
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            places = list(_places(tree))
+            if places:
+                _change(rng, *rng.choice(places), junk)
+        return tree
+
+    @staticmethod
+    def junk(rng: random.Random, more=()):
+        kind = rng.randrange(10)
+        if kind == 0:
+            return nested(rng.choice((3, 60, 150, 600)))
+        if kind == 1:
+            return "x" * rng.choice((100, 20_000))
+        return copy.deepcopy(rng.choice([*JUNK, *more]))
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class Twin(str):
+    """A key that json.dumps writes like its like, and that a dict holds beside it."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+def _places(tree):
+    """(container, key) of all that is in a tree, top-down."""
+    waiting = [tree]
+    while waiting:
+        container = waiting.pop()
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            yield container, key
+            if isinstance(value, (dict, list)):
+                waiting.append(value)
+
+
+def _change(rng, container, key, junk) -> None:
+    kind = rng.randrange(6)
+    if kind == 0:
+        del container[key]
+    elif kind == 1 and isinstance(container, dict):
+        container[rng.choice([str(key).swapcase() or "x", f"{key}x", "", "\0", "__class__"])] = container.pop(key)
+    elif kind == 2:
+        value = copy.deepcopy(container[key])
+        if isinstance(container, list):
+            container.insert(rng.randrange(len(container) + 1), value)
+        else:
+            container[Twin(key)] = value
+    elif kind == 3:
+        other, place = rng.choice(list(_places(container)))
+        container[key] = copy.deepcopy(other[place])
+    else:
+        container[key] = Mutate.junk(rng, junk)
+
+
+# ------------------------------ edits of bytes
+
+
+def _span(rng, data) -> tuple[int, int]:
+    start = rng.randrange(len(data) + 1)
+    return start, min(len(data), start + rng.choice((1, 1, 2, 4, 16, 200)))
+
+
+def _flip(rng, data, words):
+    if not data:
+        return data
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+
+
+def _insert(rng, data, words):
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice((rng.randbytes(rng.choice((1, 4))), b"\0", b"\xff\xfe", b"9" * 30)) + data[at:]
+
+
+def _insert_word(rng, data, words):
+    return data[: (at := rng.randrange(len(data) + 1))] + rng.choice(words or (b"\n",)) + data[at:]
+
+
+def _delete(rng, data, words):
+    start, end = _span(rng, data)
+    return data[:start] + data[end:]
+
+
+def _duplicate(rng, data, words):
+    start, end = _span(rng, data)
+    return data[:end] + data[start:end] * rng.choice((1, 1, 50)) + data[end:]
+
+
+def _splice(rng, data, words):
+    (start, end), (other, last) = _span(rng, data), _span(rng, data)
+    return data[:start] + data[other:last] + data[end:]
+
+
+def _truncate(rng, data, words):
+    return data[: rng.randrange(len(data) + 1)]
+
+
+_EDITS = (_flip, _flip, _insert, _insert_word, _delete, _duplicate, _splice, _truncate)
