@@ -56,8 +56,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
         """
         self.run = uuid.uuid4().hex if run is None else run
-        if not self.save_to_disk or not self.save_dir:
+        if not self.save_to_disk or not self.save_dir or "://" in self.save_dir:
             return
+        os.makedirs(self.save_dir, exist_ok=True)
         if run is None:
             Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
         if self.run:
@@ -115,7 +116,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             ValueError: there are checkpoints to resume from, and none can be read; or ``path`` is refused.
             FileNotFoundError: a worker does not see the checkpoint that the first one resumes from.
         """
-        self.resumed_from = self._find_resumable() if resume else ""
+        self.resumed_from = ""
+        if resume and "://" in self.save_dir:
+            self.resumed_from = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        elif resume:
+            self.resumed_from = self._find_resumable()
         if self.resumed_from:
             return self.load(self.resumed_from)
         if resume:

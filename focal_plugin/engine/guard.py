@@ -57,7 +57,7 @@ class LossGuard(HookBase):
 
     def _before_forward(self, model, args):
         if model.training:
-            self._batch = args[0]
+            self._batch = args[0] if args else ()
             normalizer = getattr(_unwrapped(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None

@@ -217,21 +217,22 @@ class BadImages(HookBase):
     def __init__(self, limit: int):
         self._limit = limit
         self._reasons: dict[str, str] = {}
+        self._handle = None
 
     def before_train(self):
         self._handle = self.trainer.model.register_forward_pre_hook(self._look_at)
 
     def after_train(self):
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def after_step(self):
         if self._reasons:
             self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
 
     def _look_at(self, model, args):
-        if not model.training:
-            return
-        for image in args[0]:
+        batch = args[0] if model.training and args else ()
+        for image in batch:
             for name, reason in image.get(SKIPPED, ()):
                 self._take(name, reason)
 

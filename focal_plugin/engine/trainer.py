@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, defaults, hooks
@@ -114,7 +115,7 @@ class FocalTrainer(DefaultTrainer):
         try:
             return super().train()
         except FinishedEarly:
-            return self._last_eval_results
+            return getattr(self, "_last_eval_results", None)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -265,7 +266,7 @@ class _Evaluator(COCOEvaluator):
         )
 
 
-def describe_start(checkpointer: SafeCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:
+def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:
     """Where a model's weights are from, after they have been loaded.
 
     Args:
@@ -273,10 +274,12 @@ def describe_start(checkpointer: SafeCheckpointer, cfg: CfgNode, start_iter: int
         cfg: of the run.
         start_iter: steps done already.
     """
-    skipped = f"; skipped: {'; '.join(checkpointer.skipped)}" if checkpointer.skipped else ""
-    if checkpointer.resumed_from:
+    # A subclass may have put upstream's checkpointer there, which knows neither.
+    skipped, resumed_from = getattr(checkpointer, "skipped", []), getattr(checkpointer, "resumed_from", "")
+    skipped = f"; skipped: {'; '.join(skipped)}" if skipped else ""
+    if resumed_from or start_iter:
         left = "" if start_iter < cfg.SOLVER.MAX_ITER else ", which was the last: only the evaluation is left"
-        return f"RESUMING after step {start_iter}{left}, from {checkpointer.resumed_from}{skipped}"
+        return f"RESUMING after step {start_iter}{left}, from {resumed_from or cfg.OUTPUT_DIR}{skipped}"
     return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
 
 
