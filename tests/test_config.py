@@ -65,6 +65,7 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
         "SOLVER.AMP.PRECISION": "float16",
         "SOLVER.CHECKPOINTS_TO_KEEP": 0,
         "TEST.BEST_METRIC": "bbox/AP",
+        "TEST.EARLY_STOP_PATIENCE": 0,
         "DATALOADER.MAX_BAD_IMAGES": 10,
     }
 

@@ -22,8 +22,8 @@ from .interrupt import Interrupted, request_stop, stop_requested
 logger = logging.getLogger(__name__)
 
 _PERIOD = 0.5  # seconds between two looks into the store
-_GRACE = 5.0  # seconds for a worker to end by itself, as when all fail alike
-_LINGER = 2.5  # seconds that a failed worker stays, for the others to learn why: more than _PERIOD, less than _GRACE
+_GRACE = 3.0  # seconds for a worker to end by itself, as when all fail alike
+_LINGER = 1.5  # seconds that a failed worker stays, for the others to learn why: more than _PERIOD, less than _GRACE
 _SAVING = 300.0  # seconds that an interrupted run may take to write its last checkpoint
 _FAILED, _INTERRUPTED = "focal_plugin/failed", "focal_plugin/interrupted"
 
