@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from zygote import ENV, ROOT
 
@@ -51,6 +52,7 @@ def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     assert "type the same command with --resume to go on" in (tmp_path / "console.txt").read_text()
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds torchrun's workers in /proc")
 def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_port, tmp_path):
     """Without --resume on the command line: the restart is what says so."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
