@@ -36,7 +36,8 @@ def main(argv=None):
     try:
         cfg = get_config(args.config_file, args.opts)
         if not args.annotations.is_file():
-            raise FileNotFoundError(f"there is no file {args.annotations}")
+            swapped = " (the annotations go first, then the folder)" if args.annotations.is_dir() else ""
+            raise FileNotFoundError(f"there is no file {args.annotations}{swapped}")
         if not args.images.is_dir():
             raise FileNotFoundError(f"there is no folder {args.images}")
     except (OSError, ValueError) as error:

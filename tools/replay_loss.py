@@ -30,6 +30,8 @@ def main(argv=None):
     broken = seen.broken_gradients
     where = f"NaN or infinite in {len(broken)} parameters, {broken[0]} first" if broken else "finite"
     print(f"{'gradients':<16} {where}")
+    if seen.logits_are_broken:
+        print("The logits themselves are not finite: the weights are broken already, and no image is to blame.")
     print("each image alone:")
     for file_name, losses, num_boxes, smallest in seen.images:
         values = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())

@@ -131,7 +131,8 @@ def check_boxes(columns: Columns) -> list[Finding]:
     if is_xyxy:
         message = (
             "the boxes look like [x1, y1, x2, y2], while COCO's are [x, y, width, height]: "
-            f"{leaving[finite].mean():.0%} leave their image as they are, and as corners nearly all would fit"
+            f"{leaving[finite].mean():.0%} leave their image as they are, and as corners nearly all would fit. "
+            "Write [x1, y1, x2 - x1, y2 - y1]"
         )
         found.append(error("xyxy_suspected", message, int(finite.sum())))
     return [finding for finding in found if finding]

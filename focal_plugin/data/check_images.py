@@ -15,22 +15,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from .coco_columns import Columns
-from .findings import Finding, Tally, fatal, note, shown, warning
+from .findings import Finding, Tally, error, fatal, note, shown, warning
 
 SAMPLE_SIZE = 64  # images that the fast form looks at
 _BATCH = 32  # images that a thread takes at a time
 _EXIF_ORIENTATION = 274
 _SWAPS_SIDES = (5, 6, 7, 8)
 
+_REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
 _MESSAGES = {
     "escaping_file_names": (fatal, "file names that leave the image folder by '..'"),
-    "missing_images": (fatal, "images that are not there"),
-    "unreadable_images": (fatal, "images that cannot be opened (training stops when it meets one)"),
+    "missing_images": (fatal, "images that are not in the image folder"),
+    "unreadable_images": (error, f"images that cannot be opened ({_REPLACED})"),
     "mis_sized_images": (
         fatal,
-        "images of another size than the json gives (training stops with SizeMismatchError when it meets one)",
+        "images of another size than the json gives, so that its boxes are elsewhere (save upright what EXIF turns, "
+        "or swap width, height and boxes in the json)",
     ),
-    "truncated_images": (fatal, "images that cannot be decoded to their end (training stops when it meets one)"),
+    "truncated_images": (error, f"images that cannot be decoded to their end ({_REPLACED})"),
     "absolute_file_names": (note, "absolute file names (the image folder is not used for them)"),
     "symlinked_images": (note, "images that are symbolic links"),
 }
@@ -165,5 +167,7 @@ def _oriented_size(image: Image.Image) -> tuple[tuple[int, int], bool]:
 
 
 def _first_line(problem: Exception, path: str) -> str:
-    lines = str(problem).replace(path, "it").splitlines() or [type(problem).__name__]
+    if os.path.getsize(path) == 0:
+        return "an empty file"
+    lines = str(problem).replace(repr(path), "it").replace(path, "it").splitlines() or [type(problem).__name__]
     return shown(lines[0], 100).strip("'\"")

@@ -16,7 +16,7 @@ def format_report(findings: list[Finding], summary: dict) -> str:
 
 def _counts(summary: dict) -> str:
     looked = {
-        "all": "all decoded",
+        "all": f"{summary['images_looked_at']:,} files looked at",
         "sample": f"the headers of {summary['images_looked_at']:,} looked at",
         "none": "none looked at",
     }[summary["images_checked"]]

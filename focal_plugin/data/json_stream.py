@@ -128,7 +128,7 @@ class _Reader:
                 return value
             except json.JSONDecodeError as error:
                 if self._at_end or not self._is_cut(error):
-                    raise ValueError(f"{error.msg} at {self._place(error.pos)}") from None
+                    raise ValueError(f"{error.msg.removesuffix(' at')} at {self._place(error.pos)}") from None
                 problem = error.msg  # not the error itself: in a cycle with this frame, it would keep the text alive
             except RecursionError:
                 raise ValueError(f"nested too deeply at {self._place()}") from None

@@ -60,6 +60,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             return
         os.makedirs(self.save_dir, exist_ok=True)
         if run is None:
+            earlier = _resumable(Path(self.save_dir))
+            if earlier:
+                logger.warning(
+                    f"{self.save_dir} has checkpoints of an earlier run, such as {earlier[0].name}: this one starts "
+                    "afresh and overwrites them as it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
+                )
             Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
         if self.run:
             with atomic_write(Path(self.save_dir, _RUN)) as file:
@@ -174,7 +180,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         if named and os.path.basename(named) == named and os.path.isfile(first):
             candidates = [first, *(path for path in candidates if path != first)]
         elif candidates or os.path.isfile(tag):
-            logger.warning(f"{tag} names no checkpoint of that folder ({named!r}); looking for the newest one")
+            what = f"names no checkpoint of that folder ({named!r})" if os.path.isfile(tag) else "is not there"
+            logger.warning(f"{tag} {what}; looking for the newest one")
         problems = []
         for path in candidates:
             problem = self._why_not_resumable(path)

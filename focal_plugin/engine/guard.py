@@ -22,6 +22,7 @@ from .scale import REFERENCE_BATCH, REFERENCE_LR
 
 logger = logging.getLogger(__name__)
 
+BROKEN = "NaN or infinite"
 _CAUSES = """\
 The usual causes:
   1. The learning rate is too high{ratio}. Try SOLVER.BASE_LR {lower:.3g}, a longer SOLVER.WARMUP_ITERS, or
@@ -158,6 +159,8 @@ class LossGuard(HookBase):
             times = solver.BASE_LR / solver.IMS_PER_BATCH * REFERENCE_BATCH / REFERENCE_LR
             ratio = f" for the batch: per image it is {times:.3g} times that of the published schedules"
             lower = min(lower, REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH)
+        else:
+            lower = min(lower, 1e-3)  # more than what AdamW is commonly given
         if solver.AMP.ENABLED:
             amp = f" ({solver.AMP.PRECISION})"
         return _CAUSES.format(ratio=ratio, lower=lower, amp=amp)
@@ -185,7 +188,7 @@ def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)
         logits, _ = model.head([features[name] for name in model.head_in_features])
-        return f"{max(float(level.abs().max()) for level in logits):.3g}" if all_finite(logits) else "NaN or infinite"
+        return f"{max(float(level.abs().max()) for level in logits):.3g}" if all_finite(logits) else BROKEN
     except Exception as error:  # another architecture, or no memory left
         return f"unknown ({type(error).__name__})"
 

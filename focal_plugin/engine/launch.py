@@ -131,7 +131,9 @@ def main(args: Namespace):
         trainer = FocalTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
     if args.found is not None and comm.is_main_process():
-        logger.info("\n".join(["", *args.found.lines, trainer.banner(args.found.sizes)]))
+        logger.info("\n" + trainer.banner(args.found.sizes))
+        for line in args.found.lines:  # last, where it is seen
+            logger.warning(line)
     return trainer.train()
 
 

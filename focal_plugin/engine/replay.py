@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..config import load_config
-from .guard import all_finite, largest_logit
+from .guard import BROKEN, all_finite, largest_logit
 from .safe_load import load_plain
 
 
@@ -28,6 +28,7 @@ class Replay:
         facts: what the run reported then.
         losses: of the batch, now.
         largest_logit: in words.
+        logits_are_broken: whether any is NaN or infinite.
         broken_gradients: names of the parameters whose gradient is NaN or infinite.
         images: per image: its name, its losses alone (divided by the same normaliser), its boxes, the worst of them.
     """
@@ -36,6 +37,7 @@ class Replay:
     facts: dict[str, Any]
     losses: dict[str, float]
     largest_logit: str
+    logits_are_broken: bool
     broken_gradients: list[str]
     images: list[tuple[str, dict[str, float], int, str]]
 
@@ -68,11 +70,13 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     losses = _losses(model, content["model"], batch)
     sum(losses.values()).backward()
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not all_finite([p.grad])]
+    logits = largest_logit(model, batch)
     return Replay(
         iteration=content["iteration"],
         facts=content["facts"],
         losses={name: float(loss) for name, loss in losses.items()},
-        largest_logit=largest_logit(model, batch),
+        largest_logit=logits,
+        logits_are_broken=logits == BROKEN,
         broken_gradients=broken,
         images=[_look_at(cfg, model, content["model"], image) for image in batch],
     )

@@ -94,7 +94,7 @@ def test_numbers_words_and_strings_across_chunks(file, chunk_size):
         (b'{"a": [1.5e]}', "expected at character 10"),
         (b'{"a": [12 34]}', "',' or ']' expected at character 10"),
         (b'{"a": "\\x"}', "Invalid .*escape"),
-        (b'{"a": "b', "Unterminated string starting at at character 6"),
+        (b'{"a": "b', "Unterminated string starting at character 6"),
         (b'{"a": [' + b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b'{"b":' * 100_000, "nested too deeply"),
         (b'{"a": [' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"]}", "nested more than 100 deep"),
