@@ -232,7 +232,12 @@ def _check_workers(args: Namespace, cfg: CfgNode, place: Place) -> None:
         raise ValueError(f"--machine-rank {args.machine_rank}: the ranks of {args.num_machines} machine(s) start at 0")
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > num_gpus:
-        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
+        hint = (
+            "; srun --gpus-per-task hides the others from a task: use --gpus-per-node"
+            if place.launcher == "srun"
+            else ""
+        )
+        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}{hint}")
     if args.num_machines > 1 and args.dist_url == "auto" and not place.launcher:
         raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
     if not args.eval_only:

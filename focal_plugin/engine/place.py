@@ -100,7 +100,9 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     Raises:
         ValueError: a variable is missing or no number.
     """
-    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+    # Without a LOCAL_RANK they are of something that starts machines, as Kubeflow does, and not workers.
+    of_a_worker = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if "TORCHELASTIC_RUN_ID" in env or of_a_worker <= env.keys():
         number = _reader(env, "torchrun")
         return Place(
             "torchrun",

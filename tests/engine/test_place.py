@@ -16,6 +16,7 @@ TORCHRUN = {
     "MASTER_ADDR": "10.0.0.1",
     "MASTER_PORT": "29500",
 }
+KUBEFLOW = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a machine, not of a worker
 SRUN = {
     "SLURM_JOB_ID": "4242",
     "SLURM_STEP_ID": "0",
@@ -48,7 +49,16 @@ def test_where_they_meet():
     assert find_place({**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "1"}).dist_url == "tcp://a:1"
 
 
-@pytest.mark.parametrize("env", [{}, {"RANK": "3"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0"}])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"RANK": "3"},
+        {k: v for k, v in TORCHRUN.items() if k in KUBEFLOW},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": "0"},
+    ],
+)
 def test_by_hand(env):
     """In a batch script without srun, and in an srun of one task, the workers are ours to start."""
     given = args(num_gpus=2)
