@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Several threads in each of several processes would wait for each other more than work: one thread each.
+JOBS   ?= 2
 
 # This checkout comes first, so that an environment of yours need not have the plugin installed.
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
@@ -24,8 +26,10 @@ setup: ## make VENV: torch, Detectron2, this plugin (once; 6 GB on Linux)
 demo: setup ## train FL, CE, OHEM and OHEM 1:3 on the embedded data set, and compare them in report/
 	$(RUN) tools/reproduce.py --table 1d --profile digits --rows $(DEMO_ROWS) $(ARGS)
 
-test: setup ## run the tests
-	$(RUN) -m pytest tests $(ARGS)
+test: setup ## run the tests, in JOBS processes
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; export OMP_NUM_THREADS; \
+	if $(RUN) -c "import xdist" 2>/dev/null; then set -- -n $(JOBS) --dist loadfile; else set --; fi; \
+	$(RUN) -m pytest tests "$$@" $(ARGS)
 
 bench: setup ## measure the losses beside fvcore's, torchvision's and stock RetinaNet's
 	$(RUN) tools/benchmark_loss.py $(ARGS)

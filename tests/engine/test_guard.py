@@ -100,7 +100,7 @@ def test_all_workers_stop_at_once_when_the_loss_of_one_breaks(rank, pair, tmp_pa
     assert [p.name for p in (tmp_path / "run").glob("broken_*")] == [f"broken_0000003_worker{rank}.pth"]
 
 
-@pytest.mark.parametrize("rank, step", [(0, 3), (1, 3), (0, 19), (1, 19)])
+@pytest.mark.parametrize("rank, step", [(1, 3), (0, 19)])
 def test_all_workers_stop_when_one_fails(rank, step, pair):
     """The other waits in a collective then; upstream's would for half an hour. 19 is the last step, after which
     upstream evaluates even if it has failed."""

@@ -238,7 +238,7 @@ def start(tmp_path, make_run, train_net):
     return lambda: subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, env=env)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_anywhere_the_same_command_goes_on(start, tmp_path, attempts, alive, number):
     long, short = (tmp_path / "out" / key / "seed1" for key in ("long", "short"))
     process = start()
