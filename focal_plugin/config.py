@@ -249,7 +249,7 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
     message = str(error.args[0] if error.args else error)
     if isinstance(error, (KeyError, AssertionError)) and "Non-existent" in message:
         key = key or message.rsplit(" ", 1)[-1]
-        near = difflib.get_close_matches(key[:200], _all_keys(cfg), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key[:200], all_keys(cfg), n=1, cutoff=0.6)
         if near == [key]:
             return f"unknown config key {key!r}: in a file it is written nested, one name a line"
         return f"unknown config key {_cut(key)}" + (f"; did you mean {near[0]}?" if near else "")
@@ -260,7 +260,8 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
     return message
 
 
-def _all_keys(node: CN) -> list[str]:
+def all_keys(node: CN) -> list[str]:
+    """The full names of the keys of a config, groups left out."""
     return [key for key, _ in _flat(node)]
 
 

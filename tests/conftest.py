@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from focal_plugin import get_config
@@ -11,6 +12,15 @@ from focal_plugin import get_config
 def datasets_folder(tmp_path, monkeypatch):
     """No test writes into, or trusts, the data sets of the person who runs it."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def restore_catalogs():
+    """What a test registers is forgotten after it."""
+    before = dict(DatasetCatalog), dict(MetadataCatalog)
+    yield
+    for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
+        catalog.data = entries
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..scalars import flush_scalars
 from .interrupt import stop_requested
+from .resume import unwrapped
 from .scale import REFERENCE_BATCH, REFERENCE_LR
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class LossGuard(HookBase):
     def _before_forward(self, model, args):
         if model.training:
             self._batch = args[0] if args else ()
-            normalizer = getattr(_unwrapped(model), "loss_normalizer", None)
+            normalizer = getattr(unwrapped(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None
 
@@ -132,7 +133,7 @@ class LossGuard(HookBase):
     def _save(self, facts: dict[str, Any]) -> str:
         """Saves the batch and the weights before the step (the norms' running statistics are those after its forward
         pass, which training does not read); returns where, or "" if the disk does not take it."""
-        state = {name: value.detach().cpu() for name, value in _unwrapped(self.trainer.model).state_dict().items()}
+        state = {name: value.detach().cpu() for name, value in unwrapped(self.trainer.model).state_dict().items()}
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer.cpu()
         name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
@@ -166,10 +167,6 @@ class LossGuard(HookBase):
         return _CAUSES.format(ratio=ratio, lower=lower, amp=amp)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def _plain(image: dict[str, Any]) -> dict[str, Any]:
     """An image of a batch, in types that any checkpoint may hold."""
     kept = {k: image[k] for k in ("file_name", "image_id", "height", "width", "image") if k in image}
@@ -183,7 +180,7 @@ def _plain(image: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
     """The largest of a batch, in words; computed again, since to keep those of every step would cost their memory."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     try:
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)

@@ -47,7 +47,7 @@ def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> 
             if name in own:
                 own[name].copy_(value)
     if state["normalizer"] is not None:
-        _unwrapped(model).loss_normalizer = state["normalizer"]
+        unwrapped(model).loss_normalizer = state["normalizer"]
     set_rng_state(state["rng"])
 
 
@@ -57,16 +57,17 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those that checkpoints hold, by their names there."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _plain_normalizer(model: nn.Module) -> float | None:
     """That of upstream's RetinaNet, which is a plain number in no state_dict."""
-    value = getattr(_unwrapped(model), "loss_normalizer", None)
+    value = getattr(unwrapped(model), "loss_normalizer", None)
     return value if isinstance(value, (int, float)) else None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

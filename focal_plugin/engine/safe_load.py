@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,7 +152,9 @@ class _Reader(_Unpickler):
 
     def persistent_load(self, pid):
         _, kind, key, _, count, *_ = pid
-        dtype = getattr(torch, kind.parts[0]).dtype if kind.parts[0] != "UntypedStorage" else torch.uint8
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that typed storages are deprecated, which are what torch.save names
+            dtype = getattr(torch, kind.parts[0]).dtype if kind.parts[0] != "UntypedStorage" else torch.uint8
         self.storages.append((str(key), count * torch.empty(0, dtype=dtype).element_size()))
         return _Made()
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
-from ..config import _all_keys, add_focal_config
+from ..config import add_focal_config, all_keys
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def unknown_keys(cfg: CfgNode) -> list[str]:
     """
     known = get_cfg()
     add_focal_config(known)
-    names = _all_keys(known)
+    names = all_keys(known)
     lines = []
     for key in _strangers(cfg, known):
         meant = _meant(key, names)

@@ -13,12 +13,7 @@ CONTENT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def restore_catalogs():
-    before = dict(DatasetCatalog), dict(MetadataCatalog)
-    yield
-    for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
-        catalog.data = entries
+pytestmark = pytest.mark.usefixtures("restore_catalogs")
 
 
 @pytest.fixture

@@ -86,12 +86,7 @@ def cfg():
     return get_config("digits/focal.yaml")
 
 
-@pytest.fixture(autouse=True)
-def restore_catalogs():
-    before = dict(DatasetCatalog), dict(MetadataCatalog)
-    yield
-    for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
-        catalog.data = entries
+pytestmark = pytest.mark.usefixtures("restore_catalogs")
 
 
 def checks(path, image_root, **kwargs) -> bool:
