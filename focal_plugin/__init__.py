@@ -21,6 +21,7 @@ from .config import add_focal_config, get_config, load_config
 from .data.digits import register_digits
 from .heads import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, build_retinanet_head
 from .retinanet import FocalRetinaNet
+from .ssd import SSDHead
 
 register_digits()
 
@@ -29,6 +30,7 @@ __all__ = [
     "FocalHead",
     "FocalRetinaNet",
     "OHEMHead",
+    "SSDHead",
     "add_focal_config",
     "build_retinanet_head",
     "get_config",

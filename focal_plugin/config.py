@@ -22,7 +22,7 @@ def add_focal_config(cfg: CN) -> None:
     ``FOCAL_LOSS_GAMMA`` and ``PRIOR_PROB``. The focal-loss paper does not say how its OHEM baseline was ranked,
     scoped, normalised and de-duplicated: each of those choices is a key of ``MODEL.OHEM``.
     """
-    for name, defaults in (("FOCAL", _focal_defaults()), ("OHEM", _ohem_defaults())):
+    for name, defaults in (("FOCAL", _focal_defaults()), ("OHEM", _ohem_defaults()), ("SSD", _ssd_defaults())):
         node = cfg.MODEL.setdefault(name, CN())
         for key, value in defaults.items():
             node.setdefault(key, value)
@@ -85,6 +85,13 @@ def _ohem_defaults() -> CN:
     node.NORMALIZER = "selected"
     # Positives whose boxes are trained, and what divides the box loss: selected (those kept) or positives (all)
     node.BOX_LOSS_ON = "selected"
+    return node
+
+
+def _ssd_defaults() -> CN:
+    node = CN()
+    # SSDHead: negatives kept for each positive, the hardest of each image
+    node.NEG_POS_RATIO = 3.0
     return node
 
 

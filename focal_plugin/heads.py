@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -19,9 +19,9 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from .losses.alpha import Weights, alpha_weights, check_alpha, check_class_alpha, check_gamma
-from .losses.blocked import Layout
+from .losses.blocked import BlockedLoss, Layout
 from .losses.buffers import Float32Buffers
-from .losses.focal import check_label_range, label_loss
+from .losses.focal import LabelLoss, check_label_range, label_loss, label_loss_and_rows
 from .losses.formulas import Focal, FocalStar
 from .mining import mine_hard_examples
 from .scalars import DeferredScalars
@@ -72,12 +72,14 @@ class HeadLosses(NamedTuple):
         num_examples: scalar tensor, what to divide ``loss_cls`` by; None: the model's normaliser, which counts all
             positives.
         num_boxes: the same for the box loss.
+        loss_cls_pos: the foreground anchors' part of ``loss_cls``, without a gradient, for the log; None: not logged.
     """
 
     loss_cls: Tensor
     box_mask: Tensor
     num_examples: Optional[Tensor] = None
     num_boxes: Optional[Tensor] = None
+    loss_cls_pos: Optional[Tensor] = None
 
 
 def by_level(pred_logits: list[Tensor], labels: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,7 +88,7 @@ def by_level(pred_logits: list[Tensor], labels: Tensor, num_classes: int) -> Ite
     Args:
         pred_logits: one (N, A * K, Hi, Wi) per level.
         labels: (N, R), of all levels.
-        num_classes: K.
+        num_classes: K, logits of an anchor.
     """
     start = 0
     for x in pred_logits:
@@ -103,6 +105,8 @@ class FocalHead(Float32Buffers, RetinaNetHead):
     """Upstream's RetinaNet head with the focal loss over all anchors that are not ignored."""
 
     float32_buffers = ("class_alpha",)
+    background_outputs = 0
+    """Logits of an anchor beyond its K classes: 1 if the last is background's."""
 
     @configurable
     def __init__(
@@ -139,7 +143,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         prior_prob = kwargs.get("prior_prob", 0.01)
         if not 0 < prior_prob < 1:
             raise ValueError(f"MODEL.RETINANET.PRIOR_PROB must be between 0 and 1, got {prior_prob}")
-        super().__init__(num_classes=num_classes, **kwargs)
+        super().__init__(num_classes=num_classes + self.background_outputs, **kwargs)
         self.num_classes = num_classes
         self.loss, self.alpha, self.gamma, self.star_beta = loss, alpha, gamma, star_beta
         # Not persistent: a stock checkpoint must load key for key.
@@ -165,19 +169,39 @@ class FocalHead(Float32Buffers, RetinaNetHead):
             reduction: "none" or "sum".
             class_dim: where the classes are.
         """
-        return label_loss(self._formula(), logits, labels, self._weights(logits), reduction, class_dim)
+        return label_loss(self.loss_op(logits), logits, labels, reduction, class_dim)
 
     def row_losses(self, logits: Tensor, labels: Tensor, class_dim: int) -> Tensor:
         """:meth:`classification_loss` summed over the classes, of the shape of ``labels``, without a gradient."""
-        if type(self).classification_loss is not FocalHead.classification_loss:
+        if self._has_own_loss():
             return self.classification_loss(logits, labels, "none", class_dim).detach().sum(dim=class_dim)
-        return label_loss(self._formula(), logits, labels, self._weights(logits), "rows", class_dim)
+        return label_loss(self.loss_op(logits), logits, labels, "rows", class_dim)
 
-    def _formula(self) -> Union[Focal, FocalStar]:
-        return Focal(self.gamma) if self.loss == "focal" else FocalStar(self.gamma, self.star_beta)
+    def loss_sum(self, logits: Tensor, labels: Tensor, class_dim: int) -> tuple[Tensor, Optional[Tensor]]:
+        """The sum of :meth:`classification_loss`, and the foreground's part of it, without a gradient.
+
+        The part is None for a subclass with a ``classification_loss`` of its own, which would have to be computed
+        twice for it.
+        """
+        if self._has_own_loss():
+            return self.classification_loss(logits, labels, "sum", class_dim), None
+        total, rows = label_loss_and_rows(self.loss_op(logits), logits, labels, class_dim)
+        return total, torch.where(self.is_foreground(labels), rows, 0).sum()
+
+    def loss_op(self, logits: Tensor) -> BlockedLoss:
+        """The loss as the engine of :mod:`focal_plugin.losses.blocked` takes it, for ``logits`` such as these."""
+        formula = Focal(self.gamma) if self.loss == "focal" else FocalStar(self.gamma, self.star_beta)
+        return LabelLoss(formula, self._weights(logits))
+
+    def _has_own_loss(self) -> bool:
+        return type(self).classification_loss is not FocalHead.classification_loss
 
     def _weights(self, logits: Tensor) -> Weights:
         return alpha_weights(self.alpha if self.class_alpha is None else self.class_alpha, self.num_classes, logits)
+
+    def is_foreground(self, labels: Tensor) -> Tensor:
+        """Of labels in -1 to K those that are a class."""
+        return (labels >= 0) & (labels < self.num_classes)
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """
@@ -187,13 +211,13 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         """
         labels = targets.labels
         check_label_range(labels, self.num_classes)
-        levels = self.by_level(pred_logits, labels)
-        loss_cls = sum(self.classification_loss(x, y, "sum", class_dim=2) for x, y in levels)
-        return HeadLosses(loss_cls, (labels >= 0) & (labels < self.num_classes))
+        sums = [self.loss_sum(x, y, class_dim=2) for x, y in self.by_level(pred_logits, labels)]
+        positive = None if sums[0][1] is None else sum(part for _, part in sums)
+        return HeadLosses(sum(total for total, _ in sums), self.is_foreground(labels), loss_cls_pos=positive)
 
     def by_level(self, pred_logits: list[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """See :func:`by_level`."""
-        return by_level(pred_logits, labels, self.num_classes)
+        return by_level(pred_logits, labels, self.num_classes + self.background_outputs)
 
 
 @RETINANET_HEAD_REGISTRY.register()
@@ -293,13 +317,14 @@ class OHEMHead(FocalHead):
         with torch.no_grad():
             ranks, kept = self.select(pred_logits, targets)
             self._log(ranks, labels, kept)
-        loss_cls = self.classification_loss(*self.kept_rows(pred_logits, labels, kept), "sum", class_dim=-1)
-        is_foreground = (labels >= 0) & (labels < self.num_classes)
+        loss_cls, positive = self.loss_sum(*self.kept_rows(pred_logits, labels, kept), class_dim=-1)
         num_examples = kept.sum() if self.normalizer == "selected" else None
-        if self.box_loss_on == "positives":
-            return HeadLosses(loss_cls, is_foreground, num_examples)
-        box_mask = is_foreground & kept
-        return HeadLosses(loss_cls, box_mask, num_examples, box_mask.sum())
+        box_mask = self.is_foreground(labels)
+        num_boxes = None
+        if self.box_loss_on == "selected":
+            box_mask = box_mask & kept
+            num_boxes = box_mask.sum()
+        return HeadLosses(loss_cls, box_mask, num_examples, num_boxes, positive)
 
     def _scores(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """(N, R) classification loss of each anchor, summed over classes."""

@@ -3,6 +3,8 @@
 Shapes as in :mod:`focal_plugin.heads`.
 """
 
+from typing import Optional
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ciou_loss, diou_loss
@@ -10,16 +12,19 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, buil
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head
 from .losses.buffers import Float32Buffers
+from .losses.iou import iou_loss
+from .rng import get_rng_state, set_rng_state
 from .scalars import DeferredScalars
 
-_IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+_IOU_LOSSES = {"iou": iou_loss, "giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 class LowQualityMatcher(Matcher):
@@ -132,7 +137,35 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         pred_logits, pred_deltas = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        return self.losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes)
+        losses = self.losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes)
+        if self._is_to_be_drawn():
+            self._draw(images, features, predictions, gt_instances)
+        return losses
+
+    def _is_to_be_drawn(self) -> bool:
+        """Every ``VIS_PERIOD`` steps, for the writers, which only the main worker has."""
+        if self.vis_period <= 0 or not comm.is_main_process() or not has_event_storage():
+            return False
+        return get_event_storage().iter % self.vis_period == 0
+
+    @torch.no_grad()
+    def _draw(self, images, features, predictions, gt_instances: list[Instances]) -> None:
+        """Upstream's ``visualize_training`` of the first image, which upstream's RetinaNet never calls."""
+        if not gt_instances:
+            return
+        # Copies: upstream's inference overwrites the logits that the backward pass still needs.
+        logits, deltas = ([x[:1].detach().to(torch.float32, copy=True) for x in level] for level in predictions)
+        if hasattr(self.head, "detection_logits"):
+            logits = [self.head.detection_logits(x) for x in logits]
+        first = ImageList(images.tensor[:1], images.image_sizes[:1])
+        results = self.forward_inference(first, [x[:1] for x in features], [logits, deltas])
+        image = images[0] * self.pixel_std + self.pixel_mean
+        drawn = {"image": image.clamp(0, 255).round().byte().cpu(), "instances": gt_instances[0].to("cpu")}
+        state = get_rng_state()  # the colours are drawn by lot
+        try:
+            self.visualize_training([drawn], [results[0]])
+        finally:
+            set_rng_state(state)
 
     def losses(
         self,
@@ -165,8 +198,10 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         num_pos = self._normalizer(is_foreground.sum(), running_mean=self.normalizer == "ema")
         num_examples = num_pos if out.num_examples is None else self._normalizer(out.num_examples)
         num_boxes = num_pos if out.num_boxes is None else self._normalizer(out.num_boxes)
-        self._log(labels, is_foreground, num_pos)
-        return {"loss_cls": out.loss_cls / num_examples, "loss_box_reg": loss_box / num_boxes}
+        loss_cls = out.loss_cls / num_examples
+        positive = None if out.loss_cls_pos is None else out.loss_cls_pos / num_examples
+        self._log(labels, is_foreground, num_pos, loss_cls, positive)
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box / num_boxes}
 
     @staticmethod
     def flatten_deltas(pred_deltas: list[Tensor]) -> Tensor:
@@ -229,15 +264,16 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         # DDP averages the workers' gradients, so the joint count is shared out among them.
         return total / world_size
 
-    def _log(self, labels: Tensor, is_foreground: Tensor, num_pos: Tensor) -> None:
+    def _log(self, labels, is_foreground, num_pos: Tensor, loss_cls: Tensor, positive: Optional[Tensor]) -> None:
         num_images = max(len(labels), 1)
-        self._scalars.put(
-            {
-                "num_pos_anchors": is_foreground.sum() / num_images,
-                "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
-                "loss_normalizer": num_pos,
-            }
-        )
+        scalars = {
+            "num_pos_anchors": is_foreground.sum() / num_images,
+            "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
+            "loss_normalizer": num_pos,
+        }
+        if positive is not None:
+            scalars.update({"loss_cls/positive": positive, "loss_cls/negative": loss_cls - positive})
+        self._scalars.put(scalars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A stock or model-zoo checkpoint knows no normaliser: it goes on from the value it has.

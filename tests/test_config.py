@@ -61,6 +61,7 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
         "MODEL.OHEM.NMS_PER_LABEL": True,
         "MODEL.OHEM.NORMALIZER": "selected",
         "MODEL.OHEM.BOX_LOSS_ON": "selected",
+        "MODEL.SSD.NEG_POS_RATIO": 3.0,
         "SOLVER.OPTIMIZER": "SGD",
         "SOLVER.AMP.PRECISION": "float16",
         "SOLVER.CHECKPOINTS_TO_KEEP": 0,

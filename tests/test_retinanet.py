@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -13,7 +14,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import pairwise_iou
 from detectron2.structures.boxes import Boxes
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, TensorboardXWriter
 from torch import nn
 
 from focal_plugin import FocalRetinaNet, add_focal_config
@@ -139,7 +140,7 @@ def test_normalizer_never_asks_for_a_value(tiny_config):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head", ["focal", "ohem"])
+@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
 def test_autocast_equals_float32(tiny_config, make_batch, head, dtype):
     """The network in 16 bits, the loss in 32: the losses are close, and every gradient is finite and in float32."""
     results = []
@@ -174,6 +175,8 @@ HEADS["ohem positives"] = (
 )
 HEADS["ohem all"] = (*HEADS["ohem"], "MODEL.OHEM.BATCH_SIZE", "1000000", "MODEL.OHEM.NMS_PER_LABEL", "False")
 HEADS["ohem giou"] = (*HEADS["ohem"], "MODEL.OHEM.RANK_BY", "cls+box", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou")
+HEADS["ssd"] = ("MODEL.FOCAL.HEAD", "SSDHead", *HEADS["ce"])
+HEADS["iou"] = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "iou")
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -210,7 +213,7 @@ def test_works_without_an_event_storage(tiny_config, make_batch):
     assert torch.isfinite(sum(build(tiny_config())(make_batch([1])).values()))
 
 
-@pytest.mark.parametrize("head", ["focal", "ohem"])
+@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
 def test_channels_last_gives_the_same(tiny_config, make_batch, head):
     model = build(tiny_config(*HEADS[head]))
     features = [torch.rand(2, 32, s, s, requires_grad=True) for s in (16, 8, 4)]
@@ -226,6 +229,88 @@ def test_channels_last_gives_the_same(tiny_config, make_batch, head):
         model.loss_normalizer.fill_(100.0)
         results.append((losses, torch.autograd.grad(sum(losses.values()), logits + deltas)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_classification_loss_is_logged_in_its_two_parts(tiny_config, make_batch, head):
+    """The positive part against the loss of all anchors but the foreground ones, which are made to be ignored."""
+    model = build(tiny_config(*HEADS[head], "MODEL.FOCAL.NORMALIZER", "batch"))
+    with EventStorage() as storage:
+        losses = model(make_batch([2, 1]))
+        logged = {k: v for k, (v, _) in storage.latest().items()}
+    positive, negative = logged["loss_cls/positive"], logged["loss_cls/negative"]
+    assert positive + negative == pytest.approx(losses["loss_cls"].item(), rel=1e-5)
+    assert positive > 0 and negative > 0
+    if "ohem" in head or head == "ssd":
+        return  # what is ignored changes what else is mined: test_heads.py and test_ssd.py
+
+    label_anchors = model.label_anchors
+
+    def without_background(*args):
+        labels, boxes = label_anchors(*args)
+        return [y.masked_fill(y == model.num_classes, -1) for y in labels], boxes
+
+    model.label_anchors = without_background
+    assert model(make_batch([2, 1]))["loss_cls"].item() == pytest.approx(positive, rel=1e-5)
+
+
+@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_vis_period_draws_truth_over_predictions(tiny_config, make_batch, head, input_format):
+    """The picture of the writers: the image as it is, twice, apart from the boxes; nothing else is changed by it."""
+    opts = (*HEADS[head], "INPUT.FORMAT", input_format, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    batch = make_batch([2, 1])
+    batch[0]["instances"].gt_boxes.tensor[:, :2].clamp_(min=4)
+    plain, drawn = build(tiny_config(*opts)), build(tiny_config(*opts, "VIS_PERIOD", "2"))
+    before = np.random.get_state()[1].copy()
+    pictures = []
+    for iteration in range(3):
+        with EventStorage(iteration) as storage:
+            losses = [model(copy.deepcopy(batch)) for model in (plain, drawn)]
+            pictures.append([picture for _, picture, _ in storage._vis_data])
+        assert {k: v.item() for k, v in losses[0].items()} == {k: v.item() for k, v in losses[1].items()}
+    gradients = [torch.autograd.grad(sum(x.values()), m.head.parameters()) for x, m in zip(losses, (plain, drawn))]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert (np.random.get_state()[1] == before).all()
+
+    assert [len(p) for p in pictures] == [1, 0, 1]
+    (picture,) = pictures[0]
+    assert picture.shape == (3, 2 * 96, 128)
+    image = batch[0]["image"].flip(0) if input_format == "BGR" else batch[0]["image"]
+    truth, predicted = (abs(x - image.numpy()).max(axis=0) for x in picture.reshape(3, 2, 96, 128).swapaxes(0, 1))
+    assert truth[:3, :3].max() <= 1  # the corner is outside of all boxes
+    assert (truth > 8).any() and (predicted > 8).any() and not (truth == predicted).all()
+
+
+def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_path):
+    """Through upstream's writer and back, for OHEM, which logs what it kept as well."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = build(tiny_config(*HEADS["ohem"], "VIS_PERIOD", "1"))
+    writer = TensorboardXWriter(str(tmp_path))
+    with EventStorage() as storage:
+        loss = model(make_batch([2, 1]))["loss_cls"].item()
+        storage.iter = 20
+        writer.write()
+    writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    logged = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert logged["loss_cls/positive"] + logged["loss_cls/negative"] == pytest.approx(loss, rel=1e-5)
+    assert 0 < logged["ohem/num_pos"] < logged["ohem/num_pos"] + logged["ohem/num_neg"] <= 32
+    (tag,) = events.Tags()["images"]
+    assert "GT" in tag and events.Images(tag)[0].height == 2 * 96
+
+
+def test_vis_period_off_or_without_a_storage_draws_nothing(tiny_config, make_batch, monkeypatch):
+    model = build(tiny_config("VIS_PERIOD", "1"))
+    monkeypatch.setattr(model, "visualize_training", None)
+    model(make_batch([1]))
+    with EventStorage():
+        monkeypatch.setattr("focal_plugin.retinanet.comm.is_main_process", lambda: False)
+        model(make_batch([1]))
+        monkeypatch.undo()
+        model.vis_period = 0
+        monkeypatch.setattr(model, "visualize_training", None)
+        model(make_batch([1]))
 
 
 def test_normalizers(tiny_config, make_batch):
@@ -355,7 +440,7 @@ def test_matcher_equals_upstream_at_the_default():
     [
         ("MODEL.FOCAL.NORMALIZER", "sum", "MODEL.FOCAL.NORMALIZER must be ema or batch"),
         ("MODEL.FOCAL.MIN_LOW_QUALITY_IOU", "1.5", "MODEL.FOCAL.MIN_LOW_QUALITY_IOU must be in"),
-        ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l2", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be smooth_l1, giou"),
+        ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l2", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be smooth_l1, iou"),
     ],
 )
 def test_bad_values_name_their_key(tiny_config, key, value, message):

@@ -77,8 +77,13 @@ def collect(
         ohem: the head that chooses, as from :func:`build_ohem_head`; None: no OHEM.
 
     Raises:
-        ValueError: an image comes without annotations, or what LossDistribution raises.
+        ValueError: a model with a softmax, an image without annotations, or what LossDistribution raises.
     """
+    if getattr(model.head, "background_outputs", 0):
+        raise ValueError(
+            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over the classes and background, and a window is "
+            "one sigmoid: there is nothing to count"
+        )
     gammas = tuple(gammas) if ohem is None else tuple(sorted({0.0, *map(float, gammas)}))
     counted = Collected(LossDistribution(gammas))
     if ohem is not None:

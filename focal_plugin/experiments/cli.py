@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "Stopped at any moment, the same command goes on where it was.",
     )
     add = parser.add_argument
-    add("--table", required=True, choices=TABLES, help="of the paper")
+    add("--table", required=True, choices=TABLES, help="of the paper, or extra: SSD's loss and IoU box losses")
     add("--profile", required=True, help="coco, digits, or the path of a config that each row changes the loss of")
     add("--rows", nargs="+", default=[], metavar="ROW", help="only these (--dry-run lists them)")
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="one run per row and seed (default: 1)")

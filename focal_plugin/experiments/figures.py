@@ -21,7 +21,14 @@ from .study import Outcome
 # Okabe and Ito's palette for colour-blind readers, without its yellow; line styles work in print too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
-KIND_COLORS = {"FL": "#0072B2", "FL*": "#56B4E9", "CE": "#009E73", "OHEM": "#E69F00", "other": "#999999"}
+KIND_COLORS = {
+    "FL": "#0072B2",
+    "FL*": "#56B4E9",
+    "CE": "#009E73",
+    "OHEM": "#E69F00",
+    "SSD": "#CC79A7",
+    "other": "#999999",
+}
 _WIDTH = 4.4  # inches; at the width of a phone the letters are then as large as the text around them
 _SHORT = 24  # letters of a label that fits beside another
 _POINTS = 300  # of a curve; a long training leaves thousands

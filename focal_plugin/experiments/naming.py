@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+BOX_LOSSES = {"iou": "IoU", "giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
+
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """`OHEM`, `CE`, `FL*` or `FL`, by what a configuration does."""
+    """`OHEM`, `SSD`, `CE`, `FL*` or `FL`, by what a configuration does."""
     model = config["MODEL"]
+    if model["FOCAL"]["HEAD"] == "SSDHead":
+        return "SSD"
     if model["FOCAL"]["HEAD"] == "OHEMHead":
         return "OHEM"
     if model["FOCAL"]["LOSS"] == "focal_star":
@@ -18,7 +22,14 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 def title_of(config: Mapping[str, Any]) -> str:
     """The method with its settings, such as `FL (γ 2, α .25)` or `OHEM 1:3 128/.5` (examples / NMS)."""
+    box_loss = config["MODEL"]["RETINANET"].get("BBOX_REG_LOSS_TYPE", "smooth_l1")
+    return _title(config) + (f", {BOX_LOSSES.get(box_loss, box_loss)}" if box_loss != "smooth_l1" else "")
+
+
+def _title(config: Mapping[str, Any]) -> str:
     model, kind = config["MODEL"], kind_of(config)
+    if kind == "SSD":
+        return f"SSD (softmax, 1:{model['SSD']['NEG_POS_RATIO']:g})"
     if kind == "OHEM":
         ohem = model["OHEM"]
         ratio = f" 1:{ohem['NEG_POS_RATIO']:g}" if ohem["NEG_POS_RATIO"] else ""

@@ -1,4 +1,4 @@
-"""The tables of the focal loss paper as data: what each row trains, and what its authors measured.
+"""The tables of the focal loss paper as data: what each row trains, and what its authors measured; and one of ours.
 
 Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002v2. What it leaves open (warm-up, smooth L1's
 beta, frozen layers, most of OHEM) is chosen in ``configs/paper/Base-paper.yaml``, with the reason beside it; one YAML
@@ -8,11 +8,12 @@ per distinct recipe in that folder is written from this file by ``python -m foca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import config_dir
+from .naming import BOX_LOSSES
 
 _CE = ("0.10", "0.25", "0.50", "0.75", "0.90", "0.99", "0.999")
 _PAPER_OHEM_BATCH = 128  # what a profile's own MODEL.OHEM.BATCH_SIZE stands for
@@ -141,6 +142,21 @@ def ohem(batch: int, nms: float, ratio: float = 0.0) -> Method:
     return Method(key, title, _head("OHEMHead", -1.0, 0.0) + settings, ohem_batch=batch)
 
 
+def ssd() -> Method:
+    """SSD's whole loss: softmax, all positives and three hard negatives for each, smooth L1 on deltas of its scale."""
+    settings = (
+        ("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 1.0),
+        ("MODEL.RETINANET.BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)),
+    )
+    return Method("ssd", "SSD (softmax, 1:3)", _head("SSDHead", -1.0, 0.0) + settings)
+
+
+def with_box_loss(method: Method, name: str) -> Method:
+    """With another box loss: a value of ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``."""
+    settings = (*method.settings, ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", name))
+    return replace(method, key=f"{method.key}_{name}", title=f"{method.title}, {BOX_LOSSES[name]}", settings=settings)
+
+
 def _short(number: float) -> str:
     return f"{number:g}".removeprefix("0")
 
@@ -241,6 +257,11 @@ def _table_3() -> list[PaperRow]:
     ]
 
 
+def _table_extra() -> list[PaperRow]:
+    methods = [ohem(128, 0.5, ratio=3), ssd(), with_box_loss(FL, "iou"), with_box_loss(FL, "giou")]
+    return [PaperRow("extra", FL, FL_R50), *(PaperRow("extra", method, None) for method in methods)]
+
+
 TABLES: dict[str, tuple[PaperRow, ...]] = {
     "1a": tuple(_table_1a()),
     "1b": tuple(_table_1b()),
@@ -248,6 +269,7 @@ TABLES: dict[str, tuple[PaperRow, ...]] = {
     "1d": tuple(_table_1d()),
     "1e": tuple(_table_1e()),
     "3": tuple(_table_3()),
+    "extra": tuple(_table_extra()),
 }
 CAPTIONS = {
     "1a": "Table 1a: cross entropy weighted by α; ResNet-50-FPN, 600 px, minival",
@@ -256,6 +278,7 @@ CAPTIONS = {
     "1d": "Table 1d: focal loss against online hard example mining; ResNet-101-FPN, 600 px, minival",
     "1e": "Table 1e: depth and image size; test-dev, ms per image on an Nvidia M40",
     "3": "Table 3: FL and FL*; ResNet-50-FPN, 600 px, minival",
+    "extra": "Table extra: SSD's loss and IoU box losses, which the paper has not; ResNet-50-FPN, 600 px, minival",
 }
 
 
@@ -279,7 +302,7 @@ def _config_text(row: PaperRow) -> str:
         if _lookup(base, key) != value:
             node[name] = value
     used = [f"{t} {r.key}" for t, rows in TABLES.items() for r in rows if r.recipe == row.recipe]
-    lines = [f"# Written by python -m focal_plugin.experiments.paper. Rows of the paper: {', '.join(used)}."]
+    lines = [f"# Written by python -m focal_plugin.experiments.paper. Tables and rows: {', '.join(used)}."]
     return "\n".join([*lines, '_BASE_: "Base-paper.yaml"', *_yaml_lines(tree)]) + "\n"
 
 

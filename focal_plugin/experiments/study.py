@@ -14,8 +14,8 @@ from .results import RunResult, of_method
 from .statistics import Summary, summarize
 from .texts import printable
 
-_KINDS = {"ohem": "OHEM", "flstar": "FL*", "fl": "FL", "ce": "CE"}
-_KIND_IN_KEY = re.compile(r"(?:^|_)(ohem|flstar|fl|ce)(?=1to3|_)")
+_KINDS = {"ohem": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
+_KIND_IN_KEY = re.compile(r"(?:^|_)(ohem|ssd|flstar|fl|ce)(?=1to3|_|$)")
 
 
 @dataclass(frozen=True)

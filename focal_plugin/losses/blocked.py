@@ -118,11 +118,17 @@ class BlockedLoss(ABC):
 
     def __call__(self, x: Tensor, target: Tensor, reduce: bool) -> Tensor:
         """The loss, or its sum if ``reduce``, in float32 (float64 for float64)."""
+        if reduce:
+            return self.sum_and_rows(x, target)[0]
+        # One fused kernel is what a compiler makes of the formula; a loop over blocks it would only unroll.
+        return self.formula(upcast(x), target) if torch.compiler.is_compiling() else _Blocked.apply(x, target, self)
+
+    def sum_and_rows(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the loss and, without a gradient, the :meth:`rows` that it is the sum of."""
         if torch.compiler.is_compiling():
-            # One fused kernel is what the compiler makes of this; a loop over blocks it would only unroll.
             loss = self.formula(upcast(x), target)
-            return loss.sum() if reduce else loss
-        return _Blocked.apply(x, target, self, reduce)
+            return loss.sum(), loss.detach().sum(dim=1, keepdim=True)
+        return _BlockedSum.apply(x, target, self)
 
     @torch.no_grad()
     def losses(self, x: Tensor, target: Tensor) -> Tensor:
@@ -171,24 +177,44 @@ class _Blocked(torch.autograd.Function):
     """Nothing but logits and targets is saved; the gradient is recomputed, so a second backward gives the same."""
 
     @staticmethod
-    def forward(x, target, loss, reduce):
-        # Two stages, so that the sum does not depend on which thread or GPU block comes first.
-        return loss.rows(x, target).sum() if reduce else loss.losses(x, target)
+    def forward(x, target, loss):
+        return loss.losses(x, target)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, target, ctx.loss, ctx.reduce = inputs
+        x, target, ctx.loss = inputs
         ctx.save_for_backward(x, target)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, target = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return ctx.loss.gradient(x, target, grad_output), None, None, None
+            return ctx.loss.gradient(x, target, grad_output), None, None
         # create_graph=True: the gradient is to be differentiated in its turn.
         value = ctx.loss.formula(upcast(x), target)
-        value = value.sum() if ctx.reduce else value
-        return torch.autograd.grad(value, x, grad_output, create_graph=True)[0], None, None, None
+        value = value.sum() if grad_output.dim() == 0 else value
+        return torch.autograd.grad(value, x, grad_output, create_graph=True)[0], None, None
+
+
+class _BlockedSum(_Blocked):
+    """The sum, and what it is the sum of."""
+
+    @staticmethod
+    def forward(x, target, loss):
+        # Two stages, so that the sum does not depend on which thread or GPU block comes first.
+        rows = loss.rows(x, target)
+        return rows.sum(), rows
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Blocked.setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        # Or zeros of the shape of the rows would be made for what has no gradient.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        return (None, None, None) if grad_sum is None else _Blocked.backward(ctx, grad_sum)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _apply(formula: Formula, inputs, targets, alpha, reduction, class_dim) -> Te
         loss = dense_loss(formula, inputs, targets, weights, reduction, class_dim)
         return loss / max(inputs.numel(), 1) if reduction == "mean" else loss
     check_labels(targets, inputs.shape, class_dim, num_classes)
-    loss = label_loss(formula, inputs, targets, weights, reduction, class_dim)
+    loss = label_loss(LabelLoss(formula, weights), inputs, targets, reduction, class_dim)
     if reduction != "mean":
         return loss
     # With nothing to average the mean is 0 and still connected to the inputs, not 0/0.
@@ -114,20 +114,30 @@ def dense_loss(
     return layout.unflat(loss) if reduction == "none" else loss
 
 
-def label_loss(
-    formula: Formula, inputs: Tensor, labels: Tensor, weights: Weights, reduction: str, class_dim: int
-) -> Tensor:
-    """:func:`sigmoid_focal_loss` for integer labels, without its checks; a sum where that has a mean.
+def label_loss(op: BlockedLoss, inputs: Tensor, labels: Tensor, reduction: str, class_dim: int) -> Tensor:
+    """A loss of integer labels that are known to be in range; a sum where the public functions have a mean.
 
     ``reduction`` "rows" sums over the classes only, for a ranking: of the shape of ``labels``, without a gradient.
     """
-    layout = Layout.of(inputs, class_dim)
-    target = small_labels(layout.flat_rows(labels), inputs.shape[class_dim])
-    op, flat = _LabelLoss(formula, weights), layout.flat(inputs)
+    layout, x, target = _flat(inputs, labels, class_dim)
     if reduction == "rows":
-        return layout.unflat_rows(op.rows(flat.detach(), target))
-    loss = op(flat, target, reduce=reduction != "none")
-    return layout.unflat(loss) if reduction == "none" else loss
+        return layout.unflat_rows(op.rows(x.detach(), target))
+    loss = op(x, target, reduce=reduction != "none")
+    if reduction != "none":
+        return loss
+    return layout.unflat(loss) if op.per_entry else layout.unflat_rows(loss)
+
+
+def label_loss_and_rows(op: BlockedLoss, inputs: Tensor, labels: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
+    """The sum of :func:`label_loss`, and its "rows"."""
+    layout, x, target = _flat(inputs, labels, class_dim)
+    total, rows = op.sum_and_rows(x, target)
+    return total, layout.unflat_rows(rows)
+
+
+def _flat(inputs: Tensor, labels: Tensor, class_dim: int) -> tuple[Layout, Tensor, Tensor]:
+    layout = Layout.of(inputs, class_dim)
+    return layout, layout.flat(inputs), small_labels(layout.flat_rows(labels), inputs.shape[class_dim])
 
 
 def small_labels(labels: Tensor, num_classes: int) -> Tensor:
@@ -192,7 +202,7 @@ def check_label_range(labels: Tensor, max_label: int) -> None:
             raise ValueError(f"{message}; got values from {low} to {high}")
 
 
-class _LabelLoss(BlockedLoss):
+class LabelLoss(BlockedLoss):
     """Sigmoid loss of integer labels: a class in [0, K), K for background, -1 ignored.
 
     No one-hot target is made: every entry of a block is treated as "class absent", then one entry a row, that of its
@@ -247,8 +257,8 @@ class _LabelLoss(BlockedLoss):
         if focal_triton.is_usable(x, self.entry):
             return focal_triton.gradient(x, target, self.entry, self.weights, grad_loss)
         # One factor for all goes into the weights.
-        scaled = _LabelLoss(self.entry, Weights(*(w * grad_loss for w in self.weights)))
-        return super(_LabelLoss, scaled).gradient(x, target, None)
+        scaled = LabelLoss(self.entry, Weights(*(w * grad_loss for w in self.weights)))
+        return super(LabelLoss, scaled).gradient(x, target, None)
 
     def _finish(self, absent: Tensor, index: Tensor, at_class: Tensor) -> Tensor:
         """``absent`` weighted as negatives, with ``at_class`` at each row's class."""

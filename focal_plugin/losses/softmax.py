@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .alpha import Alpha, alpha_weights, as_number, check_alpha, check_gamma, float_dtype
-from .blocked import IGNORE, BlockedLoss, Layout
-from .focal import check_inputs, check_labels, check_reduction, small_labels
+from .blocked import IGNORE, BlockedLoss
+from .focal import check_inputs, check_labels, check_reduction, label_loss
 from .formulas import Focal
 
 
@@ -55,18 +55,13 @@ def softmax_focal_loss(
     num_classes = inputs.shape[class_dim] if inputs.dim() else 1
     if num_classes < 2:
         raise ValueError(f"a softmax needs 2 classes or more along class_dim {class_dim}, got {num_classes}")
-    weights = _class_weights(alpha, num_classes, background, inputs)
+    weights = softmax_weights(alpha, num_classes, background, inputs)
     check_labels(targets, inputs.shape, class_dim, num_classes - 1)
-    layout = Layout.of(inputs, class_dim)
-    op = _SoftmaxLoss(Focal(float(gamma)), weights)
-    labels = small_labels(layout.flat_rows(targets), num_classes)
-    loss = op(layout.flat(inputs), labels, reduce=reduction != "none")
-    if reduction == "mean":
-        return loss / (targets >= 0).sum().clamp(min=1)
-    return loss if reduction == "sum" else layout.unflat_rows(loss)
+    loss = label_loss(SoftmaxLoss(Focal(float(gamma)), weights), inputs, targets, reduction, class_dim)
+    return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
-def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
+def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
     """One number for all classes, or (C,) weights."""
     alpha = as_number(alpha)
     if not isinstance(alpha, float):
@@ -84,7 +79,7 @@ def _class_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Ten
     return weights
 
 
-class _SoftmaxLoss(BlockedLoss):
+class SoftmaxLoss(BlockedLoss):
     """Softmax loss of integer labels: a class in [0, C), -1 ignored."""
 
     per_entry = False

@@ -140,6 +140,11 @@ def test_images_without_annotations_are_refused(make_model, make_batch):
         collect(model, [batch])
 
 
+def test_a_softmax_has_no_windows(make_model, make_batch):
+    with pytest.raises(ValueError, match="MODEL.FOCAL.HEAD SSDHead is a softmax"):
+        collect(make_model("MODEL.FOCAL.HEAD", "SSDHead")[1], [make_batch([1])])
+
+
 def test_weights_must_be_complete(make_model, tmp_path):
     cfg, model = make_model()
     path = tmp_path / "weights.pth"

@@ -39,12 +39,14 @@ def test_every_table_is_whole():
         "1d": 11,  # the paper's 10, and cross entropy
         "1e": 10,
         "3": 4,
+        "extra": 5,  # ours
     }
     assert CAPTIONS.keys() == TABLES.keys()
     for table, rows in TABLES.items():
         assert len({row.key for row in rows}) == len({row.title for row in rows}) == len(rows)
         assert all(row.table == table for row in rows)
-    assert [row.key for rows in TABLES.values() for row in rows if row.published is None] == [CE.key]
+    ours = [row.key for rows in TABLES.values() for row in rows if row.published is None]
+    assert ours == [CE.key, ohem(128, 0.5, ratio=3).key, "ssd", f"{FL.key}_iou", f"{FL.key}_giou"]
 
 
 @pytest.mark.parametrize("row", [p for p in ROWS if p.values[0].published])
@@ -80,13 +82,13 @@ def test_the_yamls_are_those_of_the_tables():
 
 def test_one_yaml_per_distinct_recipe():
     contents = [yaml.safe_dump(yaml.safe_load(text)) for text in config_texts().values()]
-    assert len(set(contents)) == len(contents) == 40
+    assert len(set(contents)) == len(contents) == 44
 
 
 def test_writing_removes_what_is_no_row(tmp_path):
     for name in ("R-50-600_gone.yaml", "Base-paper.yaml", "mine.yaml"):
         (tmp_path / name).write_text("")
-    assert len(write_configs(tmp_path)) == 40
+    assert len(write_configs(tmp_path)) == 44
     assert {"Base-paper.yaml", "mine.yaml"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "R-50-600_gone.yaml").exists()
 
@@ -125,13 +127,18 @@ def test_losses_are_the_papers(row):
         assert loss == ("OHEMHead", "focal", -1.0, 0.0)
         assert int(words["ohem"]) == model.OHEM.BATCH_SIZE and float(words["nms"]) == model.OHEM.NMS_THRESH
         assert float(words["ratio"]) == model.OHEM.NEG_POS_RATIO
+    elif row.key == "ssd":
+        assert loss == ("SSDHead", "focal", -1.0, 0.0) and model.SSD.NEG_POS_RATIO == 3
+        assert model.RETINANET.BBOX_REG_WEIGHTS == (10, 10, 5, 5)
     elif "beta" in words:
         assert loss == ("FocalHead", "focal_star", 0.25, float(words["gamma"]))
         assert float(words["beta"]) == model.FOCAL.STAR_BETA
     else:
         assert loss == ("FocalHead", "focal", float(words["alpha"]), float(words.get("gamma", 0)))
     assert model.FOCAL.NORMALIZER == "batch" and model.FOCAL.MIN_LOW_QUALITY_IOU == 0.4
-    assert model.RETINANET.PRIOR_PROB == 0.01 and model.RETINANET.SMOOTH_L1_LOSS_BETA == 0.11
+    assert model.RETINANET.PRIOR_PROB == 0.01
+    assert (1.0 if row.key == "ssd" else 0.11) == model.RETINANET.SMOOTH_L1_LOSS_BETA
+    assert words.get("box", "smooth_l1") == model.RETINANET.BBOX_REG_LOSS_TYPE
     assert model.RETINANET.IOU_THRESHOLDS == [0.4, 0.5] and model.RETINANET.IOU_LABELS == [0, -1, 1]
     assert (model.RETINANET.SCORE_THRESH_TEST, model.RETINANET.NMS_THRESH_TEST) == (0.05, 0.5)
 
@@ -142,7 +149,10 @@ def _spell_out(key):
     if kind.startswith("ohem"):
         batch, nms = rest
         return [f"ohem={batch}", f"nms={nms.removeprefix('nms')}", f"ratio={3 if '1to3' in kind else 0}"]
-    return [f"{name}={word.removeprefix(name)}" for word in rest for name in ("alpha", "gamma", "beta") if name in word]
+    box = [f"box={word}" for word in rest if word in ("iou", "giou")]
+    return box + [
+        f"{name}={word.removeprefix(name)}" for word in rest for name in ("alpha", "gamma", "beta") if name in word
+    ]
 
 
 @pytest.mark.parametrize("recipe", [name.removesuffix(".yaml") for name in config_texts()])
@@ -152,7 +162,7 @@ def test_every_recipe_builds(recipe):
     with torch.device("meta"):
         model = build_model(cfg)
     anchors = len(cfg.MODEL.ANCHOR_GENERATOR.SIZES[0]) * len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0])
-    assert model.head.cls_score.out_channels == 80 * anchors
+    assert model.head.cls_score.out_channels == (81 if recipe.endswith("ssd") else 80) * anchors
     assert type(model.head).__name__ == cfg.MODEL.FOCAL.HEAD
 
 

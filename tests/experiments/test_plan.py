@@ -41,7 +41,7 @@ def test_each_seed_comes_with_all_rows_before_the_next(runs_of):
     assert [run.title for run in runs[:11]][3] == "OHEM 32/.5" and runs[9].title == "FL (γ 2, α .25)"
 
 
-@pytest.mark.parametrize("table", ["1a", "1b", "1c", "1d", "3"])
+@pytest.mark.parametrize("table", ["1a", "1b", "1c", "1d", "3", "extra"])
 def test_a_run_trains_what_its_row_says(runs_of, table):
     for row, run in zip(TABLES[table], runs_of(table, "digits", seeds=[7])):
         cfg = config_of(run)

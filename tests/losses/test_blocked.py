@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from focal_plugin.losses import blocked, sigmoid_focal_loss, softmax_focal_loss
 from focal_plugin.losses.alpha import Weights
 from focal_plugin.losses.blocked import Layout
-from focal_plugin.losses.focal import label_loss
+from focal_plugin.losses.focal import LabelLoss, label_loss
 from focal_plugin.losses.formulas import Focal
 
 N, A, K, H, W = 2, 3, 4, 5, 6
@@ -120,7 +120,7 @@ def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
 
 def test_rows_are_the_sums_over_the_classes():
     x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
-    rows = label_loss(Focal(2.0), x, labels, Weights(0.25, 0.75), "rows", 2)
+    rows = label_loss(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, "rows", 2)
     want = sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2)
     torch.testing.assert_close(rows, want)
     assert rows.shape == labels.shape and not rows.requires_grad

@@ -14,7 +14,7 @@ import torch
 from focal_plugin.losses import focal_triton, sigmoid_focal_loss, sigmoid_focal_loss_star
 from focal_plugin.losses.alpha import Weights, alpha_weights
 from focal_plugin.losses.blocked import BlockedLoss
-from focal_plugin.losses.focal import _LabelLoss, small_labels
+from focal_plugin.losses.focal import LabelLoss, small_labels
 from focal_plugin.losses.formulas import Focal, FocalStar
 
 triton = pytest.importorskip("triton")
@@ -65,7 +65,7 @@ def test_kernels_equal_the_eager_path(formula, shape):
     ):
         x = (8 * torch.randn(shape)).to(DEVICE, dtype)
         assert focal_triton.is_usable(x, formula)
-        loss = _LabelLoss(formula, weights)
+        loss = LabelLoss(formula, weights)
         rows = BlockedLoss.rows(loss, x, y)
         torch.testing.assert_close(loss.rows(x, y), rows, rtol=1e-5, atol=1e-12)
         gradient = loss.gradient(x, y, grad_loss)
@@ -82,7 +82,7 @@ def test_accurate_and_finite_over_logits_of_200():
     for gamma in (0.0, 0.1, 0.5, 1.0, 2.0, 5.0):
         for label in (0, 1):
             y = torch.full((len(x), 1, 1), label, dtype=torch.int8, device=DEVICE)
-            loss = _LabelLoss(Focal(gamma), Weights(0.25, 0.75))
+            loss = LabelLoss(Focal(gamma), Weights(0.25, 0.75))
             one = torch.tensor(1.0, device=DEVICE)
             for got, want in (
                 (loss.rows(x, y), loss.rows(x.double(), y)),
@@ -98,7 +98,7 @@ def test_ignored_rows_give_nothing_not_even_nan():
     for shape in ((4, 3, 1), (1, 3, 4)):
         y = torch.tensor([0, -1, 3, -1], dtype=torch.int8, device=DEVICE).view(shape[0], 1, shape[2])
         x = torch.randn(shape, device=DEVICE).masked_fill(y == -1, float("nan"))
-        loss = _LabelLoss(Focal(2.0), Weights(0.25, 0.75))
+        loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))
         gradient = loss.gradient(x, y, torch.tensor(1.0, device=DEVICE))
         for result in (loss.rows(x, y).expand(shape), gradient):
             assert torch.isfinite(result).all() and (result.masked_select(y == -1) == 0).all()
