@@ -81,8 +81,8 @@ def collect(
     """
     if getattr(model.head, "background_outputs", 0):
         raise ValueError(
-            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over the classes and background, and a window is "
-            "one sigmoid: there is nothing to count"
+            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over classes and background; a window is one "
+            "sigmoid, of which it has none"
         )
     gammas = tuple(gammas) if ohem is None else tuple(sorted({0.0, *map(float, gammas)}))
     counted = Collected(LossDistribution(gammas))

@@ -141,7 +141,7 @@ def test_images_without_annotations_are_refused(make_model, make_batch):
 
 
 def test_a_softmax_has_no_windows(make_model, make_batch):
-    with pytest.raises(ValueError, match="MODEL.FOCAL.HEAD SSDHead is a softmax"):
+    with pytest.raises(ValueError, match="SSDHead is a softmax"):
         collect(make_model("MODEL.FOCAL.HEAD", "SSDHead")[1], [make_batch([1])])
 
 
