@@ -1,5 +1,6 @@
 """Upstream's RegNet within reach of a YAML config: a backbone small enough to train from scratch on a CPU."""
 
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, RegNet
@@ -7,7 +8,7 @@ from detectron2.modeling.backbone.regnet import ResBottleneckBlock, SimpleStem
 
 
 @BACKBONE_REGISTRY.register()
-def build_regnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+def build_regnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Detectron2 has RegNet and FPN, but no builder that puts the one under the other.
 
     Read from the config: ``MODEL.RESNETS.STEM_OUT_CHANNELS``, ``DEPTH`` (blocks in all), ``WIDTH_PER_GROUP`` (of the

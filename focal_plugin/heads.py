@@ -150,7 +150,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         self.register_buffer("class_alpha", torch.tensor(class_alpha) if len(class_alpha) else None, False)
 
     @classmethod
-    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         return {
             **super().from_config(cfg, input_shape),
             "loss": cfg.MODEL.FOCAL.LOSS,
@@ -295,7 +295,7 @@ class OHEMHead(FocalHead):
         )
 
     @classmethod
-    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         ohem = cfg.MODEL.OHEM
         return {
             **super().from_config(cfg, input_shape),

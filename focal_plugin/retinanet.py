@@ -97,7 +97,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         self._scalars = DeferredScalars()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode):
+    def from_config(cls, cfg: CfgNode) -> dict:
         if "FOCAL" not in cfg.MODEL or "OHEM" not in cfg.MODEL:
             raise ValueError("the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg()")
         # Not from upstream's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
@@ -132,7 +132,13 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             "input_format": cfg.INPUT.FORMAT,
         }
 
-    def forward_training(self, images, features, predictions, gt_instances: list[Instances]) -> dict[str, Tensor]:
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
         """Upstream's seam, without its transposition of the logits."""
         pred_logits, pred_deltas = predictions
         anchors = self.anchor_generator(features)

@@ -6,7 +6,8 @@ Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, 2.2. Shapes as in :
 import sys
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from .heads import RETINANET_HEAD_REGISTRY, OHEMHead
@@ -55,7 +56,7 @@ class SSDHead(OHEMHead):
         )
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         ohem = super().from_config(cfg, input_shape)
         # What this class has a value of its own for is not for MODEL.OHEM to say.
         chosen = ("ohem_batch_size", "nms_thresh", "scope", "rank_by", "nms_boxes", "nms_per_label")

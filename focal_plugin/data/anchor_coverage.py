@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator
 
@@ -38,7 +39,7 @@ class AnchorGrid:
         return AnchorGrid([cells * factor for cells in self.cells], self.strides, self.offset)
 
 
-def anchor_grid(cfg) -> AnchorGrid:
+def anchor_grid(cfg: CfgNode) -> AnchorGrid:
     """The anchors of a config, from Detectron2's own generator.
 
     Raises:
@@ -58,7 +59,7 @@ def anchor_grid(cfg) -> AnchorGrid:
     return AnchorGrid(cells, strides, float(generator.offset))
 
 
-def resized_sizes(widths: np.ndarray, heights: np.ndarray, cfg) -> tuple[np.ndarray, np.ndarray]:
+def resized_sizes(widths: np.ndarray, heights: np.ndarray, cfg: CfgNode) -> tuple[np.ndarray, np.ndarray]:
     """Image sizes after Detectron2's ResizeShortestEdge with the median of INPUT.MIN_SIZE_TRAIN.
 
     Args:
@@ -127,7 +128,9 @@ def _nearest(centers: np.ndarray, sides: np.ndarray, stride: int, offset: float)
     return (np.rint(centers / stride - offset).clip(min=0).clip(max=last) + offset) * stride
 
 
-def check_coverage(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg, max_boxes: int | None) -> dict:
+def check_coverage(
+    boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg: CfgNode, max_boxes: int | None
+) -> dict:
     """What share of the boxes no anchor of a config matches, and what would help.
 
     Args:
@@ -183,7 +186,7 @@ def _thin_out(count: int | None, *columns: np.ndarray) -> list[np.ndarray]:
     return [column[rows] for column in columns]
 
 
-def _resize(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg) -> tuple:
+def _resize(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg: CfgNode) -> tuple:
     """XYXY boxes cut to the resized image, and its sizes; boxes of which nothing is left are dropped."""
     new_widths, new_heights = resized_sizes(widths, heights, cfg)
     scale_x, scale_y = new_widths / widths, new_heights / heights

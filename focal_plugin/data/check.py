@@ -1,15 +1,19 @@
 """Checks that take a moment before training and save a long search after it."""
 
+from __future__ import annotations
+
 import difflib
 import os
+from collections.abc import Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 _DEFAULT_NUM_CLASSES = 80
 _SHOWN = 10  # class names in a message
 
 
-def check_datasets(cfg, splits=("TRAIN", "TEST")):
+def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """Checks that every data set of a config is registered, on disk, and has as many classes as the model.
 
     A data set whose class names are known only after loading is not compared.

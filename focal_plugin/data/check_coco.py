@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 import numpy as np
+from detectron2.config import CfgNode
 
 from .anchor_coverage import check_coverage
 from .check_boxes import (
@@ -61,7 +62,7 @@ class Report:
 def check_coco(
     json_file: str | os.PathLike,
     image_root: str | os.PathLike,
-    cfg=None,
+    cfg: CfgNode | None = None,
     *,
     images: str = "all",
     max_workers: int | None = None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _MAX_RUN = 1 << 32  # pycocotools holds run lengths in 32 bits
 _MAX_SIDE = 1 << 31
 _MAX_COORDINATE = 1 << 63
 _NUMBERS = {int, float}
 
 
-def segmentation_problem(segmentation) -> tuple[str, bool] | None:
+def segmentation_problem(segmentation: Any) -> tuple[str, bool] | None:
     """What is wrong with a segmentation that is there (not null, not empty).
 
     Args:
@@ -31,14 +33,14 @@ def segmentation_problem(segmentation) -> tuple[str, bool] | None:
     return "is a list of something else than polygons", raises
 
 
-def segmentation_is_dropped(segmentation) -> bool:
+def segmentation_is_dropped(segmentation: Any) -> bool:
     """Whether `load_coco_json`, if it does not raise, leaves out the annotation: no polygon with three points."""
     if isinstance(segmentation, dict):
         return False
     return not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
 
 
-def keypoints_problem(keypoints) -> tuple[str, bool] | None:
+def keypoints_problem(keypoints: Any) -> tuple[str, bool] | None:
     """What is wrong with keypoints that are there (not null, not empty); returns as :func:`segmentation_problem`."""
     if not isinstance(keypoints, list):
         return "is no list of x, y, visibility, x, y, ...", True

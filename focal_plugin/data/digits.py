@@ -6,6 +6,8 @@ long tail, images without any object, and hard negatives made of the same ink. O
 pixels are integers, so that a seed gives the same scenes whatever the number of threads or the hash seed.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import json
@@ -61,7 +63,7 @@ def _load_handwriting():
 
 
 @functools.lru_cache(maxsize=len(SPLITS))
-def source_indices(split):
+def source_indices(split: str) -> list[np.ndarray]:
     """Which of scikit-learn's digit images a split draws from.
 
     Every class is cut once, in the source's order and whatever the seed. A random cut would make the task
@@ -133,7 +135,9 @@ def _warp(rng, source):
 # --- the scene ---
 
 
-def draw_scene(split, index, *, image_size=128, seed=0):
+def draw_scene(
+    split: str, index: int, *, image_size: int = 128, seed: int = 0
+) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
     """Draws one scene. It depends on the arguments alone, not on how many other scenes there are.
 
     Args:
@@ -165,7 +169,7 @@ def draw_scene(split, index, *, image_size=128, seed=0):
     return np.clip(image, 0, 255).astype(np.uint8), [box for box, _ in digits], [label for _, label in digits]
 
 
-def draw_labels(split, index, *, seed=0):
+def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
     """Which digits a scene wants; it gets them unless there is no room (see `draw_scene` for the arguments).
 
     Over consecutive scenes the counts and the classes run evenly through their distributions (a Kronecker
@@ -260,7 +264,9 @@ def _lay_ink(rng, image, glyph, box):
 # --- the files ---
 
 
-def make_digits(root, *, num_train=4000, num_val=300, image_size=128, seed=0):
+def make_digits(
+    root: str | os.PathLike, *, num_train: int = 4000, num_val: int = 300, image_size: int = 128, seed: int = 0
+) -> Path:
     """Writes the data set in COCO format, unless it is there already.
 
     The folder appears whole or not at all: it is written beside its place and then renamed. So a run that
@@ -368,7 +374,7 @@ def _write_split(folder, split, count, image_size, seed):
 # --- the catalog ---
 
 
-def register_digits():
+def register_digits() -> None:
     """Registers `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
 
     They are drawn on first use and live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 
 SEVERITIES = ("error", "warning", "note")
@@ -46,19 +47,19 @@ class Finding:
         return text
 
 
-def fatal(code: str, message: str, count: int = 1, examples=()) -> Finding:
+def fatal(code: str, message: str, count: int = 1, examples: Sequence[str] = ()) -> Finding:
     return Finding(code, "error", message, count, examples, fatal=True)
 
 
-def error(code: str, message: str, count: int = 1, examples=()) -> Finding:
+def error(code: str, message: str, count: int = 1, examples: Sequence[str] = ()) -> Finding:
     return Finding(code, "error", message, count, examples)
 
 
-def warning(code: str, message: str, count: int = 1, examples=()) -> Finding:
+def warning(code: str, message: str, count: int = 1, examples: Sequence[str] = ()) -> Finding:
     return Finding(code, "warning", message, count, examples)
 
 
-def note(code: str, message: str, count: int = 1, examples=()) -> Finding:
+def note(code: str, message: str, count: int = 1, examples: Sequence[str] = ()) -> Finding:
     return Finding(code, "note", message, count, examples)
 
 
@@ -68,14 +69,14 @@ class Tally:
     def __init__(self):
         self._kinds: dict = {}
 
-    def add(self, kind, example: str) -> None:
+    def add(self, kind: Hashable, example: str) -> None:
         """Counts one more of a ``kind`` (anything hashable)."""
         entry = self._kinds.setdefault(kind, [0, []])
         entry[0] += 1
         if len(entry[1]) < MAX_EXAMPLES:
             entry[1].append(example)
 
-    def items(self):
+    def items(self) -> list[tuple[Hashable, int, list[str]]]:
         """``(kind, count, examples)`` in the order of first meeting."""
         return [(kind, count, list(examples)) for kind, (count, examples) in self._kinds.items()]
 
@@ -83,7 +84,7 @@ class Tally:
         return len(self._kinds)
 
 
-def shown(value, limit: int = 60) -> str:
+def shown(value: object, limit: int = 60) -> str:
     """A value out of somebody's file, made safe to print: one line, no control characters, not long."""
     if isinstance(value, str):
         value = value[: limit + 1]  # repr of a huge string takes a while

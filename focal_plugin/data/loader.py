@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch.utils.data
@@ -185,7 +185,7 @@ def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
     )
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None):
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> Iterable[list[dict]]:
     """Upstream's ``build_detection_train_loader``, from which training can be resumed: see :func:`stream_of`.
 
     The sampler is the one that ``DATALOADER.SAMPLER_TRAIN`` names.
@@ -232,7 +232,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     return deaf_to_sigterm(loader)
 
 
-def stream_of(loader) -> TrainingStream | None:
+def stream_of(loader: Iterable[list[dict]]) -> TrainingStream | None:
     """The stream that a loader of :func:`build_train_loader` reads; None for another loader."""
     sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
     return sampler if isinstance(sampler, TrainingStream) else None

@@ -1,6 +1,9 @@
 """The `--register name=annotations.json:image_dir` flag, on top of Detectron2's `register_coco_instances`."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,7 +15,9 @@ from .json_stream import LIST, NotAnObjectError, stream_json
 _FORM = "--register name=annotations.json:image_dir"
 
 
-def register_from_args(args, known=None):
+def register_from_args(
+    args: Sequence[str] | None, known: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
     """Registers every data set of a repeatable `--register` flag.
 
     Args:
@@ -34,7 +39,7 @@ def register_from_args(args, known=None):
     return thing_classes
 
 
-def parse_register_arg(text):
+def parse_register_arg(text: str) -> tuple[str, str, str]:
     """Splits "name=annotations.json:image_dir" at the first "=" and at the last ":".
 
     Args:
@@ -53,7 +58,12 @@ def parse_register_arg(text):
     return name, json_file, image_root
 
 
-def register_coco_json(name, json_file, image_root, thing_classes=None):
+def register_coco_json(
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    thing_classes: Sequence[str] | None = None,
+) -> None:
     """Registers a data set in COCO format, class names included, after a look into its json.
 
     Registering the same three again does nothing, so that every spawned worker may do it.

@@ -13,6 +13,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import nn
 
 from ..files import TEMPORARY, atomic_write
 from .safe_load import check_regular, check_weights, load_plain, load_pycls, load_zoo, refusing
@@ -37,7 +38,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         skipped: after loading, a line for each kind of parameter that the file did not fill.
     """
 
-    def __init__(self, model, save_dir="", *, save_to_disk=None, **checkpointables):
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **checkpointables: object
+    ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = _AtomicWrites(self.path_manager)
         self.resumed_from = ""

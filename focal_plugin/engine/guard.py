@@ -69,7 +69,7 @@ class LossGuard(HookBase):
             losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
             self._losses = {name: loss.detach() for name, loss in losses.items() if isinstance(loss, Tensor)}
 
-    def after_backward(self):
+    def after_backward(self) -> None:
         """
         Raises:
             FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from detectron2.utils import comm
 
 from ..data.loader import SKIPPED, too_many_bad_images
 from ..scalars import flush_scalars
-from .checkpoint import remove_old_checkpoints
+from .checkpoint import SafeCheckpointer, remove_old_checkpoints
 from .interrupt import FinishedEarly, Interrupted
 from .resume import gather_worker_states
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 class FlushScalars(HookBase):
     """Hands on what the model has logged in this step: before the writers write it."""
 
-    def after_step(self):
+    def after_step(self) -> None:
         flush_scalars(self.trainer.model)
 
 
@@ -35,17 +36,17 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         keep: how many numbered checkpoints; 0: all. Upstream's ``max_to_keep`` forgets those of before a resume.
     """
 
-    def __init__(self, checkpointer, period: int, keep: int = 0):
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int = 0):
         super().__init__(checkpointer, period)
         self._keep = keep
 
-    def before_train(self):
+    def before_train(self) -> None:
         super().before_train()
         if comm.is_main_process() and 0 < self.max_iter <= self.trainer.start_iter:
             # Killed between the last step's two files, of which this is the second.
             self.checkpointer.save_again(f"{self.file_prefix}_final")
 
-    def after_step(self):
+    def after_step(self) -> None:
         trainer = self.trainer
         if trainer.finishing:
             self.max_iter = trainer.iter + 1  # upstream's step then saves it as the last
@@ -84,7 +85,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         patience: evaluations in a row without a new best after which training ends; 0: it never does.
     """
 
-    def __init__(self, eval_period: int, checkpointer, val_metric: str, patience: int = 0):
+    def __init__(self, eval_period: int, checkpointer: SafeCheckpointer, val_metric: str, patience: int = 0):
         super().__init__(eval_period, checkpointer, val_metric)
         self._patience = patience
 
@@ -94,13 +95,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
 
-    def before_train(self):
+    def before_train(self) -> None:
         if self.trainer.start_iter:
             self._remember_file()
             if self._val_metric in self.trainer.storage.latest():
                 self._best_checking()  # of an evaluation that EvalHook has made up for
 
-    def after_train(self):
+    def after_train(self) -> None:
         # Upstream's does so after a last step that has failed, too.
         if _has_ended_well(self.trainer):
             super().after_train()
@@ -162,7 +163,7 @@ class EvalHook(hooks.EvalHook):
         checkpoints: saves what is interrupted while evaluating.
     """
 
-    def __init__(self, eval_period, eval_function, checkpoints: PeriodicCheckpointer):
+    def __init__(self, eval_period: int, eval_function: Callable[[], dict], checkpoints: PeriodicCheckpointer):
         super().__init__(eval_period, eval_function)
         self._checkpoints = checkpoints
         self._evaluated = 0  # steps done at the last evaluation
@@ -173,7 +174,7 @@ class EvalHook(hooks.EvalHook):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._evaluated = state_dict["evaluated"]
 
-    def before_train(self):
+    def before_train(self) -> None:
         done = self.trainer.start_iter
         # Checkpoints are written before the evaluation of the same step.
         is_owed = self._period > 0 and done and done % self._period == 0 and self._evaluated != done
@@ -182,7 +183,7 @@ class EvalHook(hooks.EvalHook):
             self._do_eval()
             self.trainer.storage.iter = done
 
-    def after_train(self):
+    def after_train(self) -> None:
         # Upstream's evaluates after a last step that has failed, too: alone, while the other workers wait in that step.
         if _has_ended_well(self.trainer):
             super().after_train()
@@ -219,14 +220,14 @@ class BadImages(HookBase):
         self._reasons: dict[str, str] = {}
         self._handle = None
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._handle = self.trainer.model.register_forward_pre_hook(self._look_at)
 
-    def after_train(self):
+    def after_train(self) -> None:
         if self._handle is not None:
             self._handle.remove()
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self._reasons:
             self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
 

@@ -114,7 +114,7 @@ def _worker(args: Namespace) -> None:
                 torch.distributed.destroy_process_group()
 
 
-def main(args: Namespace):
+def main(args: Namespace) -> dict | None:
     """One worker: trains or, with ``--eval-only``, evaluates. Returns the results of the last evaluation."""
     cfg = setup(args)
     if args.eval_only:

@@ -7,18 +7,19 @@ import logging
 import os
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, defaults, hooks
-from detectron2.evaluation import COCOEvaluator
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from torch import nn
 
 from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
 from ..rng import get_rng_state, set_rng_state
@@ -41,7 +42,7 @@ class FocalTrainer(DefaultTrainer):
         unscaled_cfg: the config before ``SOLVER.REFERENCE_WORLD_SIZE`` was applied; ``cfg`` is the one trained with.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode):
         check_amp_precision(cfg)
         self.unscaled_cfg = cfg
         cfg = scale_to_workers(cfg, comm.get_world_size())
@@ -107,7 +108,7 @@ class FocalTrainer(DefaultTrainer):
         text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, datasets=sizes, classes=classes)
         return "\n".join([text, *filter(None, [learning_rate_warning(cfg), *unknown_keys(cfg)])])
 
-    def train(self):
+    def train(self) -> dict | None:
         if self._worker_states is not None:
             # As late as possible: what was built since must not have drawn from the generators.
             restore_worker_state(self.model, self._worker_states)
@@ -118,21 +119,21 @@ class FocalTrainer(DefaultTrainer):
             return getattr(self, "_last_eval_results", None)
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name: str):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
         return deaf_to_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str, output_folder: str = ""):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str = "") -> COCOEvaluator:
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return _Evaluator(dataset_name, tasks=("bbox",), output_dir=folder)
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
         # Training goes on with the random numbers that it would have drawn without.
         state = get_rng_state()
         try:
@@ -141,7 +142,7 @@ class FocalTrainer(DefaultTrainer):
             set_rng_state(state)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         check_optimizer(cfg)
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return build_optimizer(cfg, model)
@@ -156,7 +157,7 @@ class FocalTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
         # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -180,12 +181,12 @@ class FocalTrainer(DefaultTrainer):
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self._guard.looked_at != self.iter:
             self._guard.ask_all()  # a subclass makes its steps in another way, without after_backward
         super().after_step()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         state = super().state_dict()
         # Upstream keys the hooks' states by class, and leaves out all but the first of a class.
         state["hooks"] = {name: hook.state_dict() for name, hook in self._named_hooks() if hook.state_dict()}
@@ -195,7 +196,7 @@ class FocalTrainer(DefaultTrainer):
             state["data"] = {"seed": stream.seed, "images": batches * self.cfg.SOLVER.IMS_PER_BATCH}
         return state
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         trainer = state_dict["_trainer"]
         if isinstance(self._trainer, AMPTrainer) and not trainer.get("grad_scaler"):
             # Saved in float32 or bfloat16, which have no loss scale: float16 starts from its own.
@@ -283,13 +284,13 @@ def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter
     return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
 
 
-def check_optimizer(cfg) -> None:
+def check_optimizer(cfg: CfgNode) -> None:
     """Raises a ValueError unless ``SOLVER.OPTIMIZER`` is one that ``FocalTrainer`` builds."""
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
         raise ValueError(f"SOLVER.OPTIMIZER must be one of SGD, ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
 
 
-def check_amp_precision(cfg) -> None:
+def check_amp_precision(cfg: CfgNode) -> None:
     """Raises a ValueError unless ``SOLVER.AMP.PRECISION`` is one that ``FocalTrainer`` trains in."""
     if cfg.SOLVER.AMP.get("PRECISION", "float16") not in ("float16", "bfloat16"):
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of float16, bfloat16; got {cfg.SOLVER.AMP.PRECISION!r}")

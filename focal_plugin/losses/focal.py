@@ -11,7 +11,7 @@ forms return NaN gradients for 0 < gamma < 1 as soon as one easy logit passes |x
 """
 
 import math
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -220,7 +220,7 @@ class LabelLoss(BlockedLoss):
         loss = self.entry.value(s)
         return torch.where(present, pos * loss, neg * loss).masked_fill(target == IGNORE, 0.0)
 
-    def prepare(self, x, target, for_gradient):
+    def prepare(self, x: Tensor, target: Tensor, for_gradient: bool) -> tuple[Tensor, ...]:
         # An index that is valid for background and ignored rows as well; these overwrite an entry with what it is.
         index = target.clamp(0, x.shape[1] - 1).long()
         present = (target >= 0) & (target < x.shape[1])
@@ -232,26 +232,28 @@ class LabelLoss(BlockedLoss):
         pos = -pos if for_gradient else pos
         return target == IGNORE, index, torch.where(present, pos * at_class, neg * at_class)
 
-    def block_loss(self, x, targets, buffers):
+    def block_loss(self, x: Tensor, targets: tuple[Tensor, ...], buffers: list[Tensor]) -> Tensor:
         ignored, *at_class = targets
         return _clear(self._finish(self.entry.value(x, *buffers), *at_class), ignored)
 
-    def block_rows(self, x, targets, buffers, out):
+    def block_rows(self, x: Tensor, targets: tuple[Tensor, ...], buffers: list[Tensor], out: Tensor) -> None:
         ignored, *at_class = targets
         torch.sum(self._finish(self.entry.value(x, *buffers), *at_class), dim=1, keepdim=True, out=out)
         out.masked_fill_(ignored, 0.0)
 
-    def block_gradient(self, x, targets, grad_loss, buffers):
+    def block_gradient(
+        self, x: Tensor, targets: tuple[Tensor, ...], grad_loss: Optional[Tensor], buffers: list[Tensor]
+    ) -> Tensor:
         ignored, *at_class = targets
         grad = _clear(self._finish(self.entry.derivative(x, *buffers), *at_class), ignored)
         return grad if grad_loss is None else grad.mul_(grad_loss)
 
-    def rows(self, x, target):
+    def rows(self, x: Tensor, target: Tensor) -> Tensor:
         if focal_triton.is_usable(x, self.entry):
             return focal_triton.rows(x, target, self.entry, self.weights)
         return super().rows(x, target)
 
-    def gradient(self, x, target, grad_loss):
+    def gradient(self, x: Tensor, target: Tensor, grad_loss: Tensor) -> Tensor:
         if grad_loss.dim():
             return super().gradient(x, target, grad_loss)
         if focal_triton.is_usable(x, self.entry):
