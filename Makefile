@@ -7,17 +7,18 @@ VENV   ?= .venv
 ARGS   ?=
 # Several threads in each of several processes would wait for each other more than work: one thread each.
 JOBS   ?= 2
+MMDET  ?= .venv-mmdet
 
 # This checkout comes first, so that an environment of yours need not have the plugin installed.
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
 DEMO_ROWS := ohem_128_nms0.7 ohem1to3_128_nms0.5 fl_gamma2_alpha0.25 ce_alpha0.75
-SOURCES := focal_plugin tools tests setup.py
+SOURCES := focal_plugin tools tests examples configs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint wheel clean
+.PHONY: help setup demo test test-mmdet bench lint docs wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make VENV: torch, Detectron2, this plugin (once; 6 GB on Linux)
 	@command -v "$(PYTHON)" >/dev/null || { echo "setup: no '$(PYTHON)' here. Type: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -31,6 +32,11 @@ test: setup ## run the tests, in JOBS processes
 	if $(RUN) -c "import xdist" 2>/dev/null; then set -- -n $(JOBS) --dist loadfile; else set --; fi; \
 	$(RUN) -m pytest tests "$$@" $(ARGS)
 
+test-mmdet: setup ## test focal_plugin.mmdet with MMDetection, which is put into MMDET (once; 60 MB)
+	@test -d "$(MMDET)" || { rm -rf "$(MMDET).part"; \
+	$(RUN) -m pip install -q --no-deps --target "$(MMDET).part" -r requirements/mmdet.txt && mv "$(MMDET).part" "$(MMDET)"; }
+	PYTHONPATH="$(CURDIR):$(MMDET)" "$(VENV)/bin/python" -m pytest tests/test_mmdet.py $(ARGS)
+
 bench: setup ## measure the losses beside fvcore's, torchvision's and stock RetinaNet's
 	$(RUN) tools/benchmark_loss.py $(ARGS)
 
@@ -38,6 +44,9 @@ lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
+
+docs: setup ## write docs/config.md again, from focal_plugin/config.py
+	$(RUN) -m focal_plugin.config_docs
 
 wheel: setup ## build the wheel into dist/
 	rm -rf build

@@ -46,10 +46,11 @@ def unpacked_wheel(tmp_path_factory):
 
 
 def test_wheel_has_every_config(unpacked_wheel):
-    expected = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    expected = {path.relative_to(ROOT) for kind in ("*.yaml", "*.py") for path in (ROOT / "configs").rglob(kind)}
     inside = unpacked_wheel / "focal_plugin"
-    assert expected
-    assert {path.relative_to(inside) for path in inside.rglob("*.yaml")} == expected
+    assert {path.suffix for path in expected} == {".yaml", ".py"}
+    configs = [*inside.rglob("*.yaml"), *(inside / "configs").rglob("*.py")]
+    assert {path.relative_to(inside) for path in configs} == expected
 
 
 def test_wheel_has_nothing_but_the_package(unpacked_wheel):

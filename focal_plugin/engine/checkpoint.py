@@ -236,11 +236,11 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         super()._log_incompatible_keys(incompatible)
+        # fvcore names what has another shape among the missing ones, too.
+        other_shape = {name: f"{name} {there} -> {here}" for name, there, here in incompatible.incorrect_shapes}
         kinds = {
-            "other shape in the model": [
-                f"{name} {there} -> {here}" for name, there, here in incompatible.incorrect_shapes
-            ],
-            "not in the file": incompatible.missing_keys,
+            "other shape in the model": list(other_shape.values()),
+            "not in the file": [name for name in incompatible.missing_keys if name not in other_shape],
             "not in the model": incompatible.unexpected_keys,
         }
         self.skipped = [_listed(what, names) for what, names in kinds.items() if names]

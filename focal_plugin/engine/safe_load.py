@@ -69,7 +69,9 @@ def refusing(filename: str, why: str = "") -> Iterator[None]:
     except OSError as e:
         if filename in str(e):
             raise
-        raise OSError(e.errno, f"{filename} cannot be read ({e})") from e
+        message = f"{filename} cannot be read ({e})"
+        # urllib's have no number.
+        raise (OSError(message) if e.errno is None else OSError(e.errno, message)) from e
     except Exception as e:
         if " is refused: " in str(e):
             raise

@@ -1,6 +1,7 @@
 """What is saved, kept and found again; upstream's own hooks and checkpointer drive it."""
 
 import os
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
 from focal_plugin.engine.interrupt import FinishedEarly
+from focal_plugin.engine.safe_load import refusing
 from focal_plugin.files import atomic_write
 
 
@@ -295,6 +297,14 @@ def test_parameters_that_were_skipped_are_told(tmp_path):
     checkpointer.load(str(tmp_path / "w.pth"))
     assert any("other shape in the model (weight (5, 1) -> (1, 1))" in line for line in checkpointer.skipped)
     assert "1 not in the model (more)" in checkpointer.skipped
+    assert len(checkpointer.skipped) == 2  # fvcore has the one of another shape among the missing ones, too
+
+
+def test_weights_that_cannot_be_fetched_are_named():
+    """Without a network: urllib's error has neither a number nor the address."""
+    want = r"^detectron2://x.pkl cannot be read \(<urlopen error Name or service not known>\)$"
+    with pytest.raises(OSError, match=want), refusing("detectron2://x.pkl"):
+        raise URLError("Name or service not known")
 
 
 # ------------------------------ writing

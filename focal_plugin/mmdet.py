@@ -1,0 +1,165 @@
+"""The losses for MMDetection: importing this module registers ``FocalPluginLoss`` in mmdet's ``MODELS``.
+
+In a config of MMDetection 3, as in configs/mmdet/retinanet_focal_plugin.py::
+
+    custom_imports = dict(imports=["focal_plugin.mmdet"])
+    model = dict(bbox_head=dict(loss_cls=dict(type="FocalPluginLoss", use_sigmoid=True, gamma=0.5, alpha=0.5)))
+
+Nothing else of focal_plugin imports it. It needs Detectron2 as well as MMDetection, as ``import focal_plugin`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .losses.alpha import Alpha, as_number
+from .losses.blocked import IGNORE
+from .losses.focal import check_reduction
+from .losses.modules import SigmoidFocalLoss, SigmoidFocalLossStar, SoftmaxFocalLoss
+
+try:
+    from mmdet.registry import MODELS
+except ModuleNotFoundError as e:
+    if (e.name or "").partition(".")[0] != "mmdet":  # it is there, but something that it needs is not
+        raise
+    raise ImportError(
+        "focal_plugin.mmdet needs MMDetection 3, and mmcv with its compiled operators. Install them with:\n"
+        "  pip install openmim && mim install 'mmcv>=2.0.0,<2.2.0' mmdet"
+    ) from None
+
+
+@MODELS.register_module()
+class FocalPluginLoss(nn.Module):
+    """The focal losses of :mod:`focal_plugin.losses` behind the interface of mmdet's ``FocalLoss``.
+
+    Finite, with finite gradients, for every gamma >= 0; no one-hot target is made of labels. What has weight 0 has loss
+    0 and gradient 0 whatever its logit is, NaN and infinity included, where mmdet's has 0 * NaN.
+
+    As for all losses of mmdet, give ``use_sigmoid`` in the config: its heads read it there, not here, to choose between
+    C and C + 1 outputs for C classes, and their default is softmax.
+    """
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        gamma: float = 2.0,
+        alpha: Alpha = 0.25,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        activated: bool = False,
+        loss: str = "focal",
+        beta: float = 1.0,
+    ):
+        """
+        Args:
+            use_sigmoid: one sigmoid a class; else a softmax over the classes and background, which is the last.
+            gamma: focusing parameter, >= 0 (> 0 for FL*). 0 is cross entropy.
+            alpha: the weight of foreground, 1 - alpha that of background; negative: no weighting. Or one alpha for each
+                of the C classes (softmax: C + 1 weights, that of background last).
+            reduction: "none", "mean" or "sum".
+            loss_weight: a factor for the result.
+            activated: refused: of probabilities the logits, and with them finite gradients, cannot be had back.
+            loss: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
+            beta: that of FL*.
+
+        Raises:
+            ValueError: a value out of range; the message names it.
+        """
+        super().__init__()
+        if activated:
+            raise ValueError("activated=True: FocalPluginLoss needs logits, not probabilities; take mmdet's FocalLoss")
+        if loss not in ("focal", "focal_star"):
+            raise ValueError(f"loss must be 'focal' or 'focal_star', got {loss!r}")
+        if loss == "focal_star" and not use_sigmoid:
+            raise ValueError("loss='focal_star' needs use_sigmoid=True: FL* has no softmax form")
+        check_reduction(reduction)
+        self.use_sigmoid, self.activated = use_sigmoid, activated
+        self.gamma, self.alpha = gamma, as_number(alpha)
+        self.reduction, self.loss_weight = reduction, loss_weight
+        if not use_sigmoid:
+            self.loss = SoftmaxFocalLoss(alpha, gamma, "none")
+        elif loss == "focal":
+            self.loss = SigmoidFocalLoss(alpha, gamma, "none")
+        else:
+            self.loss = SigmoidFocalLossStar(alpha, gamma, "none", beta=beta)
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """The loss of N examples.
+
+        Args:
+            pred: logits, (N, C); with a softmax (N, C + 1). float16 and bfloat16 are computed in float32.
+            target: integer labels (N,): in [0, C), C for background, -1 to ignore; or, with sigmoids, dense targets in
+                [0, 1] of the shape of ``pred``. A label of weight 0 may be anything.
+            weight: (N,) or (N, 1); with sigmoids also one an entry, (N, C) or flattened.
+            avg_factor: divides the sum, in place of the number of entries; only for the reductions "mean" and "none",
+                of which the latter does not use it, as mmdet's ``weight_reduce_loss``.
+            reduction_override: in place of ``reduction``.
+
+        Returns:
+            A scalar; for "none" the shape of ``pred``, with a softmax (N,). 0 for the mean of nothing.
+
+        Raises:
+            ValueError: a shape, type, label or reduction that is none of these (labels on a GPU: a device-side
+                assertion).
+        """
+        reduction = reduction_override or self.reduction
+        check_reduction(reduction)
+        if avg_factor is not None and reduction == "sum":
+            raise ValueError('avg_factor cannot be used with reduction="sum"')
+        self._check(pred, target)
+        if weight is not None:
+            weight = self._columns(weight, pred)
+            pred, target = _without_ignored(pred, target, weight == 0)
+        loss = self.loss(pred, target)
+        if weight is not None:
+            loss = loss * (weight if self.use_sigmoid else weight[:, 0])
+        return self.loss_weight * _reduce(loss, reduction, avg_factor)
+
+    def _check(self, pred: Tensor, target: Tensor) -> None:
+        is_labels = target.shape == pred.shape[:1] and not target.is_floating_point() and target.dtype != torch.bool
+        is_dense = self.use_sigmoid and target.shape == pred.shape
+        if pred.dim() != 2 or not (is_labels or is_dense):
+            expected = "or dense ones of the shape of pred" if self.use_sigmoid else "as use_sigmoid=False asks for"
+            raise ValueError(
+                f"pred must be logits (N, C) and target integer labels (N,), {expected}; got pred of shape "
+                f"{tuple(pred.shape)} and target of {target.dtype} and shape {tuple(target.shape)}"
+            )
+
+    def _columns(self, weight: Tensor, pred: Tensor) -> Tensor:
+        """``weight`` as (N, 1) or (N, C)."""
+        rows, columns = pred.shape
+        if weight.numel() == rows:
+            return weight.reshape(rows, 1)
+        if not self.use_sigmoid or weight.numel() != pred.numel():
+            raise ValueError(
+                f"weight must have one value for each of the {rows} rows of pred"
+                f"{f', or for each of its {pred.numel()} entries' if self.use_sigmoid else ''}; "
+                f"got shape {tuple(weight.shape)}"
+            )
+        return weight.reshape(rows, columns)
+
+
+def _without_ignored(pred: Tensor, target: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """``pred`` and ``target`` with a loss, before its weight, that is finite where ``ignored``, (N, 1) or (N, C)."""
+    if target.dim() == 1 and ignored.shape[1] == 1:  # labels say it themselves, and no logits are copied
+        return pred, target.long().masked_fill(ignored[:, 0], IGNORE)
+    return pred.masked_fill(ignored, 0.0), target
+
+
+def _reduce(loss: Tensor, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
+    """mmdet's ``weight_reduce_loss``, which cannot be imported without mmcv's compiled operators."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if avg_factor is None:
+        return loss.sum() / max(loss.numel(), 1)
+    return loss.sum() / (avg_factor + torch.finfo(torch.float32).eps)

@@ -1,0 +1,194 @@
+"""Detectron2's model zoo: its configs but for what is listed, its checkpoints key for key and bit for bit."""
+
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import detectron2
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common import file_io
+
+from focal_plugin import get_config
+from focal_plugin.config import config_dir
+from focal_plugin.engine.checkpoint import SafeCheckpointer
+
+ZOO = sorted(path.stem for path in (config_dir() / "zoo").glob("*.yaml"))
+NARROW = [
+    *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CONVS", "1"),
+]
+
+
+def flat(node, prefix=""):
+    out = {}
+    for key, value in node.items():
+        out.update(flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
+    return out
+
+
+def upstream(name, opts=()):
+    cfg = get_cfg()
+    # Upstream's own file with a !!python tag; not through model_zoo, which wants an old setuptools.
+    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "COCO-Detection"
+    cfg.merge_from_file(str(folder / f"{name}.yaml"), allow_unsafe=True)
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def ours(name, opts=()):
+    return get_config(f"zoo/{name}.yaml", opts)
+
+
+def url(cfg):
+    return cfg.MODEL.WEIGHTS.replace("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A dict of URL to bytes that stands for the network; ``fetched`` is what was asked of it."""
+    files, fetched = {}, []
+
+    def download(url, folder, *, filename):
+        fetched.append(url)
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, filename).write_bytes(files[url])
+        return os.path.join(folder, filename)
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_io, "download", download)
+    # What upstream remembers of earlier downloads, for the rest of the process.
+    monkeypatch.setattr(PathManager._path_handlers["https://"], "cache_map", {})
+    return files, fetched
+
+
+@pytest.fixture
+def stock():
+    """stock(name): upstream's RetinaNet of that name, narrow, with weights as if trained."""
+
+    def make(name):
+        torch.manual_seed(0)
+        model = build_model(upstream(name, NARROW)).eval()
+        for key, value in model.state_dict().items():
+            if "norm" in key and key.endswith(("weight", "running_var")):
+                # What is added at each of 33 blocks is kept small, as training does: not every score is to be 1.
+                value.uniform_(0.5, 1.5).mul_(0.2 if "conv3.norm.weight" in key else 1)
+            elif key.endswith(("bias", "running_mean")):
+                value.normal_(std=0.1)  # the prior's bias as well: there is something to detect
+        return model
+
+    return make
+
+
+def zoo_file(model, more=None, protocol=4):
+    """What Detectron2's zoo has of a model: names to arrays, pickled."""
+    arrays = {name: value.numpy() for name, value in {**model.state_dict(), **(more or {})}.items()}
+    return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol)
+
+
+# ------------------------------ the configs
+
+
+def test_every_retinanet_of_the_zoo_is_there():
+    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "COCO-Detection"
+    # Upstream's .py of the 1x schedule is the same model in its other config language.
+    assert sorted(path.stem for path in folder.glob("retinanet_*.yaml")) == ZOO
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_upstreams_but_for_what_is_listed(name):
+    theirs, mine = flat(upstream(name)), flat(ours(name))
+    assert {k for k in theirs if mine[k] != theirs[k]} == {
+        "MODEL.META_ARCHITECTURE",  # the plugin's
+        "MODEL.WEIGHTS",  # the trained model, where upstream's is what it was trained from
+        "SOLVER.REFERENCE_WORLD_SIZE",  # upstream's recipe is for 8 GPUs, too, and does not say so
+    }
+    defaults = flat(get_config("Base-FocalRetinaNet.yaml"))
+    assert {k: v for k, v in mine.items() if k not in theirs} == {k: v for k, v in defaults.items() if k not in theirs}
+    assert mine["MODEL.META_ARCHITECTURE"] == "FocalRetinaNet" and mine["SOLVER.REFERENCE_WORLD_SIZE"] == 8
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_urls_are_upstreams(name):
+    pytest.importorskip("pkg_resources", reason="detectron2.model_zoo wants setuptools<81")
+    from detectron2.model_zoo import get_checkpoint_url
+
+    assert url(ours(name)) == get_checkpoint_url(f"COCO-Detection/{name}.yaml")
+
+
+# ------------------------------ the checkpoints
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_names_and_shapes_are_upstreams(name):
+    theirs, mine = (
+        {k: tuple(v.shape) for k, v in build_model(make(name, ["MODEL.DEVICE", "meta"])).state_dict().items()}
+        for make in (upstream, ours)
+    )
+    assert mine.pop("loss_normalizer") == ()  # a file without it leaves it as it is
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("more", [{}, {"anchor_generator.cell_anchors.0": torch.zeros(9, 4)}], ids=["now", "2020"])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_checkpoint_is_fetched_when_it_is_loaded_and_gives_upstreams_detections(name, more, stock, server, caplog):
+    files, fetched = server
+    theirs = stock(name)
+    cfg = ours(name, NARROW)
+    files[url(cfg)] = zoo_file(theirs, more)
+    mine = build_model(cfg).eval()
+    assert not fetched
+    caplog.clear()  # of upstream's warning of its !!python tag
+
+    checkpointer = SafeCheckpointer(mine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rest = checkpointer.load(cfg.MODEL.WEIGHTS)
+    assert fetched == [url(cfg)]
+    assert rest["__author__"] == "Detectron2 Model Zoo" and "matching_heuristics" not in rest
+    assert checkpointer.skipped == [] and not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[key], value), key
+
+    image = torch.randint(0, 256, (3, 96, 128), generator=torch.Generator().manual_seed(1)).float()
+    with torch.no_grad():
+        (a,), (b,) = (model([{"image": image, "height": 192, "width": 256}]) for model in (theirs, mine))
+    a, b = a["instances"].get_fields(), b["instances"].get_fields()
+    assert len(a["scores"]) > 10 and a["scores"].isfinite().all()
+    for field in ("pred_boxes", "scores", "pred_classes"):
+        x, y = (getattr(fields[field], "tensor", fields[field]) for fields in (a, b))
+        assert torch.equal(x, y), field
+
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    assert len(fetched) == 1  # it is in upstream's cache
+
+
+def test_what_is_not_in_the_file_is_told(stock, server):
+    files, _ = server
+    cfg = ours(ZOO[0], [*NARROW, "MODEL.RETINANET.NUM_CLASSES", "3"])
+    files[url(cfg)] = zoo_file(stock(ZOO[0]))
+    checkpointer = SafeCheckpointer(build_model(cfg))
+    checkpointer.load(cfg.MODEL.WEIGHTS)  # to fine-tune: all but the classifier is filled
+    told = " ".join(checkpointer.skipped)
+    assert "2 other shape in the model (head.cls_score.weight (720, 16, 3, 3) -> (27, 16, 3, 3)" in told
+    assert set(re.findall(r"[\w.]+\.(?:weight|bias)", told)) == {"head.cls_score.weight", "head.cls_score.bias"}
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_fetched_file_is_trusted_no_more_than_a_local_one(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files, _ = server
+    cfg = ours(ZOO[0], NARROW)
+    files[url(cfg)] = pickle.dumps({"model": {"x": Attack()}, "__author__": "Detectron2 Model Zoo"})
+    with pytest.raises(ValueError, match=r"model_final_\w+\.pkl is refused: .* would run code"):
+        SafeCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
+    assert not (tmp_path / "ran").exists()
