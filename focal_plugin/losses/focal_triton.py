@@ -24,9 +24,14 @@ except ImportError:  # Triton has wheels for Linux only
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_usable(x: Tensor, entry: Union[Focal, FocalStar]) -> bool:
-    """Whether the kernels can take these logits. FOCAL_PLUGIN_TRITON=0 in the environment switches them off."""
+def is_usable(x: Tensor, entry: object) -> bool:
+    """Whether the kernels can take these logits and this formula.
+
+    FOCAL_PLUGIN_TRITON=0 in the environment switches them off.
+    """
     if triton is None or x.dtype not in _DTYPES or x.numel() == 0 or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
+        return False
+    if not isinstance(entry, (Focal, FocalStar)):
         return False
     # Within a program rows and steps from class to class are counted in 32 bits.
     return max(x.shape[0], 16 * x.shape[2]) < 2**30 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")

@@ -45,7 +45,7 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
-    assert f"{len(FORMULAS) * len(SHAPES) + 3} passed" in done.stdout, done.stdout[-500:]
+    assert f"{len(FORMULAS) * len(SHAPES) + 4} passed" in done.stdout, done.stdout[-500:]
 
 
 @runs_kernels
@@ -175,3 +175,11 @@ def test_eager_path_on_the_gpu_where_the_kernels_are_switched_off(monkeypatch):
 def test_cpu_tensors_and_float64_are_for_the_eager_path():
     assert not focal_triton.is_usable(torch.zeros(1, 1, 1), Focal(2.0))
     assert not focal_triton.is_usable(torch.zeros(1, 1, 1, dtype=torch.float64, device=DEVICE), Focal(2.0))
+
+
+def test_a_formula_that_the_kernels_do_not_know_is_left_to_the_blocks(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read here only, not by Triton, which has been imported
+    monkeypatch.delenv("FOCAL_PLUGIN_TRITON", raising=False)
+    x = torch.zeros(2, 3, 4)
+    assert focal_triton.is_usable(x, Focal(2.0)) and focal_triton.is_usable(x, FocalStar(2.0, 1.0))
+    assert not focal_triton.is_usable(x, (2.0,))
