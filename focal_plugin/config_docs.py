@@ -37,7 +37,7 @@ UPSTREAM_KEYS = {
     "SOLVER.AMP.ENABLED": "mixed precision, on a GPU; the losses are computed in float32 all the same",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "clip gradients: the first thing to try when the loss becomes NaN",
     "TEST.EVAL_PERIOD": "evaluate every so many steps; 0: only at the end",
-    "VIS_PERIOD": "every so many steps a picture for TensorBoard: objects of an image, what is predicted below; 0: none",
+    "VIS_PERIOD": "every so many steps a picture for TensorBoard: an image's objects, and what is predicted; 0: none",
 }
 
 _HEAD = """\

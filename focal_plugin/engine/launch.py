@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -85,7 +86,7 @@ def run(args: Namespace) -> int:
         print(f"error: {e}; why, it has printed above", file=sys.stderr)
         return 1
     except multiprocessing.ProcessRaisedException as e:
-        print(f"error: {_without_traceback(str(e))}", file=sys.stderr)
+        print(f"error: {without_traceback(str(e))}", file=sys.stderr)
         return 1
     return 0
 
@@ -94,7 +95,7 @@ class Refused(ValueError):
     """What a worker was told to start from or to train on cannot be used; the message says why and what to do."""
 
 
-def _without_traceback(text: str) -> str:
+def without_traceback(text: str) -> str:
     """What a worker has raised, where the message says it all."""
     for error in (f"{__name__}.Refused: ", "FloatingPointError: "):
         if f"\n{error}" in text:
@@ -118,7 +119,7 @@ def main(args: Namespace) -> dict | None:
     """One worker: trains or, with ``--eval-only``, evaluates. Returns the results of the last evaluation."""
     cfg = setup(args)
     if args.eval_only:
-        with _refusing():
+        with refusing_bad_input():
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -127,7 +128,7 @@ def main(args: Namespace) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    with _refusing():
+    with refusing_bad_input():
         trainer = FocalTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
     if args.found is not None and comm.is_main_process():
@@ -138,7 +139,8 @@ def main(args: Namespace) -> dict | None:
 
 
 @contextmanager
-def _refusing():
+def refusing_bad_input() -> Iterator[None]:
+    """Makes a missing file and a bad value in what follows :class:`Refused`, of which only the message is printed."""
     try:
         yield
     except (FileNotFoundError, ValueError) as e:

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""A head with your own loss and a value for it in the config: the focal Poly-1 loss of Leng et al. (arXiv 2204.12511).
+
+python examples/your_own_head.py
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import build_model
+from focal_head_in_your_detector import fit
+
+from focal_plugin import RETINANET_HEAD_REGISTRY, FocalHead, get_config
+
+
+@RETINANET_HEAD_REGISTRY.register()
+class PolyHead(FocalHead):  # of OHEMHead: it would be mined by this loss
+    @configurable
+    def __init__(self, *, poly_epsilon: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.poly_epsilon = poly_epsilon
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return {**super().from_config(cfg, input_shape), "poly_epsilon": cfg.MODEL.FOCAL.POLY_EPSILON}
+
+    def classification_loss(self, logits, labels, reduction, class_dim):
+        """FL + epsilon * alpha_t * (1 - p_t)^(gamma + 1)."""
+        focal = super().classification_loss(logits, labels, reduction, class_dim)
+        present = labels.unsqueeze(-1) == torch.arange(self.num_classes, device=labels.device)  # background: nowhere
+        wrong = torch.where(present, -1.0, 1.0).mul(logits.movedim(class_dim, -1)).sigmoid()  # 1 - p_t
+        weight = torch.where(present, self.alpha, 1 - self.alpha) if self.alpha >= 0 else 1.0
+        poly = self.poly_epsilon * weight * wrong ** (self.gamma + 1)
+        poly = torch.where((labels >= 0).unsqueeze(-1), poly, 0).movedim(-1, class_dim)  # -1: ignored
+        return focal + (poly.sum() if reduction == "sum" else poly)
+
+
+def main(steps: int = 20, epsilon: float = 1.0):
+    cfg = get_config("digits/focal.yaml", ["MODEL.FOCAL.HEAD", "PolyHead"])
+    cfg.MODEL.FOCAL.POLY_EPSILON = epsilon
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    history = fit(model, steps)
+    print(f"{type(model.head).__name__}, epsilon {epsilon}: {history[0]} -> {history[-1]}")
+    return model, history
+
+
+if __name__ == "__main__":
+    main()

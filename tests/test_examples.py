@@ -1,0 +1,96 @@
+"""The examples run, and do what their docstrings say."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from focal_plugin import RETINANET_HEAD_REGISTRY, FocalRetinaNet
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def forget_what_is_registered(monkeypatch):
+    """The examples register classes on import, and are imported as their own scripts see them."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for registry in (META_ARCH_REGISTRY, RETINANET_HEAD_REGISTRY):
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    yield
+    for path in EXAMPLES.glob("*.py"):
+        importlib.sys.modules.pop(path.stem, None)
+
+
+def total(losses):
+    return sum(losses.values())
+
+
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES.glob("*.py")])
+def test_every_example_says_what_it_shows_and_has_a_main(name):
+    module = importlib.import_module(name)
+    assert f"python examples/{name}.py" in module.__doc__
+    assert callable(module.main)
+
+
+def test_heads_train_in_another_detector(capsys):
+    trained = importlib.import_module("focal_head_in_your_detector").main()
+    assert {type(model.head).__name__ for model, _ in trained.values()} == {"FocalHead", "OHEMHead"}
+    for model, history in trained.values():
+        assert not isinstance(model, FocalRetinaNet)
+        assert all(math.isfinite(total(losses)) for losses in history)
+        assert total(history[-1]) < total(history[0]) / 2
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.head.parameters())
+        assert any(p.grad.abs().sum() > 0 for p in model.backbone.parameters())
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("head, config", [("FocalHead", "focal"), ("OHEMHead", "ohem")])
+def test_other_detector_divides_as_focal_retinanet_does(head, config):
+    """The same weights, images and anchors give the losses of FocalRetinaNet with the paper's normaliser."""
+    example = importlib.import_module("focal_head_in_your_detector")
+    mine, _ = example.train(head, steps=1)
+    cfg = example.get_config(f"digits/{config}.yaml", ["MODEL.FOCAL.NORMALIZER", "batch"])
+    reference = example.build_model(cfg)
+    reference.load_state_dict(mine.state_dict(), strict=False)
+    batch = example.scenes(6)
+    assert any(len(x["instances"]) == 0 for x in example.scenes(40))  # so an image without an object is met
+    batch += [x for x in example.scenes(40) if len(x["instances"]) == 0][:1]
+    ours, theirs = mine(batch), reference(batch)
+    torch.testing.assert_close(ours["loss_cls"], theirs["loss_cls"])
+    torch.testing.assert_close(ours["loss_box"], theirs["loss_box_reg"])
+
+
+def test_own_head_trains_in_focal_retinanet():
+    model, history = importlib.import_module("your_own_head").main()
+    assert isinstance(model, FocalRetinaNet) and type(model.head).__name__ == "PolyHead"
+    assert total(history[-1]) < total(history[0]) / 2
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("class_dim", [0, 1, 2])
+def test_own_heads_loss_is_poly_1(class_dim):
+    """Against the formula, in probabilities, of every class, with background and ignored anchors."""
+    epsilon = 0.7
+    model, _ = importlib.import_module("your_own_head").main(steps=1, epsilon=epsilon)
+    head = model.head
+    logits, labels = torch.randn(6, 5, head.num_classes), torch.tensor([[0, 3, 9, 10, -1]] * 6)
+    p = logits.sigmoid()
+    is_class = torch.nn.functional.one_hot(labels.clamp(min=0), head.num_classes + 1)[..., :-1].bool()
+    p_t = torch.where(is_class, p, 1 - p)
+    alpha_t = torch.where(is_class, head.alpha, 1 - head.alpha)
+    want = alpha_t * ((1 - p_t) ** head.gamma * -p_t.log() + epsilon * (1 - p_t) ** (head.gamma + 1))
+    want[labels == -1] = 0
+    moved = logits.movedim(-1, class_dim)
+    loss = head.classification_loss(moved, labels, "none", class_dim)
+    torch.testing.assert_close(loss, want.movedim(-1, class_dim))
+    torch.testing.assert_close(head.classification_loss(moved, labels, "sum", class_dim), want.sum())
+
+
+def test_per_class_alpha_finds_more_of_the_rare():
+    pytest.importorskip("sklearn")
+    (frequent, rare), (frequent_with, rare_with) = importlib.import_module("per_class_alpha").main().values()
+    assert rare_with > rare + 0.1
+    assert frequent_with > frequent - 0.1
