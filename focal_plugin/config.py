@@ -48,7 +48,7 @@ def add_focal_config(cfg: CN) -> None:
 
 def _focal_defaults() -> CN:
     node = CN()
-    # Name in RETINANET_HEAD_REGISTRY of the head, which owns the classification loss: FocalHead, OHEMHead, SSDHead or yours
+    # Head, which owns the classification loss: FocalHead, OHEMHead, SSDHead or yours in RETINANET_HEAD_REGISTRY
     node.HEAD = "FocalHead"
     # Classification loss: focal, or focal_star (FL* of the paper's appendix)
     node.LOSS = "focal"

@@ -19,11 +19,12 @@ import torch
 
 from focal_plugin.analysis.arguments import positive_number
 from focal_plugin.analysis.loss_benchmark import describe_environment
-from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect, load_model
+from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect
 from focal_plugin.analysis.loss_distribution import GAMMAS
 from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
 from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
 from focal_plugin.engine import load_checked_config
+from focal_plugin.engine.trained import load_model
 
 
 def gamma(text):

@@ -12,13 +12,10 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, get_dete
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..engine import SafeCheckpointer
-from ..engine.trainer import FocalTrainer
 from ..heads import AnchorTargets, OHEMHead, by_level
 from ..retinanet import FocalRetinaNet
 from .loss_distribution import GAMMAS, LossDistribution
@@ -162,41 +159,6 @@ def build_ohem_head(cfg: CfgNode) -> OHEMHead:
     cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA = -1.0, 0.0
     shapes = [ShapeSpec(channels=64, stride=2**i) for i, _ in enumerate(cfg.MODEL.RETINANET.IN_FEATURES, start=3)]
     return OHEMHead(cfg, shapes)
-
-
-def load_model(cfg: CfgNode) -> FocalRetinaNet:
-    """The model of a config with the weights of ``MODEL.WEIGHTS``, all of them.
-
-    Stock RetinaNet's weights and configs are a FocalRetinaNet's.
-
-    Raises:
-        ValueError: it is another meta-architecture, or the weights are not those of such a model.
-    """
-    cfg = cfg.clone()
-    cfg.defrost()
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
-    name = cfg.MODEL.META_ARCHITECTURE
-    if not issubclass(META_ARCH_REGISTRY.get(name), FocalRetinaNet):
-        raise ValueError(f"MODEL.META_ARCHITECTURE {name} is neither FocalRetinaNet nor RetinaNet")
-    model = FocalTrainer.build_model(cfg)
-    _CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model
-
-
-class _CompleteCheckpointer(SafeCheckpointer):
-    """Upstream only warns of weights that stay random, whose loss would be measured here."""
-
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        wrong = [key for key, *_ in incompatible.incorrect_shapes]
-        wrong += [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
-        if wrong:
-            raise ValueError(
-                f"MODEL.WEIGHTS is no trained model of this config: it lacks, or has in another shape, {len(wrong)} of "
-                f"its weights, such as {', '.join(wrong[:3])}"
-            )
-        return incompatible
 
 
 def build_loader(cfg: CfgNode, num_images: int | None = None, seed: int = 0) -> DataLoader:

@@ -6,9 +6,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
-from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect, load_model
+from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect
 from focal_plugin.analysis.loss_distribution import GROUPS, LossDistribution
 from focal_plugin.data import make_digits, register_coco_json
+from focal_plugin.engine.trained import load_model
 from focal_plugin.mining import mine_hard_examples
 
 OHEM = ["MODEL.OHEM.BATCH_SIZE", "16", "MODEL.OHEM.NMS_THRESH", "0.1"]

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""A trained model as TorchScript and ONNX, compared with the model itself.
+
+tools/export_model.py --config-file configs/digits/focal.yaml --output exported \\
+    MODEL.WEIGHTS output/digits/model_final.pth
+tools/export_model.py --config-file mine.yaml --output exported --format onnx --sample-image street.jpg \\
+    --classes car,person MODEL.WEIGHTS output/model_final.pth MODEL.RETINANET.SCORE_THRESH_TEST 0.3
+
+Thresholds are the config's and become part of the model. It is exported on the CPU, whatever MODEL.DEVICE says.
+Exit code: 0; 1: the exported model does not find what the model finds; 2: it could not be exported.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from focal_plugin.deploy.export import (
+    EXPORTERS,
+    FILES,
+    MissingPackageError,
+    describe,
+    read_sample,
+    require,
+    write_description,
+)
+from focal_plugin.deploy.export_check import check_export, format_differences
+from focal_plugin.deploy.model import add_model_arguments, class_names, load_inference_config
+from focal_plugin.engine.trained import load_model
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write into")
+    add("--format", choices=(*FILES, "all"), default="all", help="(default: %(default)s)")
+    add("--sample-image", metavar="IMG", help="to trace and compare with (default: noise); best one with objects")
+    add("--check", action=argparse.BooleanOptionalAction, default=True, help="compare the two (default: yes)")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...: config overrides, such as MODEL.WEIGHTS FILE; last")
+    return parser.parse_args()
+
+
+def export(args, formats):
+    """Writes and compares; whether all are the same."""
+    if "onnx" in formats:
+        require("onnx", "an ONNX export")
+        if args.check:
+            require("onnxruntime", "checking an ONNX export (--no-check leaves it out)")
+    args.opts += ["MODEL.DEVICE", "cpu"]
+    cfg, dataset = load_inference_config(args)
+    classes = class_names(cfg.MODEL.RETINANET.NUM_CLASSES, dataset, args.classes)
+    sample = read_sample(cfg, args.sample_image)
+    model = load_model(cfg).eval()
+    args.output.mkdir(parents=True, exist_ok=True)
+    same = True
+    for name in formats:
+        path = args.output / FILES[name]
+        EXPORTERS[name](model, sample, path)
+        print(f"{name}: {path}, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
+        if args.check:
+            differences = check_export(model, path, sample)
+            print(format_differences(differences), flush=True)
+            same = same and not any(d.problems for d in differences.values())
+    description = describe(cfg, classes, formats)
+    write_description(args.output / "model.json", description)
+    resize = description["input"]["resize"]
+    print(
+        f"Before: float32 (3, height, width), {cfg.INPUT.FORMAT}, 0 to 255, shortest edge {resize['shortest_edge']} "
+        f"(longest at most {resize['longest_edge_at_most']}).\n"
+        f"After: {', '.join(o['name'] for o in description['outputs'])}; boxes are XYXY in pixels of that input.\n"
+        f"All of it is in {args.output / 'model.json'}."
+    )
+    return same
+
+
+def main():
+    args = parse_args()
+    # What the tracer says of upstream's sizes, which never vary where it says so.
+    warnings.simplefilter("ignore")
+    try:
+        same = export(args, list(FILES) if args.format == "all" else [args.format])
+    except (OSError, ValueError, MissingPackageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not same:
+        print("error: the exported model does not find what the model finds (above)", file=sys.stderr)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
