@@ -147,12 +147,14 @@ def check_images(model: RetinaNet, sample: Tensor) -> dict[str, Tensor]:
 
 
 def _nothing_found(model: RetinaNet, size: tuple[int, int]) -> Tensor | None:
-    """An image of one colour in which the model finds nothing, small if need be."""
-    for height, width in (size, (64, 64), (1, 1)):
-        for colour in (model.pixel_mean.cpu(), *torch.tensor([0.0, 255.0, 64.0, 192.0]).view(4, 1, 1, 1)):
-            image = colour.expand(3, height, width).contiguous()
-            if len(detect(model, image)[0]) == 0:
-                return image
+    """An image of one colour in which the model finds nothing.
+
+    Not of a smaller size than the others, for which a GroupNorm has too few pixels on the last level.
+    """
+    for colour in (model.pixel_mean.cpu(), *torch.tensor([0.0, 255.0, 64.0, 192.0]).view(4, 1, 1, 1)):
+        image = colour.expand(3, *size).contiguous()
+        if len(detect(model, image)[0]) == 0:
+            return image
     return None
 
 

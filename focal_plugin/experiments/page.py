@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .texts import markdown_text, printable
 
 
-def render_html(context: dict[str, Any], folder: Path) -> str:
+def render_html(context: dict[str, Any], folder: Path, template: str = "page.html") -> str:
     """`folder` has the pictures, which go into the page itself."""
     environment = _environment(autoescape=True)
     environment.filters["data_uri"] = lambda name: _data_uri(folder / name)
-    return environment.get_template("page.html").render(context)
+    return environment.get_template(template).render(context)
 
 
 def render_markdown(context: dict[str, Any]) -> str:

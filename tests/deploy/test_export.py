@@ -64,12 +64,13 @@ def load_tool():
         ("MODEL.RETINANET.NUM_CLASSES", "1"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20"),
+        ("MODEL.FOCAL.HEAD", "SSDHead", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.6"),
     ],
-    ids=["focal", "one class", "stock", "few candidates"],
+    ids=["focal", "one class", "stock", "few candidates", "softmax"],
 )
 def test_exported_finds_what_the_model_finds(tiny_config, tmp_path, name, opts):
     need(name)
-    cfg = tiny_config(*opts, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96")
+    cfg = tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96", *opts)
     model = make_model(cfg).train(bool(opts))
     sample = read_sample(cfg)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]

@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
 import yaml
+from headless import CHROMIUM, show
 from PIL import Image
 
 from focal_plugin.experiments import sections
@@ -21,9 +21,6 @@ BOX = [8, 8, 16, 16]
 PAPER = {CE: None, BEST_OHEM: Published(32.8, 50.3, 35.1), FL: Published(36.0, 54.9, 38.7)}
 HEADS = {CE: ("FocalHead", 0.0, 0.75), BEST_OHEM: ("OHEMHead", 0.0, -1.0), FL: ("FocalHead", 2.0, 0.25)}
 CHARTS = ("ap", "differences", "precision_recall_50", "precision_recall_75", "loss_cls", "loss_box_reg")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 
 
 def make_config(method):
@@ -329,33 +326,9 @@ def test_tables_for_the_terminal(shop):
     assert "instances" in classes and "77.7" in classes
 
 
-# The page's own size and pictures, told to the frame around it: a window is never as narrow as a phone.
-PROBE = """<script>
-const errors = [];
-addEventListener("error", event => errors.push(event), true);
-addEventListener("load", () => {
-  const page = document.documentElement, images = [...document.images];
-  const decoded = images.filter(image => image.complete && image.naturalWidth > 0);
-  parent.postMessage([innerWidth, page.scrollWidth, images.length, decoded.length, errors.length].join(" "), "*");
-});
-</script>"""
-FRAME = """<!doctype html><script>
-addEventListener("message", event => { document.body.dataset.probe = event.data; });
-</script><body><iframe src="page.html" width="360" height="800" style="border: 0"></iframe></body>"""
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_a_phone_shows_the_page_without_scrolling_sideways(troubled, tmp_path):
-    (tmp_path / "page.html").write_text(troubled.html.replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
-    (tmp_path / "frame.html").write_text(FRAME, encoding="utf-8")
-    off = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
-    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
-    options += [f"--user-data-dir={tmp_path / 'chromium'}", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    command = [CHROMIUM, *options, "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    probe = re.search(r'data-probe="([\d ]+)"', shown.stdout)
-    assert probe, shown.stderr
-    width, page_width, images, decoded, errors = map(int, probe[1].split())
-    assert width == 360 and page_width <= 360
-    assert images == decoded == troubled.html.count("<img") > 5
-    assert errors == 0 and "CONSOLE" not in shown.stderr
+    shown = show(troubled.html, 360, tmp_path)
+    assert shown.width == 360 and shown.page_width <= 360
+    assert shown.images == shown.decoded == troubled.html.count("<img") > 5
+    assert shown.errors == 0 and "CONSOLE" not in shown.log
