@@ -39,6 +39,8 @@ def crop(image: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Im
     for (bx, by, bw, bh), color in reversed(boxes):
         x0, y0 = (bx - left) * scale, (by - top) * scale
         x1, y1 = x0 + max(bw * scale, 2), y0 + max(bh * scale, 2)
+        # Pillow goes through every pixel of a line, also of those that nobody sees.
+        x0, y0, x1, y1 = (min(max(v, -9), SIDE + 9) for v in (x0, y0, x1, y1))
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=4)
         draw.rectangle((x0, y0, x1, y1), outline=color, width=2)
     return shown
