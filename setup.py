@@ -43,6 +43,7 @@ setup(
         "tabulate",
         "tqdm",
     ],
+    extras_require={"export": ["onnx", "onnxruntime"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -115,8 +115,14 @@ def find_config(config_file: str) -> Path:
     for path in (Path(config_file), folder / config_file):
         if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
-    shipped = ", ".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml")))
-    raise FileNotFoundError(f"no config file {str(config_file)!r}; focal_plugin has: {shipped}")
+    shipped = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    near = difflib.get_close_matches(str(config_file)[-100:], shipped, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    tables = [name for name in shipped if name.startswith("paper/")]
+    names = ", ".join(name for name in shipped if name not in tables)
+    raise FileNotFoundError(
+        f"no config file {str(config_file)!r}{hint or ';'} focal_plugin has: {names}, and the {len(tables)} of paper/"
+    )
 
 
 def config_dir() -> Path:
