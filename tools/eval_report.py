@@ -24,7 +24,7 @@ def parse_args(argv=None):
     add("--images", type=Path, metavar="DIR", help="folder of the images, for the pictures")
     add("--output", type=Path, default=Path("eval_report.html"), metavar="FILE.html", help="(default: %(default)s)")
     add("--iou", type=float, default=0.5, help="from which on an object is found (default: %(default)s)")
-    add("--score-threshold", type=float, default=0.5, metavar="S", help="of the errors (default: %(default)s)")
+    add("--score-threshold", type=float, metavar="S", help="of the errors (default: that of the highest F1)")
     add("--examples", type=int, default=24, metavar="N", help="pictures of each kind of error (default: %(default)s)")
     return parser.parse_args(argv)
 

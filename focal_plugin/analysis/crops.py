@@ -14,11 +14,21 @@ _SMALLEST = 48  # pixels of the image that a picture shows at least
 
 
 def find_image(folder: Path, file_name: object) -> Path | None:
-    """The file of an image; None if there is none, or its name leads out of the folder."""
-    if not isinstance(file_name, str) or "\0" in file_name:
+    """The file of an image; None if there is none, or its name leads out of the folder.
+
+    Links are followed: they are of whoever made the folder, the names of whoever made the json.
+    """
+    if (
+        not isinstance(file_name, str)
+        or os.path.isabs(file_name)
+        or os.path.normpath(file_name).split(os.sep)[0] == ".."
+    ):
         return None
-    path = Path(os.path.realpath(folder / file_name))
-    return path if path.is_relative_to(os.path.realpath(folder)) and path.is_file() else None
+    try:
+        path = folder / file_name
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # too long, a NUL, half of a surrogate pair: no file can be called that
+        return None
 
 
 def crop(image: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Image.Image:

@@ -81,10 +81,12 @@ class Errors:
 
     Attributes:
         correct: detections that are right, and so the objects that are found.
+        score_threshold: that score.
         false_positives: the most confident first.
-        misses: the largest first.
+        misses: those of the largest boxes first.
     """
 
+    score_threshold: float
     correct: int = 0
     false_positives: list[Error] = field(default_factory=list)
     misses: list[Error] = field(default_factory=list)
@@ -110,13 +112,18 @@ def read_truth(path: str | os.PathLike) -> COCO:
         raise ValueError(f"{path}: not annotations in COCO's format (images, annotations and categories)")
     images, annotations, categories = lists
     try:
-        image_ids, category_ids = {x["id"] for x in images}, {x["id"]: x["name"] for x in categories}
+        image_ids, category_ids = _read_ids("images", images), _read_ids("categories", categories)
+        for category in categories:
+            if not isinstance(category["name"], str):
+                raise ValueError(f"the name of category {category['id']} is no text")
         for annotation in annotations:
             _check_box(annotation["bbox"])
             if annotation["image_id"] not in image_ids or annotation["category_id"] not in category_ids:
                 raise ValueError(f"annotation {annotation.get('id')} has an image_id or category_id that is not there")
             annotation.setdefault("iscrowd", 0)
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            if annotation["iscrowd"] not in (0, 1) or not _is_number(annotation["area"]):
+                raise ValueError(f"annotation {annotation.get('id')} has an iscrowd or area that is no number")
         if len({x["id"] for x in annotations}) < len(annotations):
             raise ValueError("two annotations have one id")
     except KeyError as e:
@@ -150,7 +157,7 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
         try:
             _check_box(result["bbox"])
             if not _is_number(result["score"]):
-                raise ValueError(f"score {result['score']!r} is no number")
+                raise ValueError(f"score {result['score']!r:.60} is no number")
         except KeyError as e:
             raise ValueError(f"{path}: result {number} has no {e}") from e
         except (TypeError, ValueError) as e:
@@ -160,7 +167,7 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
         strange = [v for v in values if not isinstance(v, (int, str)) or v not in known]
         if strange:
             raise ValueError(
-                f"{path}: {len(strange)} of {len(content)} results have a {key} that the annotations do not have, such "
+                f"{path}: {len(strange)} of {len(content)} results have another {key} than the annotations, such "
                 f"as {str(strange[0])[:60]!r} (they have {str(next(iter(known)))[:60]!r}): predictions of other data?"
             )
     return [{key: result[key] for key in ("image_id", "category_id", "bbox", "score")} for result in content]
@@ -176,13 +183,26 @@ def _read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path}: not readable as json ({e})") from e
 
 
+def _read_ids(section: str, entries: Sequence[dict]) -> set:
+    """COCOeval sorts them, which numbers and texts together do not let it."""
+    ids = {entry["id"] for entry in entries}
+    if not all(isinstance(i, int) for i in ids) and not all(isinstance(i, str) for i in ids):
+        raise ValueError(f"the ids of {section} are neither all whole numbers nor all text")
+    if len(ids) < len(entries):
+        raise ValueError(f"two {section} have one id")
+    return ids
+
+
 def _check_box(box: Any) -> None:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise ValueError(f"bbox {str(box)[:60]} is not four numbers")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 # ------------------------------ numbers
@@ -195,7 +215,7 @@ def evaluate(truth: COCO, predictions: Sequence[Mapping]) -> tuple[ClassResult, 
         truth: from :func:`read_truth`.
         predictions: from :func:`read_predictions`.
     """
-    evaluation, _ = _run(truth, predictions)
+    evaluation = _run(truth, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # (threshold, recall, class, area); -1: no object
@@ -222,40 +242,62 @@ def _numbers(precision: np.ndarray) -> tuple[dict[str, float | None], dict[str, 
     return dict(zip(METRICS, map(mean, values))), curves
 
 
-def _run(truth: COCO, predictions: Sequence[Mapping], **params: Any) -> tuple[COCOeval, COCO]:
-    """COCO's matching, and the detections with their ids."""
+def _run(truth: COCO, predictions: Sequence[Mapping], **params: Any) -> COCOeval:
+    """COCO's matching."""
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes([dict(p) for p in predictions]) if predictions else COCO()
         evaluation = COCOeval(truth, found, "bbox")
         for name, value in params.items():
             setattr(evaluation.params, name, value)
         evaluation.evaluate()
-    return evaluation, found
+    return evaluation
 
 
 # ------------------------------ errors
 
 
-def find_errors(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5, score_threshold: float = 0.5) -> Errors:
+def best_score_threshold(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> float:
+    """The score from which on detections have the highest F1, 2 * correct / (detections + objects); 0 without any."""
+    evaluation = _match(truth, predictions, iou)
+    scores, correct, num_objects = [np.zeros(0)], [np.zeros(0, dtype=bool)], 0
+    for matched in filter(None, evaluation.evalImgs):
+        counts = ~matched["dtIgnore"][0].astype(bool)
+        scores.append(np.array(matched["dtScores"])[counts])
+        correct.append(matched["dtMatches"][0][counts] > 0)
+        num_objects += int((~np.array(matched["gtIgnore"]).astype(bool)).sum())
+    scores, correct = np.concatenate(scores), np.concatenate(correct)
+    if not correct.any():
+        return 0.0
+    # The highest score chooses first: what those from a score on are matched with does not depend on the rest.
+    order = np.argsort(-scores, kind="stable")
+    scores, found = scores[order], np.cumsum(correct[order])
+    f1 = 2 * found / (np.arange(1, len(scores) + 1) + num_objects)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold does not part equal scores
+    return float(scores[f1.argmax()])
+
+
+def find_errors(
+    truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5, score_threshold: float | None = None
+) -> Errors:
     """What is found that is not there, and what is there and not found.
 
     Args:
         truth: from :func:`read_truth`.
         predictions: from :func:`read_predictions`.
         iou: from which on a detection has found an object.
-        score_threshold: only detections from this score on.
+        score_threshold: only detections from this score on; None: from :func:`best_score_threshold` on.
 
     Raises:
         ValueError: a number out of range.
     """
     if not 0 < iou <= 1:
         raise ValueError(f"the IoU must be in (0, 1], got {iou}")
-    chosen = [p for p in predictions if p["score"] >= score_threshold]
-    most = max(Counter(p["image_id"] for p in chosen).values(), default=1)
-    everything = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [most], "iouThrs": np.array([iou])}
-    evaluation, found = _run(truth, chosen, **everything)
+    if score_threshold is None:
+        score_threshold = best_score_threshold(truth, predictions, iou)
+    evaluation = _match(truth, [p for p in predictions if p["score"] >= score_threshold], iou)
+    found = evaluation.cocoDt
     objects, detections = _by_image(truth.anns.values()), _by_image(found.anns.values())
-    errors = Errors()
+    errors = Errors(score_threshold)
     for matched in filter(None, evaluation.evalImgs):
         wrong = (matched["dtMatches"][0] == 0) & ~matched["dtIgnore"][0].astype(bool)
         errors.correct += int(((matched["dtMatches"][0] > 0) & ~matched["dtIgnore"][0].astype(bool)).sum())
@@ -268,6 +310,13 @@ def find_errors(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5, s
     errors.false_positives.sort(key=lambda e: -e.score)
     errors.misses.sort(key=lambda e: -e.box[2] * e.box[3])
     return errors
+
+
+def _match(truth: COCO, predictions: Sequence[Mapping], iou: float) -> COCOeval:
+    """COCO's matching of all detections with objects of all sizes at one IoU."""
+    most = max(Counter(p["image_id"] for p in predictions).values(), default=1)
+    everything = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [most], "iouThrs": np.array([iou])}
+    return _run(truth, predictions, **everything)
 
 
 def _by_image(entries: Iterable[dict]) -> dict[int, list[dict]]:

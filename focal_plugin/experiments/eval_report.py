@@ -44,7 +44,7 @@ def write_eval_report(
     *,
     images: str | os.PathLike | None = None,
     iou: float = 0.5,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     examples: int = 24,
     command: str = "",
 ) -> str:
@@ -56,7 +56,7 @@ def write_eval_report(
         path: the HTML file.
         images: the folder that the file names of the annotations start from; None: no pictures.
         iou: from which on a detection has found an object, for errors and pictures.
-        score_threshold: only detections from this score on, for errors and pictures.
+        score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
         examples: so many pictures of each kind of error at most.
         command: what a person typed.
 
@@ -68,6 +68,8 @@ def write_eval_report(
     """
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {os.fspath(images)}")
+    if examples < 0:
+        raise ValueError(f"the number of examples must be >= 0, got {examples}")
     truth = read_truth(annotations)
     found = read_predictions(predictions, truth)
     total, classes = evaluate(truth, found)
@@ -80,7 +82,7 @@ def write_eval_report(
             "notes": _notes(total, found, len(truth.imgs)),
             "numbers": _table(total, classes),
             "curves": _curves(total, classes, Path(folder)),
-            "summary": _summary(errors, iou, score_threshold),
+            "summary": _summary(errors, iou, chosen=score_threshold is None),
             "kinds": [(kind, count, KINDS[kind]) for kind, count in errors.kinds().items()],
             "galleries": _galleries(errors, truth, images, examples, Path(folder)),
             "has_images": images is not None,
@@ -124,10 +126,11 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.1f}"
 
 
-def _summary(errors: Errors, iou: float, score_threshold: float) -> str:
+def _summary(errors: Errors, iou: float, chosen: bool) -> str:
     wrong, missed = len(errors.false_positives), len(errors.misses)
     shown, objects = errors.correct + wrong, errors.correct + missed
-    text = f"at IoU {iou:g}, of the {shown:,} detections with a score of at least {score_threshold:g}, "
+    why = ", from which on F1 is the highest" if chosen and errors.score_threshold else ""
+    text = f"at IoU {iou:g}, of the {shown:,} detections with a score of at least {errors.score_threshold:.3g}{why}, "
     return text + f"{errors.correct:,} are right and {wrong:,} false; {missed:,} of {objects:,} objects are missed"
 
 
@@ -176,7 +179,11 @@ def _galleries(
     for key, title, found, color, other_color in kinds:
         items = []
         for number, error in enumerate(found[:examples]):
-            item = {"caption": _caption(error), "file": None, "name": truth.imgs[error.image_id].get("file_name", "")}
+            item = {
+                "caption": _caption(error, errors.score_threshold),
+                "file": None,
+                "name": truth.imgs[error.image_id].get("file_name", ""),
+            }
             if images is not None:
                 item["file"] = _picture(error, truth, Path(images), folder / f"{key}{number}.jpg", color, other_color)
             items.append(item)
@@ -184,12 +191,13 @@ def _galleries(
     return galleries
 
 
-def _caption(error: Error) -> str:
-    rival = f" {error.other_name}, IoU {error.overlap:.2f}" if error.other_name else ""
+def _caption(error: Error, score_threshold: float) -> str:
+    rival = f"“{error.other_name}”, IoU {error.overlap:.2f}"
     if error.score is None:
         size = "{:.0f} x {:.0f} px".format(*error.box[2:])
-        return f"{error.name}, {size}" + (f"; detected there:{rival}" if rival else "; nothing detected there")
-    return f"{error.name} {error.score:.2f}: {error.kind}" + (f" ({rival.strip()})" if rival else "")
+        nothing = f"nothing with a score ≥ {score_threshold:.2g} there"
+        return f"“{error.name}”, {size}; " + (f"there is {rival}" if error.other_name else nothing)
+    return f"“{error.name}”, {error.score:.2f}: {error.kind}" + (f"; there is {rival}" if error.other_name else "")
 
 
 def _picture(error: Error, truth: COCO, root: Path, path: Path, color: str, other_color: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def markdown_text(text: str) -> str:
@@ -16,5 +16,5 @@ def markdown_text(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Without the control characters that a console may hold."""
+    """Without control characters, which a console may obey, and lone surrogates, which no file can hold."""
     return _CONTROL.sub("", text)

@@ -15,8 +15,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from focal_plugin.analysis.crops import SIDE, crop, find_image
-from focal_plugin.analysis.evaluation import METRICS, evaluate, find_errors, read_predictions, read_truth
+from focal_plugin.analysis.crops import SIDE, crop, find_image, open_image
+from focal_plugin.analysis.evaluation import (
+    METRICS,
+    best_score_threshold,
+    evaluate,
+    find_errors,
+    read_predictions,
+    read_truth,
+)
 from focal_plugin.experiments.eval_report import write_eval_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +127,7 @@ BOX = [20.0, 20.0, 40.0, 40.0]
 def test_kinds_of_false_detections(files, category, bbox, kind, other):
     """Beside an object that a better detection has found."""
     paths = files([annotation(1, 0, 7, BOX)], [result(0, 7, BOX, 0.9), result(0, category, bbox, 0.8)])
-    errors = find_errors(*read(paths))
+    errors = find_errors(*read(paths), score_threshold=0.5)
     (error,) = errors.false_positives
     assert (error.kind, error.other_name, error.name) == (kind, other, {7: "cat", 8: "dog"}[category])
     assert errors.correct == 1 and not errors.misses and errors.kinds()[kind] == 1 == sum(errors.kinds().values())
@@ -140,6 +147,26 @@ def test_errors_are_sorted_and_from_a_score_on(files):
     assert find_errors(*read(files(annotations, [])), iou=0.9).misses[0].box == boxes[1]
     with pytest.raises(ValueError, match="IoU must be in"):
         find_errors(*read(files(annotations, results)), iou=1.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_threshold_is_that_of_the_highest_f1(files, seed):
+    """Against trying every score; many are equal."""
+    annotations, results = random_case(2, seed)
+    for r in results:
+        r["score"] = round(r["score"], 1)
+    truth, found = read(files(annotations, results, num_images=6))
+
+    def f1(threshold):
+        errors = find_errors(truth, found, 0.5, threshold)
+        right, wrong, missed = errors.correct, len(errors.false_positives), len(errors.misses)
+        return 2 * right / (2 * right + wrong + missed)
+
+    best = best_score_threshold(truth, found, 0.5)
+    tried = {r["score"]: f1(r["score"]) for r in results}
+    assert tried[best] == max(tried.values()) > 0 and len(set(tried.values())) > 4
+    assert find_errors(truth, found).score_threshold == best
+    assert best_score_threshold(truth, [], 0.5) == 0.0
 
 
 @pytest.mark.parametrize("iou", [0.5, 0.75])
@@ -207,7 +234,8 @@ def test_images_outside_of_their_folder_are_not_opened(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
     assert find_image(tmp_path / "in", "a.png") is not None
-    for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "b.png", ".", None, 3, "a\0.png"):
+    assert find_image(tmp_path / "in", "link.png") is not None  # whoever made the folder made it
+    for name in ("../out.png", str(tmp_path / "out.png"), "a/../../out.png", "b.png", ".", None, 3, "a\0.png"):
         assert find_image(tmp_path / "in", name) is None, name
 
 
@@ -247,8 +275,8 @@ GOOD = [annotation(1, 0, 7, BOX)]
 @pytest.mark.parametrize(
     "annotations, results, message",
     [
-        (GOOD, [result(9, 7, BOX, 0.5)], "found.json: 1 of 1 results have a image_id .* such as '9'"),
-        (GOOD, [result(0, 1, BOX, 0.5)], "found.json: 1 of 1 results have a category_id .* such as '1'"),
+        (GOOD, [result(9, 7, BOX, 0.5)], "found.json: 1 of 1 results have another image_id .* such as '9'"),
+        (GOOD, [result(0, 1, BOX, 0.5)], "found.json: 1 of 1 results have another category_id .* such as '1'"),
         (GOOD, [result(0, 7, [1, 2, 3], 0.5)], r"found.json: result 0: bbox \[1, 2, 3\] is not four numbers"),
         (GOOD, [result(0, 7, BOX, "high")], "found.json: result 0: score 'high' is no number"),
         (GOOD, [{"image_id": 0, "category_id": 7, "bbox": BOX}], "found.json: result 0 has no 'score'"),
@@ -257,6 +285,12 @@ GOOD = [annotation(1, 0, 7, BOX)]
         ([annotation(1, 0, 7, [0, 0, float("nan"), 1])], [], "truth.json: bbox .* is not four numbers"),
         ([{"id": 1}], [], "truth.json: an entry without 'bbox'"),
         ([annotation(1, 0, 7, BOX)] * 2, [], "truth.json: two annotations have one id"),
+        ([{**GOOD[0], "area": None}], [], "truth.json: annotation 1 has an iscrowd or area that is no number"),
+        ([annotation(1, 0, 7, BOX, iscrowd=None)], [], "truth.json: annotation 1 has an iscrowd or area"),
+        ([annotation(1, 0, 7, BOX, iscrowd="x")], [], "truth.json: annotation 1 has an iscrowd or area"),
+        ([{**GOOD[0], "bbox": [10**400, 0, 1, 1]}], [], "truth.json: bbox .* is not four numbers"),
+        (GOOD, [result(0, 7, [10**400, 0, 1, 1], 0.5)], "found.json: result 0: bbox .* is not four numbers"),
+        (GOOD, [result(0, 7, BOX, 10**400)], "found.json: result 0: score 10* is no number"),
     ],
 )
 def test_bad_files_are_named(files, capsys, tmp_path, annotations, results, message):
@@ -288,3 +322,72 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(page, tmp_path, wid
     assert shown.width == width and shown.page_width <= width
     assert shown.images == shown.decoded == html.count("<img") > 12
     assert shown.errors == 0 and "CONSOLE" not in shown.log
+
+
+@pytest.mark.parametrize(
+    "section, entry, message",
+    [
+        ("categories", {"id": "x", "name": "cat"}, "ids of categories are neither all whole numbers nor all text"),
+        ("categories", {"id": None, "name": "cat"}, "ids of categories are neither"),
+        ("categories", {"id": 7, "name": "cat"}, "two categories have one id"),
+        ("categories", {"id": 99, "name": None}, "name of category 99 is no text"),
+        ("images", {"id": "x", "file_name": "x.png"}, "ids of images are neither"),
+        ("images", {"id": 0, "file_name": "x.png"}, "two images have one id"),
+    ],
+)
+def test_odd_images_and_categories_are_named(files, section, entry, message):
+    _, truth = files(GOOD, [])
+    content = json.loads(truth.read_text())
+    content[section].append(entry)
+    truth.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"truth.json: .*{message}"):
+        read_truth(truth)
+
+
+def test_a_crowd_is_neither_missed_nor_overlapped_nor_found(files):
+    annotations = [annotation(1, 0, 7, [0, 0, 40, 40], iscrowd=1), annotation(2, 0, 7, [100, 100, 20, 20])]
+    annotations.append(annotation(3, 1, 7, [0, 0, 40, 40], iscrowd=1))  # with no detection near
+    results = [result(0, 7, [0, 0, 40, 40], 0.9), result(0, 8, [0, 0, 40, 40], 0.8)]
+    errors = find_errors(*read(files(annotations, results)))
+    assert errors.correct == 0 and [e.box for e in errors.misses] == [[100, 100, 20, 20]]
+    (false,) = errors.false_positives  # the first is of the crowd's class: ignored
+    assert (false.kind, false.name, false.other_box) == ("background", "dog", None)
+
+
+def test_false_detections_are_sorted_over_images_and_the_threshold_counts(files):
+    scores = {(0, 7): 0.5, (1, 7): 0.7, (2, 7): 0.49, (2, 8): 0.9}
+    results = [result(image, category, BOX, score) for (image, category), score in scores.items()]
+    errors = find_errors(*read(files([], results)), score_threshold=0.5)
+    assert [e.score for e in errors.false_positives] == [0.9, 0.7, 0.5]
+
+
+@pytest.mark.parametrize("examples, pictures", [(0, 0), (2, 4), (5, 6)])
+def test_so_many_pictures_and_no_more(files, tmp_path, examples, pictures):
+    found, truth = files([annotation(i + 1, i, 7, [50, 50, 20, 20]) for i in range(3)], [])
+    found.write_text(json.dumps([result(i, 7, [0, 0, 20, 20], 0.9) for i in range(3)]))
+    for i in range(3):
+        Image.new("RGB", (200, 150)).save(tmp_path / f"{i}.png")
+    write_eval_report(found, truth, tmp_path / "page.html", images=tmp_path, examples=examples)
+    assert (tmp_path / "page.html").read_text().count('src="data:image/jpeg') == pictures
+    with pytest.raises(ValueError, match="examples must be >= 0, got -1"):
+        write_eval_report(found, truth, tmp_path / "page.html", examples=-1)
+
+
+def test_names_that_no_file_can_have(files, tmp_path):
+    found, truth = files([annotation(1, 0, 7, BOX)], [], names=("\ud800cat", "dog"))
+    for name in ("\ud800.png", "x" * 5000):
+        assert find_image(tmp_path, name) is None
+    write_eval_report(found, truth, tmp_path / "page.html", images=tmp_path)
+    assert ">cat<" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_crop_keeps_proportions_and_a_photograph_is_turned(tmp_path):
+    image = Image.new("RGB", (100, 60), "#000")
+    image.paste("#fff", (40, 20, 60, 40))
+    shown = np.asarray(crop(image, [([40, 20, 20, 20], "#E69F00")]).convert("L")) > 250
+    ys, xs = np.nonzero(shown)
+    assert abs(np.ptp(xs) - np.ptp(ys)) <= 1 and abs(xs.mean() - SIDE / 2) < 2 and abs(ys.mean() - SIDE / 2) < 2
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (60, 100)
