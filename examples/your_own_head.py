@@ -9,7 +9,12 @@ from detectron2.config import configurable
 from detectron2.modeling import build_model
 from focal_head_in_your_detector import fit
 
-from focal_plugin import RETINANET_HEAD_REGISTRY, FocalHead, get_config
+from focal_plugin import RETINANET_HEAD_REGISTRY, FocalHead, extend_config, get_config
+
+
+@extend_config
+def add_poly_config(cfg):
+    cfg.MODEL.FOCAL.POLY_EPSILON = 1.0
 
 
 @RETINANET_HEAD_REGISTRY.register()
@@ -35,8 +40,7 @@ class PolyHead(FocalHead):  # of OHEMHead: it would be mined by this loss
 
 
 def main(steps: int = 20, epsilon: float = 1.0):
-    cfg = get_config("digits/focal.yaml", ["MODEL.FOCAL.HEAD", "PolyHead"])
-    cfg.MODEL.FOCAL.POLY_EPSILON = epsilon
+    cfg = get_config("digits/focal.yaml", ["MODEL.FOCAL.HEAD", "PolyHead", "MODEL.FOCAL.POLY_EPSILON", str(epsilon)])
     torch.manual_seed(0)
     model = build_model(cfg)
     history = fit(model, steps)

@@ -17,7 +17,7 @@ except ModuleNotFoundError as e:
     ) from None
 
 from . import backbone as _backbone  # noqa: F401, registers a builder
-from .config import add_focal_config, get_config, load_config
+from .config import add_focal_config, extend_config, get_config, load_config
 from .data.digits import register_digits
 from .heads import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, build_retinanet_head
 from .retinanet import FocalRetinaNet
@@ -33,6 +33,7 @@ __all__ = [
     "SSDHead",
     "add_focal_config",
     "build_retinanet_head",
+    "extend_config",
     "get_config",
     "load_config",
 ]

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Union
 
@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from .yaml_safety import BASE_KEY, check_text, read_config_files
 
 _TOO_NESTED = "a value is nested too deeply"
+_EXTENSIONS: list[Callable[[CN], None]] = []
 
 
 def add_focal_config(cfg: CN) -> None:
@@ -95,6 +96,17 @@ def _ssd_defaults() -> CN:
     return node
 
 
+def extend_config(add_keys: Callable[[CN], None]) -> Callable[[CN], None]:
+    """Lets :func:`load_config`, and so the tools, know keys of your own, such as those of a head: a decorator.
+
+    Args:
+        add_keys: is given the config with all defaults; adds keys to it.
+    """
+    if add_keys not in _EXTENSIONS:
+        _EXTENSIONS.append(add_keys)
+    return add_keys
+
+
 def get_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     """A config that came with focal_plugin (``"retina_focal.yaml"``), or any other YAML file, over the defaults.
 
@@ -145,7 +157,14 @@ def load_config(config_file: Union[str, os.PathLike], opts: Sequence[str] = ()) 
     """
     cfg = get_cfg()
     add_focal_config(cfg)
+    for add_keys in _EXTENSIONS:
+        add_keys(cfg)
     path = os.fspath(config_file)
+    if path.endswith(".py"):
+        raise ValueError(
+            f"{path} is a Python config, which tools/lazyconfig_train_net.py takes; here give the YAML file of the "
+            "same recipe"
+        )
     if path:
         default = cfg.OUTPUT_DIR
         _merge_file(cfg, path)

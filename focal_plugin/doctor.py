@@ -159,7 +159,8 @@ def _check_plugin() -> Iterator[Finding]:
     source = (folder / "__init__.py").read_text(encoding="utf-8")
     version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     yield Finding("version", version.group(1) if version else "unknown")
-    yield Finding("folder", str(folder))
+    other = "" if folder == HERE else f" (not the checkout of this tool, {HERE}: PYTHONPATH=. would take that)"
+    yield Finding("folder", f"{folder}{other}")
     yield Finding("git commit", _git_commit(folder))
     plugin, why = load("focal_plugin")
     way_out = "" if plugin else "the message says what is missing; lines marked with ! say how to get it"

@@ -72,6 +72,10 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
             LazyConfig.apply_overrides(cfg, [text])
         except (HydraException, KeyError, OmegaConfBaseException, ValueError) as e:
             raise ValueError(f"override {text}: {e.args[0] if e.args else e}") from e
+    for key in ("train.max_iter", "train.log_period", "train.checkpointer.period"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{config_file}: {key} must be a whole number of at least 1, got {value!r}")
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as e:
@@ -93,7 +97,7 @@ def _check_override(cfg: DictConfig, text: str) -> None:
         raise ValueError(f"unknown key {key!r}; {hint}(to add one that the config leaves out: +{text})")
     if isinstance(before, DictConfig) and not isinstance(value, dict):
         raise ValueError(f"it is a group of keys, such as {key}.{next(iter(before), '...')}")
-    kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(before))
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(before))
     if kinds and type(value) not in kinds:
         raise ValueError(f"it is {before!r} in the config: {value!r} must be of that type, {type(before).__name__}")
 

@@ -149,8 +149,10 @@ class FocalPluginLoss(nn.Module):
 
 def _without_ignored(pred: Tensor, target: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
     """``pred`` and ``target`` with a loss, before its weight, that is finite where ``ignored``, (N, 1) or (N, C)."""
-    if target.dim() == 1 and ignored.shape[1] == 1:  # labels say it themselves, and no logits are copied
-        return pred, target.long().masked_fill(ignored[:, 0], IGNORE)
+    if target.dim() == 1:  # labels say it themselves, and no logits are copied
+        target = target.long().masked_fill(ignored.all(dim=1), IGNORE)
+        if ignored.shape[1] == 1:
+            return pred, target
     return pred.masked_fill(ignored, 0.0), target
 
 

@@ -164,6 +164,9 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         if hasattr(self.head, "detection_logits"):
             logits = [self.head.detection_logits(x) for x in logits]
         first = ImageList(images.tensor[:1], images.image_sizes[:1])
+        anchors = Boxes.cat(self.anchor_generator(features)).tensor
+        if not torch.isfinite(self._decode(anchors, self.flatten_deltas(deltas))).all():
+            return  # upstream's boxes refuse it; that the training has broken is not for a picture to say
         results = self.forward_inference(first, [x[:1] for x in features], [logits, deltas])
         image = images[0] * self.pixel_std + self.pixel_mean
         drawn = {"image": image.clamp(0, 255).round().byte().cpu(), "instances": gt_instances[0].to("cpu")}

@@ -76,7 +76,8 @@ class SSDHead(OHEMHead):
 
     def detection_logits(self, logits: Tensor) -> Tensor:
         """(N, A * K, Hi, Wi) numbers whose sigmoid is the softmax of the (N, A * (K + 1), Hi, Wi) ``logits``."""
-        n, _, height, width = logits.shape
-        log_p = logits.view(n, -1, self.num_classes + 1, height, width).float().log_softmax(dim=2)[:, :, :-1]
+        n, channels, height, width = logits.shape
+        outputs = self.num_classes + 1
+        log_p = logits.view(n, channels // outputs, outputs, height, width).float().log_softmax(dim=2)[:, :, :-1]
         # log(p / (1 - p)), where p that is 1 gives infinity, whose sigmoid is 1.
         return (log_p - torch.log1p(-log_p.exp())).flatten(1, 2)

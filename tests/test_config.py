@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from focal_plugin import add_focal_config, get_config, load_config
+from focal_plugin import add_focal_config, extend_config, get_config, load_config
 from focal_plugin.config import config_dir
 
 COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "retina_ohem_1to3.yaml", "retina_ce.yaml"]
@@ -179,6 +179,25 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_missing_file_lists_what_there_is():
     with pytest.raises(FileNotFoundError, match=r"no config file 'retina_fokal.yaml'; .*retina_focal.yaml"):
         get_config("retina_fokal.yaml")
+
+
+def test_keys_of_ones_own(monkeypatch):
+    monkeypatch.setattr("focal_plugin.config._EXTENSIONS", [])
+
+    @extend_config
+    def add_keys(cfg):
+        cfg.MODEL.FOCAL.MINE = 1.0
+
+    assert extend_config(add_keys) is add_keys  # twice is once
+    assert get_config("digits/focal.yaml").MODEL.FOCAL.MINE == 1.0
+    assert get_config("digits/focal.yaml", ["MODEL.FOCAL.MINE", "2"]).MODEL.FOCAL.MINE == 2.0
+    with pytest.raises(ValueError, match=r"did you mean MODEL\.FOCAL\.MINE"):
+        get_config("digits/focal.yaml", ["MODEL.FOCAL.MIN", "2"])
+
+
+def test_a_python_config_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"retina_focal.py is a Python config, which tools/lazyconfig_train_net.py"):
+        get_config("lazy/retina_focal.py")
 
 
 def test_import_registers_and_touches_nothing_else(tmp_path):

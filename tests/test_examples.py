@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def forget_what_is_registered(monkeypatch):
     """The examples register classes on import, and are imported as their own scripts see them."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("focal_plugin.config._EXTENSIONS", [])
     for registry in (META_ARCH_REGISTRY, RETINANET_HEAD_REGISTRY):
         monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
     yield

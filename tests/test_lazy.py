@@ -270,6 +270,17 @@ def test_running_mean_goes_on_with_the_checkpoint(script, small, tmp_path):
     assert _content(tmp_path / "out" / "model_final.pth")["model"]["loss_normalizer"] == before
 
 
+def test_resume_takes_no_weights_of_another_model_and_evaluates_no_random_ones(script, small, tmp_path, capsys):
+    flags, opts = small("retina_focal")
+    assert script(*flags, "--eval-only", "--resume", *opts) == 2  # "out" is not there
+    (tmp_path / "out").mkdir()
+    assert script(*flags, "--eval-only", "--resume", *opts) == 2
+    assert capsys.readouterr().err.count("--eval-only would evaluate random weights") == 2
+    assert script(*flags, *opts) == 0
+    assert script(*flags, "--resume", *opts, "model.backbone.out_channels=32", "train.max_iter=3") == 2
+    assert "is of another model: " in capsys.readouterr().err
+
+
 # ------------------------------ bad input
 
 STOCK = (ROOT / "configs" / "lazy" / "retina_focal.py").read_text()
@@ -293,6 +304,9 @@ STOCK = (ROOT / "configs" / "lazy" / "retina_focal.py").read_text()
         ("dataloader.train.total_batch_size=0", "dataloader.train: "),
         ("train.init_checkpoint=nowhere.pth", "train.init_checkpoint: there is no file 'nowhere.pth'"),
         ("--resume", "put all flags before them"),
+        ("train.output_dir=5", "must be of that type, str"),
+        ("train.log_period=0", "train.log_period must be a whole number of at least 1"),
+        ("train.checkpointer.period=0", "train.checkpointer.period must be a whole number of at least 1"),
     ],
 )
 def test_bad_overrides_are_refused_with_one_message(script, small, capsys, override, said):

@@ -138,13 +138,14 @@ def test_weight_0_ignores_whatever_the_logit_is(ours, targets, kind, bad):
     use_sigmoid = targets != "softmax"
     pred, target = make_case(channels=C if use_sigmoid else C + 1)
     weight = make_weight(kind)
+    weight.view(N, -1)[0] = 0  # a whole row, for every kind of weight
     loss = ours(use_sigmoid)
     gone = (weight.view(N, -1) == 0).expand_as(pred)
     assert gone.any() and not gone.all()
     poisoned = pred.detach().masked_fill(gone, bad).requires_grad_()
     labels = target.clone()
-    if kind in ("row", "column"):
-        labels[gone[:, 0]] = 255  # neither does it matter what the label is
+    if targets != "dense":
+        labels[gone.all(dim=1)] = 255  # neither does it matter what the label is
     if targets == "dense":
         target = labels = F.one_hot(target, C + 1)[:, :C].double()
     for reduction in ("mean", "none"):

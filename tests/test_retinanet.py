@@ -282,6 +282,28 @@ def test_vis_period_draws_truth_over_predictions(tiny_config, make_batch, head, 
     assert (truth > 8).any() and (predicted > 8).any() and not (truth == predicted).all()
 
 
+@pytest.mark.parametrize("head", ["focal", "ssd"])
+def test_drawing_in_channels_last_leaves_the_logits_alone(tiny_config, make_batch, head):
+    """There upstream's inference would overwrite the very logits that the backward pass needs."""
+    gradients = []
+    for period in ("0", "1"):
+        model = build(tiny_config(*HEADS[head], "VIS_PERIOD", period)).to(memory_format=torch.channels_last)
+        with EventStorage():
+            sum(model(make_batch([2])).values()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_a_broken_model_is_not_drawn(tiny_config, make_batch, bad):
+    """Upstream's boxes would raise before the guard of the loss can say which images it broke on."""
+    model = build(tiny_config("VIS_PERIOD", "1"))
+    torch.nn.init.constant_(model.head.bbox_pred.bias, bad)
+    with EventStorage() as storage:
+        model(make_batch([2]))
+        assert not storage._vis_data
+
+
 def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_path):
     """Through upstream's writer and back, for OHEM, which logs what it kept as well."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

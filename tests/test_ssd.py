@@ -99,6 +99,10 @@ def test_scores_are_a_softmax(num_classes, dtype, scale):
     torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
 
 
+def test_scores_of_no_image():
+    assert make_head(3).detection_logits(torch.zeros(0, A * 4, 5, 5)).shape == (0, A * 3, 5, 5)
+
+
 def test_detections_are_those_of_the_softmax(tiny_config, make_batch):
     """The whole model: scores of what is detected are softmax scores of what the head gives in training."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         seen = replay(args.file, args.opts)
-    except (OSError, ValueError) as error:
+    except (AssertionError, OSError, ValueError) as error:  # of fvcore, on boxes that are none
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"step {seen.iteration}, then: " + ", ".join(f"{key} {value}" for key, value in seen.facts.items()))

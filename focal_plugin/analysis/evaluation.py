@@ -109,7 +109,8 @@ def read_truth(path: str | os.PathLike) -> COCO:
     content = _read_json(path)
     lists = isinstance(content, dict) and [content.get(key) for key in ("images", "annotations", "categories")]
     if not lists or not all(isinstance(x, list) and all(isinstance(y, dict) for y in x) for x in lists):
-        raise ValueError(f"{path}: not annotations in COCO's format (images, annotations and categories)")
+        hint = "; are the two files swapped? Predictions go first" if isinstance(content, list) else ""
+        raise ValueError(f"{path}: not annotations in COCO's format (images, annotations and categories){hint}")
     images, annotations, categories = lists
     try:
         image_ids, category_ids = _read_ids("images", images), _read_ids("categories", categories)
@@ -145,6 +146,9 @@ def read_truth(path: str | os.PathLike) -> COCO:
 def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
     """Results in COCO's format, of the images and categories of ``truth``.
 
+    Where all name their image (``file_name``, as those of tools/predict.py), that and not ``image_id`` says which it
+    is.
+
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is something else, or of other images or categories;
             the message names it.
@@ -162,6 +166,8 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
             raise ValueError(f"{path}: result {number} has no {e}") from e
         except (TypeError, ValueError) as e:
             raise ValueError(f"{path}: result {number}: {e}") from e
+    if content and all(isinstance(result.get("file_name"), str) for result in content):
+        _number_by_file_name(path, content, truth)
     for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
         values = [result.get(key) for result in content]
         strange = [v for v in values if not isinstance(v, (int, str)) or v not in known]
@@ -171,6 +177,20 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
                 f"as {str(strange[0])[:60]!r} (they have {str(next(iter(known)))[:60]!r}): predictions of other data?"
             )
     return [{key: result[key] for key in ("image_id", "category_id", "bbox", "score")} for result in content]
+
+
+def _number_by_file_name(path: str | os.PathLike, results: Sequence[dict], truth: COCO) -> None:
+    """Gives results that name their images, whose numbers are tools/predict.py's own, the annotations' image ids."""
+    ids = defaultdict(list)
+    for image in truth.imgs.values():
+        ids[os.path.basename(str(image.get("file_name")))].append(image["id"])
+    for result in results:
+        found = ids.get(os.path.basename(result["file_name"]), [])
+        if len(found) != 1:
+            many = "several images" if found else "no image"
+            name = os.path.basename(result["file_name"])
+            raise ValueError(f"{path}: the annotations have {many} called {name!r:.80}")
+        result["image_id"] = found[0]
 
 
 def _read_json(path: str | os.PathLike) -> Any:
@@ -292,6 +312,8 @@ def find_errors(
     """
     if not 0 < iou <= 1:
         raise ValueError(f"the IoU must be in (0, 1], got {iou}")
+    if score_threshold is not None and math.isnan(score_threshold):
+        raise ValueError(f"the score threshold must be a number, got {score_threshold}")
     if score_threshold is None:
         score_threshold = best_score_threshold(truth, predictions, iou)
     evaluation = _match(truth, [p for p in predictions if p["score"] >= score_threshold], iou)

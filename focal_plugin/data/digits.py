@@ -295,7 +295,7 @@ def make_digits(
     folder = _folder(root, num_train, num_val, image_size, seed)
     if _is_complete(folder, counts):
         return folder
-    logger.info(f"Drawing {num_train} + {num_val} scenes of digits into {folder}")
+    logger.warning(f"Drawing, once, {num_train} + {num_val} scenes of digits into {folder}")
     draft = _sibling(folder, "draft")
     try:
         for split, count in counts.items():
@@ -417,4 +417,5 @@ def _set_metadata(split, size):
         evaluator_type="coco",
         made_on_first_use=True,
         thing_classes=list(CLASS_NAMES),
+        thing_dataset_id_to_contiguous_id={label + 1: label for label in range(len(CLASS_NAMES))},
     )

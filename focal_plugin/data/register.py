@@ -94,11 +94,16 @@ def register_coco_json(
         raise FileNotFoundError(f"{argument}: there is no file {json_file}; the form is {_FORM}")
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"{argument}: there is no directory {image_root}; the form is {_FORM}")
-    try:
-        thing_classes = thing_classes or _read_thing_classes(json_file)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
-    register_coco_instances(name, {"thing_classes": thing_classes}, str(json_file), str(image_root))
+    metadata = {"thing_classes": thing_classes}
+    if not thing_classes:
+        try:
+            names = _read_categories(json_file)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
+        # As load_coco_json will set them again, for whoever has to know before the data set is loaded.
+        ids = {category: place for place, category in enumerate(names)}
+        metadata = {"thing_classes": list(names.values()), "thing_dataset_id_to_contiguous_id": ids}
+    register_coco_instances(name, metadata, str(json_file), str(image_root))
 
 
 def _is_taken(name):
@@ -125,8 +130,8 @@ def _check_name(name, argument):
         )
 
 
-def _read_thing_classes(json_file):
-    """The class names in the order that Detectron2's `load_coco_json` gives them: by category id."""
+def _read_categories(json_file):
+    """The class names by category id, in the order of the ids: that in which `load_coco_json` numbers them."""
     lists, categories = set(), []
     try:
         for key, index, value in stream_json(json_file):  # which holds one annotation at a time
@@ -141,10 +146,10 @@ def _read_thing_classes(json_file):
     missing = [key for key in ("images", "annotations", "categories") if key not in lists]
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    return _sorted_names(categories)
+    return _names_by_id(categories)
 
 
-def _sorted_names(categories):
+def _names_by_id(categories):
     if not categories:
         raise ValueError("has no categories: there is nothing to learn")
     for category in categories:
@@ -154,4 +159,4 @@ def _sorted_names(categories):
     names = {category["id"]: category["name"] for category in categories}
     if len(names) < len(categories):
         raise ValueError("has two categories with the same id")
-    return [names[key] for key in sorted(names)]
+    return dict(sorted(names.items()))

@@ -129,8 +129,12 @@ def _tracing(model: nn.Module, image: Tensor) -> Iterator[TracingAdapter]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield TracingAdapter(model.eval(), [{INPUT: image}]).eval()
-    except RuntimeError as e:  # torch's exporters raise nothing else for an operation that they do not know
-        raise ValueError(f"{type(model).__name__} with this backbone and head cannot be exported: {e}") from e
+    except (RuntimeError, ValueError) as e:  # an operation that torch's exporters do not know; a too small image
+        height, width = image.shape[1:]
+        raise ValueError(
+            f"{type(model).__name__} with this backbone and head cannot be exported with a sample image of {height} x "
+            f"{width}: {e}"
+        ) from e
     finally:
         for module, training in modes:
             module.training = training

@@ -37,7 +37,10 @@ def load_inference_config(args: Namespace) -> tuple[CfgNode, str]:
     Raises:
         FileNotFoundError, ValueError: the config, a key, the weights; the message says which.
     """
-    names = load_config(find_config(args.config_file), args.opts).DATASETS.TEST if args.config_file else ()
+    given = load_config(find_config(args.config_file), args.opts) if args.config_file else None
+    if given is not None and not given.MODEL.WEIGHTS:
+        raise ValueError("no trained weights: add MODEL.WEIGHTS path/to/model_final.pth")
+    names = given.DATASETS.TEST if given is not None else ()
     opts = [*args.opts, "DATASETS.TEST", "()"]
     cfg = load_checked_config(Namespace(**{**vars(args), "opts": opts, "eval_only": True, "resume": False}))
     return cfg, names[0] if names else ""

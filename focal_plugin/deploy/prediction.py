@@ -78,7 +78,7 @@ def find_inputs(arguments: Sequence[str], output: str | os.PathLike | None = Non
     """
     if not arguments:
         raise FileNotFoundError("no images: name files, folders or globs")
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
@@ -94,8 +94,9 @@ def find_inputs(arguments: Sequence[str], output: str | os.PathLike | None = Non
             if not inside:
                 what = "nothing matches" if glob.has_magic(argument) else "there is no such file or folder"
                 raise FileNotFoundError(f"{argument}: {what}")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        for path in inside:
+            found.setdefault(os.path.abspath(path), path)
+    return list(found.values())
 
 
 def output_names(paths: Sequence[Path]) -> list[Path]:
@@ -136,11 +137,18 @@ def predict_image(predictor: Predictor, path: Path, output: Path, metadata: Meta
         image = read_image(os.fspath(path), "BGR")
     except Exception as e:  # Pillow raises what its decoders do
         raise UnreadableError(f"{path} cannot be read as an image: {e}") from e
-    found = predictor.detect(image)
+    found = _detect(predictor, image, path)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(os.fspath(output), draw(image, found, metadata)):
         raise UnreadableError(f"{output} cannot be written")
     return found
+
+
+def _detect(predictor: Predictor, image: np.ndarray, path: Path) -> Instances:
+    try:
+        return predictor.detect(image)
+    except ValueError as e:  # of a side that would be resized to no pixel, or too few for the network's norms
+        raise UnreadableError(f"{path}, {image.shape[1]} x {image.shape[0]} pixels, cannot be predicted on: {e}") from e
 
 
 def draw(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
@@ -175,7 +183,7 @@ def predict_video(
             if not writer.isOpened():
                 raise UnreadableError(f"{output} cannot be written as a video")
             for image in progress(_frames(video, frame), total if total > 0 else None):
-                found = predictor.detect(image)
+                found = _detect(predictor, image, path)
                 writer.write(np.ascontiguousarray(draw(image, found, metadata)))
                 yield found
 

@@ -143,7 +143,7 @@ def refusing_bad_input() -> Iterator[None]:
     """Makes a missing file and a bad value in what follows :class:`Refused`, of which only the message is printed."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as e:
+    except (OSError, ValueError) as e:
         raise Refused(str(e)) from e
 
 

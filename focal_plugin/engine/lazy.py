@@ -142,6 +142,10 @@ def _resume_or_load(trainer, checkpointer: SafeCheckpointer, options: DictConfig
     """Returns the step to start with."""
     rest = checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
     resumed_from = checkpointer.resumed_from
+    if resumed_from and checkpointer.skipped:
+        raise ValueError(f"{resumed_from} is of another model: {'; '.join(checkpointer.skipped)}")
+    if checkpointer.skipped:
+        logger.warning(f"FRESH, weights from {options.init_checkpoint}; skipped: {'; '.join(checkpointer.skipped)}")
     checkpointer.begin_run(rest.get("run", "") if resumed_from else None)
     start = trainer.iter + 1 if resumed_from else 0  # the checkpoint has the step that was just finished
     if start > options.max_iter:
@@ -198,7 +202,8 @@ def load_checked_lazy_config(args: Namespace) -> DictConfig:
         cfg.train.device = "cpu"
         cfg.train.amp.enabled = False  # upstream's AMPTrainer needs CUDA
     _check_data(cfg, ("test",) if args.eval_only else ("train", "test"))
-    weights, resumes = cfg.train.init_checkpoint, args.resume and os.path.isdir(cfg.train.output_dir)
+    weights, tag = cfg.train.init_checkpoint, os.path.join(cfg.train.output_dir, "last_checkpoint")
+    resumes = args.resume and os.path.isfile(tag)
     if args.eval_only and not weights and not resumes:
         raise ValueError("--eval-only would evaluate random weights: add train.init_checkpoint=path/to/model_final.pth")
     if weights and "://" not in weights and not os.path.isfile(weights):

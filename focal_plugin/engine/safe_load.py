@@ -70,6 +70,8 @@ def refusing(filename: str, why: str = "") -> Iterator[None]:
         if filename in str(e):
             raise
         message = f"{filename} cannot be read ({e})"
+        if "://" in filename:
+            message += "; without a network, fetch it elsewhere and give the path of the file as weights, or none"
         # urllib's have no number.
         raise (OSError(message) if e.errno is None else OSError(e.errno, message)) from e
     except Exception as e:

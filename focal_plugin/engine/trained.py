@@ -37,6 +37,7 @@ class _CompleteCheckpointer(SafeCheckpointer):
         incompatible = super()._load_model(checkpoint)
         wrong = [key for key, *_ in incompatible.incorrect_shapes]
         wrong += [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
+        wrong = list(dict.fromkeys(wrong))  # fvcore lists what has another shape among the missing ones, too
         if wrong:
             raise ValueError(
                 f"MODEL.WEIGHTS is no trained model of this config: it lacks, or has in another shape, {len(wrong)} of "

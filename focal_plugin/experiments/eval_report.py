@@ -68,6 +68,8 @@ def write_eval_report(
     """
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {os.fspath(images)}")
+    if os.path.realpath(path) in map(os.path.realpath, (predictions, annotations)):
+        raise ValueError(f"{os.fspath(path)} is one of the two files to read: give the page another name")
     if examples < 0:
         raise ValueError(f"the number of examples must be >= 0, got {examples}")
     truth = read_truth(annotations)

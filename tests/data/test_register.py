@@ -30,7 +30,7 @@ def test_known_classes_spare_a_second_reading(cells, monkeypatch):
     assert list(known) == ["cells"] and known["cells"]
     DatasetCatalog.pop("cells")
     MetadataCatalog.pop("cells")
-    monkeypatch.setattr("focal_plugin.data.register._read_thing_classes", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("focal_plugin.data.register._read_categories", lambda path: pytest.fail("read again"))
     assert register_from_args(argument, known) == known
 
 

@@ -14,6 +14,7 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
+from focal_plugin.deploy.model import category_ids
 from focal_plugin.deploy.prediction import Predictor, UnreadableError, find_inputs, output_names, predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,6 +219,37 @@ def test_nothing_is_overwritten(make_predictor, tmp_path):
     with pytest.raises(ValueError, match=r"would overwrite .*a\.png"):
         list(predict(make_predictor(), [path], tmp_path, list("abc")))
     assert path.read_bytes() == before
+
+
+def test_an_image_that_cannot_be_resized_is_skipped(make_predictor, tmp_path):
+    line, good = make_image(tmp_path / "a.png", size=(1, 3000)), make_image(tmp_path / "b.png")
+    done, results = run(make_predictor(), [line, good], tmp_path / "out")
+    assert isinstance(done[0][1], UnreadableError) and "a.png, 3000 x 1 pixels" in str(done[0][1])
+    assert done[1][1] == len(results) > 0
+
+
+def test_one_image_under_two_names_is_one(tmp_path, monkeypatch):
+    make_image(tmp_path / "a.png")
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_inputs(["a.png", "x/../a.png", "*.png"]) == [Path("a.png")]
+
+
+def test_categories_have_the_ids_of_the_json(make_predictor, tmp_path, call, restore_catalogs):
+    """Of a registered data set, which is not loaded for it, and of the digits, which are not even drawn."""
+    make_predictor()
+    image = make_image(tmp_path / "in" / "a.png")
+    categories = [{"id": id_, "name": name} for id_, name in ((30, "cow"), (4, "cat"), (17, "dog"))]
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--score-threshold", "0.0"]
+    flags += ["--register", f"animals={tmp_path / 'truth.json'}:{tmp_path / 'in'}"]
+    opts = ["MODEL.WEIGHTS", tmp_path / "weights.pth", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    opts += ["DATASETS.TEST", '("animals",)', "INPUT.MIN_SIZE_TEST", "64"]
+    assert call(image, *flags, *opts)[0] == 0
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {(r["category_id"], r["category"]) for r in results} == {(4, "cat"), (17, "dog"), (30, "cow")}
+    assert category_ids(10, "digits_val") == list(range(1, 11))
+    assert category_ids(3) == [0, 1, 2]
 
 
 @pytest.fixture

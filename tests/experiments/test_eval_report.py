@@ -300,6 +300,32 @@ def test_bad_files_are_named(files, capsys, tmp_path, annotations, results, mess
     assert not (tmp_path / "x" / "page.html").exists()
 
 
+def test_results_that_name_their_images_are_matched_by_that(files, tmp_path):
+    """As tools/predict.py numbers them: in the order of the files, from 0."""
+    annotations, results = random_case(2)
+    paths = files(annotations, results, num_images=6)
+    want = evaluate(*read(paths))[0].scores
+    for r in results:
+        r["file_name"] = f"somewhere/{r['image_id']}.png"
+        r["image_id"] = 5 - r["image_id"]
+    paths = files(annotations, results, num_images=6)
+    assert evaluate(*read(paths))[0].scores == want and want["AP"] > 5
+    results[3]["file_name"] = "x/other.png"
+    with pytest.raises(ValueError, match=r"the annotations have no image called 'other\.png'"):
+        read(files(annotations, results, num_images=6))
+
+
+def test_numbers_out_of_range_and_overwritten_inputs(files, tmp_path, capsys):
+    found, truth = files(GOOD, [result(0, 7, BOX, 0.5)])
+    before = found.read_text()
+    for words in (["--score-threshold", "nan"], ["--examples", "-1"], ["--iou", "2"], ["--output", str(found)]):
+        assert load_tool().main([str(found), str(truth), "--output", str(tmp_path / "p.html"), *words]) == 2
+        assert "error: " in capsys.readouterr().err
+    assert found.read_text() == before and not (tmp_path / "p.html").exists()
+    assert load_tool().main([str(truth), str(found), "--output", str(tmp_path / "p.html")]) == 2
+    assert "are the two files swapped? Predictions go first" in capsys.readouterr().err
+
+
 def test_missing_files_are_named(files, capsys, tmp_path):
     found, truth = files(GOOD, [])
     out = ["--output", str(tmp_path / "page.html")]

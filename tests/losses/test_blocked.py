@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from focal_plugin.losses import blocked, sigmoid_focal_loss, softmax_focal_loss
 from focal_plugin.losses.alpha import Weights
 from focal_plugin.losses.blocked import Layout
-from focal_plugin.losses.focal import LabelLoss, label_loss
+from focal_plugin.losses.focal import LabelLoss, label_loss, label_loss_and_rows
 from focal_plugin.losses.formulas import Focal
 
 N, A, K, H, W = 2, 3, 4, 5, 6
@@ -124,6 +124,15 @@ def test_rows_are_the_sums_over_the_classes():
     want = sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2)
     torch.testing.assert_close(rows, want)
     assert rows.shape == labels.shape and not rows.requires_grad
+
+
+def test_the_rows_beside_the_sum_have_no_gradient():
+    x, labels = torch.randn(3, 4, 5, requires_grad=True), torch.randint(-1, 5, (3, 4))
+    total, rows = label_loss_and_rows(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, -1)
+    assert total.requires_grad and not rows.requires_grad and rows.shape == labels.shape
+    torch.testing.assert_close(rows.sum(), total.detach())
+    want = torch.autograd.grad(sigmoid_focal_loss(x, labels, 0.25, 2.0, "sum"), x)
+    assert torch.equal(torch.autograd.grad(total + rows.sum(), x)[0], want[0])
 
 
 def test_only_logits_and_labels_are_kept_for_the_backward_pass():
