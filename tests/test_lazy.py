@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils.logger import setup_logger
 
 from focal_plugin import get_config
 from focal_plugin.data import make_digits, register_coco_json
@@ -179,6 +181,18 @@ def test_the_rest_of_the_run_is_equal(pair):
 
 
 # ------------------------------ the script
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """The script's log to what pytest has captured, which is closed when the next test logs."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "focal_plugin")]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    setup_logger.cache_clear()  # or the next test's are not set up
 
 
 @pytest.fixture(scope="module")
