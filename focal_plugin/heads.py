@@ -82,6 +82,11 @@ class HeadLosses(NamedTuple):
     loss_cls_pos: Optional[Tensor] = None
 
 
+def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
+    """Of labels in -1 to K those that are a class."""
+    return (labels >= 0) & (labels < num_classes)
+
+
 def by_level(pred_logits: list[Tensor], labels: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Per level the logits as (N, A, K, Hi, Wi) and their labels as (N, A, Hi, Wi): views, nothing is copied.
 
@@ -186,7 +191,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         if self._has_own_loss():
             return self.classification_loss(logits, labels, "sum", class_dim), None
         total, rows = label_loss_and_rows(self.loss_op(logits), logits, labels, class_dim)
-        return total, torch.where(self.is_foreground(labels), rows, 0).sum()
+        return total, torch.where(is_foreground(labels, self.num_classes), rows, 0).sum()
 
     def loss_op(self, logits: Tensor) -> BlockedLoss:
         """The loss as the engine of :mod:`focal_plugin.losses.blocked` takes it, for ``logits`` such as these."""
@@ -199,10 +204,6 @@ class FocalHead(Float32Buffers, RetinaNetHead):
     def _weights(self, logits: Tensor) -> Weights:
         return alpha_weights(self.alpha if self.class_alpha is None else self.class_alpha, self.num_classes, logits)
 
-    def is_foreground(self, labels: Tensor) -> Tensor:
-        """Of labels in -1 to K those that are a class."""
-        return (labels >= 0) & (labels < self.num_classes)
-
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """
         Args:
@@ -213,7 +214,8 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         check_label_range(labels, self.num_classes)
         sums = [self.loss_sum(x, y, class_dim=2) for x, y in self.by_level(pred_logits, labels)]
         positive = None if sums[0][1] is None else sum(part for _, part in sums)
-        return HeadLosses(sum(total for total, _ in sums), self.is_foreground(labels), loss_cls_pos=positive)
+        box_mask = is_foreground(labels, self.num_classes)
+        return HeadLosses(sum(total for total, _ in sums), box_mask, loss_cls_pos=positive)
 
     def by_level(self, pred_logits: list[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """See :func:`by_level`."""
@@ -319,7 +321,7 @@ class OHEMHead(FocalHead):
             self._log(ranks, labels, kept)
         loss_cls, positive = self.loss_sum(*self.kept_rows(pred_logits, labels, kept), class_dim=-1)
         num_examples = kept.sum() if self.normalizer == "selected" else None
-        box_mask = self.is_foreground(labels)
+        box_mask = is_foreground(labels, self.num_classes)
         num_boxes = None
         if self.box_loss_on == "selected":
             box_mask = box_mask & kept

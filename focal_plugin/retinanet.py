@@ -18,10 +18,10 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
-from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head
+from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
 from .losses.buffers import Float32Buffers
 from .losses.iou import iou_loss
-from .rng import get_rng_state, set_rng_state
+from .rng import rng_kept
 from .scalars import DeferredScalars
 
 _IOU_LOSSES = {"iou": iou_loss, "giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -170,11 +170,8 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         results = self.forward_inference(first, [x[:1] for x in features], [logits, deltas])
         image = images[0] * self.pixel_std + self.pixel_mean
         drawn = {"image": image.clamp(0, 255).round().byte().cpu(), "instances": gt_instances[0].to("cpu")}
-        state = get_rng_state()  # the colours are drawn by lot
-        try:
+        with rng_kept():  # the colours are drawn by lot
             self.visualize_training([drawn], [results[0]])
-        finally:
-            set_rng_state(state)
 
     def losses(
         self,
@@ -199,17 +196,17 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         deltas = self.flatten_deltas(pred_deltas)
         labels = torch.stack(gt_labels) if gt_labels else anchors.new_zeros((0, len(anchors)), dtype=torch.long)
         boxes = torch.stack(gt_boxes) if gt_boxes else anchors.new_zeros((0, len(anchors), 4))
-        is_foreground = self._is_foreground(labels)
+        foreground = is_foreground(labels, self.num_classes)
 
         out: HeadLosses = self.head.losses(pred_logits, self.anchor_targets(anchors, deltas, labels, boxes))
         loss_box = self._box_losses(anchors, deltas, boxes, out.box_mask).sum()
 
-        num_pos = self._normalizer(is_foreground.sum(), running_mean=self.normalizer == "ema")
+        num_pos = self._normalizer(foreground.sum(), running_mean=self.normalizer == "ema")
         num_examples = num_pos if out.num_examples is None else self._normalizer(out.num_examples)
         num_boxes = num_pos if out.num_boxes is None else self._normalizer(out.num_boxes)
         loss_cls = out.loss_cls / num_examples
         positive = None if out.loss_cls_pos is None else out.loss_cls_pos / num_examples
-        self._log(labels, is_foreground, num_pos, loss_cls, positive)
+        self._log(labels, foreground, num_pos, loss_cls, positive)
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box / num_boxes}
 
     @staticmethod
@@ -231,12 +228,9 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         return AnchorTargets(
             labels=labels,
             anchors=anchors,
-            box_losses=lambda: self._box_loss_map(anchors, deltas, gt_boxes, self._is_foreground(labels)),
+            box_losses=lambda: self._box_loss_map(anchors, deltas, gt_boxes, is_foreground(labels, self.num_classes)),
             pred_boxes=lambda: self._decode(anchors, deltas),
         )
-
-    def _is_foreground(self, labels: Tensor) -> Tensor:
-        return (labels >= 0) & (labels < self.num_classes)
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
         """(M,) box losses of the M anchors in the (N, R) ``mask``, as upstream's ``_dense_box_regression_loss``."""
@@ -273,10 +267,10 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         # DDP averages the workers' gradients, so the joint count is shared out among them.
         return total / world_size
 
-    def _log(self, labels, is_foreground, num_pos: Tensor, loss_cls: Tensor, positive: Optional[Tensor]) -> None:
+    def _log(self, labels, foreground, num_pos: Tensor, loss_cls: Tensor, positive: Optional[Tensor]) -> None:
         num_images = max(len(labels), 1)
         scalars = {
-            "num_pos_anchors": is_foreground.sum() / num_images,
+            "num_pos_anchors": foreground.sum() / num_images,
             "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
             "loss_normalizer": num_pos,
         }

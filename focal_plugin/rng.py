@@ -37,6 +37,16 @@ def set_rng_state(state: dict) -> None:
 
 
 @contextmanager
+def rng_kept() -> Iterator[None]:
+    """Whatever is drawn inside, all generators go on outside as if nothing had been."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+@contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Python's, NumPy's and torch's CPU generators start from ``entropy`` inside, and go on outside as if nothing were.
 

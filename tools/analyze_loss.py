@@ -23,6 +23,7 @@ from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, co
 from focal_plugin.analysis.loss_distribution import GAMMAS
 from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
 from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
+from focal_plugin.data import add_register_argument
 from focal_plugin.engine import load_checked_config
 from focal_plugin.engine.trained import load_model
 
@@ -42,13 +43,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="of the model; without one only Figure 1 is drawn")
-    add(
-        "--register",
-        action="append",
-        default=[],
-        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
-        help="register a COCO-format data set under NAME; repeatable",
-    )
+    add_register_argument(parser)
     add("--dataset", metavar="NAME", help="annotated images to run the model on, instead of DATASETS.TEST")
     add("--num-images", type=positive_number, metavar="N", help="a random choice of N of them (default: all)")
     add("--figure", type=int, choices=(1, 4), help="only this one (default: both, or 1 without --config-file)")

@@ -32,7 +32,10 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
             problems.append(f'DATASETS.{key} is the string "{names}", not a tuple: write ("{names}",)')
         else:
             problems += [
-                _check_registered(key, name) or _check_files(key, name) or _check_classes(cfg, name) for name in names
+                check_registered(f"DATASETS.{key}", name)
+                or check_files(f"DATASETS.{key}", name)
+                or _check_classes(cfg, name)
+                for name in names
             ]
         if key == "TRAIN" and not names:
             problems.append("DATASETS.TRAIN is empty: there is nothing to train on")
@@ -41,17 +44,17 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         raise ValueError("\n".join(problems))
 
 
-def _check_registered(key, name):
-    """The problem with a data set's name, or None."""
+def check_registered(key: str, name: str) -> str | None:
+    """The problem with a data set's name, which the config has under ``key``, or None."""
     if name in DatasetCatalog:
         return None
     near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     own = f"--register {name}=annotations.json:image_dir"
-    return f"DATASETS.{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
+    return f"{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
 
 
-def _check_files(key, name):
+def check_files(key: str, name: str) -> str | None:
     """The problem with what a registered data set needs on disk, or None."""
     meta = MetadataCatalog.get(name)
     if meta.get("made_on_first_use"):
@@ -60,7 +63,7 @@ def _check_files(key, name):
         path = meta.get(what)
         if path and "://" not in path and not os.path.exists(path):
             return (
-                f"DATASETS.{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
+                f"{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
                 "folder that holds them (Detectron2's own data sets), or --register them"
             )
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,18 @@ from .findings import shown
 from .json_stream import LIST, NotAnObjectError, stream_json
 
 _FORM = "--register name=annotations.json:image_dir"
+
+
+def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
+    """The flag ``--register``, repeatable, whose values :func:`register_from_args` takes."""
+    purpose = f", {purpose}" if purpose else ""
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
+        help=f"register a COCO-format data set under NAME{purpose}; repeatable",
+    )
 
 
 def register_from_args(

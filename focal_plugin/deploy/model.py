@@ -9,19 +9,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 
 from ..config import find_config, load_config
+from ..data import add_register_argument
 from ..engine import load_checked_config
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
     """``--config-file``, ``--register`` and ``--classes``: which model, and how its classes are called."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config of the model (required)")
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
-        help="register a COCO-format data set under NAME, for its class names; repeatable",
-    )
+    add_register_argument(parser, "for its class names")
     parser.add_argument("--classes", metavar="A,B,C", help="class names (default: those of DATASETS.TEST, or numbers)")
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from torch import multiprocessing
 
 from ..config import find_config, load_config
-from ..data import check_datasets, check_training_data, register_from_args
+from ..data import add_register_argument, check_datasets, check_training_data, register_from_args
 from ..heads import build_retinanet_head
 from .checkpoint import SafeCheckpointer
 from .interrupt import RESUME_ME, Interrupted, stop_requested, stopped_by_sigterm
@@ -38,13 +38,7 @@ def argument_parser() -> ArgumentParser:
     """Upstream's parser with ``--register``."""
     parser = default_argument_parser()
     # Right after the flags and not behind `opts`, which swallows all that follows it.
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
-        help="register a COCO-format data set under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
-    )
+    add_register_argument(parser, "for DATASETS.TRAIN and DATASETS.TEST")
     return parser
 
 
@@ -68,12 +62,19 @@ def run(args: Namespace) -> int:
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if cfg.MODEL.DEVICE == "cpu":
-        # Upstream's launch goes by the machine, not by MODEL.DEVICE, and would give CPU workers NCCL.
+    return launch_workers(place, _worker, args, on_cpu=cfg.MODEL.DEVICE == "cpu", saves_on_sigterm=not args.eval_only)
+
+
+def launch_workers(
+    place: Place, worker: Callable[[Namespace], None], args: Namespace, *, on_cpu: bool, saves_on_sigterm: bool
+) -> int:
+    """Has ``worker(args)`` run by every worker; what becomes of it, printed and as the exit code of :func:`run`."""
+    if on_cpu:
+        # Upstream's launch goes by the machine, not by what the config says, and would give CPU workers NCCL.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        with nullcontext() if args.eval_only else stopped_by_sigterm():
-            place.launch(_worker, args)
+        with stopped_by_sigterm() if saves_on_sigterm else nullcontext():
+            place.launch(worker, args)
     except Interrupted:
         return RESUME_ME
     except (Refused, FloatingPointError) as e:
@@ -86,7 +87,7 @@ def run(args: Namespace) -> int:
         print(f"error: {e}; why, it has printed above", file=sys.stderr)
         return 1
     except multiprocessing.ProcessRaisedException as e:
-        print(f"error: {without_traceback(str(e))}", file=sys.stderr)
+        print(f"error: {_without_traceback(str(e))}", file=sys.stderr)
         return 1
     return 0
 
@@ -95,7 +96,7 @@ class Refused(ValueError):
     """What a worker was told to start from or to train on cannot be used; the message says why and what to do."""
 
 
-def without_traceback(text: str) -> str:
+def _without_traceback(text: str) -> str:
     """What a worker has raised, where the message says it all."""
     for error in (f"{__name__}.Refused: ", "FloatingPointError: "):
         if f"\n{error}" in text:
@@ -105,14 +106,19 @@ def without_traceback(text: str) -> str:
 
 def _worker(args: Namespace) -> None:
     with nullcontext() if args.eval_only else stopped_by_sigterm():
-        try:
-            with ending_together():
-                main(args)
-                comm.synchronize()
-        finally:
-            if comm.get_world_size() > 1:
-                # Not left to the end of the process, in which the threads of a process group can abort it.
-                torch.distributed.destroy_process_group()
+        work(main, args)
+
+
+def work(main: Callable[[Namespace], object], args: Namespace) -> None:
+    """``main(args)`` in one of the workers, which end together and leave their process group."""
+    try:
+        with ending_together():
+            main(args)
+            comm.synchronize()
+    finally:
+        if comm.get_world_size() > 1:
+            # Not left to the end of the process, in which the threads of a process group can abort it.
+            torch.distributed.destroy_process_group()
 
 
 def main(args: Namespace) -> dict | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -12,23 +11,23 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import multiprocessing, nn
+from torch import nn
 
 from ..data import register_from_args
+from ..data.check import check_files, check_registered
 from ..lazy_config import find_lazy_config, load_lazy_config
-from ..rng import get_rng_state, set_rng_state
+from ..rng import rng_kept
 from .checkpoint import SafeCheckpointer
 from .hooks import BestCheckpointer, EvalHook, FlushScalars
-from .launch import Refused, refusing_bad_input, without_traceback
+from .launch import launch_workers, refusing_bad_input, work
 from .place import find_place
-from .workers import ending_together
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +42,11 @@ def run(args: Namespace) -> int:
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if cfg.train.device == "cpu":
-        # Upstream's launch goes by the machine, not by train.device, and would give CPU workers NCCL.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        place.launch(_worker, args)
-    except (Refused, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, Refused) else 1
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as e:
-        print(f"error: {without_traceback(str(e))}", file=sys.stderr)
-        return 1
-    return 0
+    return launch_workers(place, _worker, args, on_cpu=cfg.train.device == "cpu", saves_on_sigterm=False)
 
 
 def _worker(args: Namespace) -> None:
-    try:
-        with ending_together():
-            main(args)
-            comm.synchronize()
-    finally:
-        if comm.get_world_size() > 1:
-            torch.distributed.destroy_process_group()
+    work(main, args)
 
 
 def main(args: Namespace) -> dict | None:
@@ -166,13 +148,10 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
 
     Training goes on with the random numbers that it would have drawn without.
     """
-    state = get_rng_state()
-    try:
+    with rng_kept():
         with refusing_bad_input():
             loader, evaluator = _built(cfg, "dataloader.test"), _built(cfg, "dataloader.evaluator")
         results = inference_on_dataset(model, loader, evaluator)
-    finally:
-        set_rng_state(state)
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -217,18 +196,12 @@ def _check_data(cfg: DictConfig, splits: Sequence[str]) -> None:
         key = f"dataloader.{split}.dataset.names"
         names = OmegaConf.select(cfg, key, default=())
         for name in [names] if isinstance(names, str) else names:
-            if name not in DatasetCatalog:
-                near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                own = f"--register {name}=annotations.json:image_dir"
-                raise ValueError(f"{key}: no data set '{name}' is registered.{hint} To add your own: {own}")
-            meta, expected = MetadataCatalog.get(name), cfg.model.get("num_classes")
-            classes = meta.get("thing_classes")
+            problem = check_registered(key, name) or check_files(key, name)
+            if problem:
+                raise ValueError(problem)
+            classes, expected = MetadataCatalog.get(name).get("thing_classes"), cfg.model.get("num_classes")
             if None not in (classes, expected) and len(classes) != expected:
                 raise ValueError(f"'{name}' has {len(classes)} classes: set model.num_classes={len(classes)}")
-            path = meta.get("json_file", "")
-            if path and not meta.get("made_on_first_use") and "://" not in path and not os.path.exists(path):
-                raise ValueError(f"{key}: '{name}' has no {path}; set DETECTRON2_DATASETS, or --register your own")
 
 
 def _check_workers(args: Namespace, cfg: DictConfig) -> None:

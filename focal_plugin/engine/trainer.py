@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
-from ..rng import get_rng_state, set_rng_state
+from ..rng import rng_kept
 from .checkpoint import SafeCheckpointer
 from .guard import LossGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer
@@ -135,11 +135,8 @@ class FocalTrainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
         # Training goes on with the random numbers that it would have drawn without.
-        state = get_rng_state()
-        try:
+        with rng_kept():
             return super().test(cfg, model, evaluators)
-        finally:
-            set_rng_state(state)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

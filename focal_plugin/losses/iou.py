@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .focal import check_reduction
+
 
 def iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """``1 - IoU`` of each pair (L_IoU of Rezatofighi et al., CVPR 2019), with the arguments of ``fvcore.nn.giou_loss``.
@@ -17,8 +19,7 @@ def iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float
     Returns:
         (M,) losses, else a scalar.
     """
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    check_reduction(reduction)
     top_left = torch.maximum(boxes1[:, :2], boxes2[:, :2])
     bottom_right = torch.minimum(boxes1[:, 2:], boxes2[:, 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
