@@ -2,9 +2,9 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -267,11 +267,8 @@ def _check_override(cfg: CN, key: object, value: object) -> None:
 
 def _as_float(cfg: CN, key: str, value: str) -> Union[str, float]:
     """``value`` as a float where the key holds one, so that ``FOCAL_LOSS_GAMMA 2`` is no type error."""
-    node = cfg
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, CN) else None
     try:
-        return float(value) if isinstance(node, float) else value
+        return float(value) if isinstance(lookup(cfg, key), float) else value
     except (TypeError, ValueError):
         return value
 
@@ -295,6 +292,13 @@ def _explain(cfg: CN, error: Exception, key: str = "") -> str:
 def all_keys(node: CN) -> list[str]:
     """The full names of the keys of a config, groups left out."""
     return [key for key, _ in _flat(node)]
+
+
+def lookup(config: Mapping, key: str) -> Any:
+    """Return what a dotted key, such as "MODEL.FOCAL.HEAD", names in a config or nested dicts; None where it is not."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
 
 
 def _flat(node: CN, prefix: str = "") -> list[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files that are there whole or not at all, and print what stands in somebody else's."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def printable(value: object, limit: int = 60) -> str:
+    """Return the repr of a value out of somebody's file, safe to print: one line, no control characters, not long."""
+    if isinstance(value, str):
+        value = value[: limit + 1]  # repr of a huge string takes a while
+    elif isinstance(value, (list, dict)) and len(value) > limit:
+        value = list(value)[:limit]
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from ..files import printable as shown  # noqa: F401
+
 SEVERITIES = ("error", "warning", "note")
 MAX_EXAMPLES = 5
 
@@ -82,16 +84,3 @@ class Tally:
 
     def __len__(self) -> int:
         return len(self._kinds)
-
-
-def shown(value: object, limit: int = 60) -> str:
-    """A value out of somebody's file, made safe to print: one line, no control characters, not long."""
-    if isinstance(value, str):
-        value = value[: limit + 1]  # repr of a huge string takes a while
-    elif isinstance(value, (list, dict)) and len(value) > limit:
-        value = list(value)[:limit]
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
