@@ -308,6 +308,25 @@ def _flat(node: CN, prefix: str = "") -> list[tuple[str, object]]:
     return pairs
 
 
+def unknown_keys(cfg: CN) -> list[str]:
+    """Return a line for each key that was set in Python and that neither Detectron2 nor focal_plugin reads.
+
+    ``cfg.BASE_LR = 0.1`` is no error: the attribute is new, and SOLVER.BASE_LR is what it was. Groups of keys that
+    neither has are another project's, and not looked at.
+    """
+    known = load_config("")
+    names, lines = all_keys(known), []
+    for key in all_keys(cfg):
+        group, _, name = key.rpartition(".")
+        # COMPUTED_ is Detectron2's own prefix for values that code puts into a config.
+        if key in names or name.startswith("COMPUTED_") or not isinstance(lookup(known, group) if group else known, CN):
+            continue
+        near = difflib.get_close_matches(key.upper(), names, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        lines.append(f"{key}: no such key in Detectron2 or focal_plugin, nothing of theirs reads it{hint}")
+    return lines
+
+
 def _cut(value: object, limit: int = 200) -> str:
     text = str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

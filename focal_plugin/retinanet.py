@@ -14,14 +14,12 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
 from .losses.buffers import Float32Buffers
 from .losses.iou import iou_loss
-from .rng import rng_kept
 from .scalars import DeferredScalars
 
 _IOU_LOSSES = {"iou": iou_loss, "giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -143,35 +141,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         pred_logits, pred_deltas = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        losses = self.losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes)
-        if self._is_to_be_drawn():
-            self._draw(images, features, predictions, gt_instances)
-        return losses
-
-    def _is_to_be_drawn(self) -> bool:
-        """Every ``VIS_PERIOD`` steps, for the writers, which only the main worker has."""
-        if self.vis_period <= 0 or not comm.is_main_process() or not has_event_storage():
-            return False
-        return get_event_storage().iter % self.vis_period == 0
-
-    @torch.no_grad()
-    def _draw(self, images, features, predictions, gt_instances: list[Instances]) -> None:
-        """Upstream's ``visualize_training`` of the first image, which upstream's RetinaNet never calls."""
-        if not gt_instances:
-            return
-        # Copies: upstream's inference overwrites the logits that the backward pass still needs.
-        logits, deltas = ([x[:1].detach().to(torch.float32, copy=True) for x in level] for level in predictions)
-        if hasattr(self.head, "detection_logits"):
-            logits = [self.head.detection_logits(x) for x in logits]
-        first = ImageList(images.tensor[:1], images.image_sizes[:1])
-        anchors = Boxes.cat(self.anchor_generator(features)).tensor
-        if not torch.isfinite(self._decode(anchors, self.flatten_deltas(deltas))).all():
-            return  # upstream's boxes refuse it; that the training has broken is not for a picture to say
-        results = self.forward_inference(first, [x[:1] for x in features], [logits, deltas])
-        image = images[0] * self.pixel_std + self.pixel_mean
-        drawn = {"image": image.clamp(0, 255).round().byte().cpu(), "instances": gt_instances[0].to("cpu")}
-        with rng_kept():  # the colours are drawn by lot
-            self.visualize_training([drawn], [results[0]])
+        return self.losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes)
 
     def losses(
         self,

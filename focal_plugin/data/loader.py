@@ -15,8 +15,10 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 import torch.utils.data
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
@@ -24,12 +26,31 @@ from detectron2.data import detection_utils as utils
 from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
 
-from ..rng import seeded
-
 logger = logging.getLogger(__name__)
 
 _MAX_TRIES = 1000  # images, for one that can be trained on
 SKIPPED = "skipped"  # key of an image's dict: the files that it stands in for
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators start from ``entropy`` inside, and go on outside as if nothing were.
+
+    Args:
+        entropy: non-negative integers, any number of them; others give unrelated random numbers.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # Not torch.manual_seed, which seeds the GPUs as well.
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
 
 class TrainingStream(torch.utils.data.Sampler):

@@ -1,27 +1,37 @@
-"""When the loss breaks: who, where and why, with everything that is needed to look again, on all workers at once."""
+"""Stop all workers at once when a loss or gradient breaks, say who, where and why, and save what a replay needs."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase, hooks
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, distributed, nn
+from torch.nn.utils import get_total_norm
 
+from ..config import load_config
 from ..files import atomic_write
 from ..scalars import flush_scalars
-from .interrupt import stop_requested
-from .resume import unwrapped
-from .scale import REFERENCE_BATCH, REFERENCE_LR
+from .auto_scale import REFERENCE_BATCH, REFERENCE_LR
+from .preemption import stop_requested
+from .safe_load import load_plain
+from .worker_state import unwrap_ddp
 
 logger = logging.getLogger(__name__)
+
+DIVERGED = "diverged.json"
+"""File in OUTPUT_DIR that says at which "iteration" the loss of the last training broke; there only if it did."""
 
 BROKEN = "NaN or infinite"
 _CAUSES = """\
@@ -32,11 +42,12 @@ The usual causes:
   3. Numbers too large for the precision{amp}: SOLVER.AMP.ENABLED False, or SOLVER.AMP.PRECISION bfloat16."""
 
 
-class LossGuard(HookBase):
-    """Looks at every step's losses and gradients before the weights are changed; and at whether to stop.
+class NonFiniteGuard(HookBase):
+    """Look at every step's losses and gradients before the weights are changed, and at whether to stop.
 
     For the trainer that runs the steps (``DefaultTrainer._trainer``), on all workers: what one of them finds, all learn
-    in the same step. Upstream looks on the main worker only, at the losses only, and says which step.
+    in the same step, by one small tensor. Detectron2 looks on the main worker only, at the losses only, and says which
+    step.
 
     Args:
         cfg: of the run.
@@ -60,7 +71,7 @@ class LossGuard(HookBase):
     def _before_forward(self, model, args):
         if model.training:
             self._batch = args[0] if args else ()
-            normalizer = getattr(unwrapped(model), "loss_normalizer", None)
+            normalizer = getattr(unwrap_ddp(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None
 
@@ -74,49 +85,62 @@ class LossGuard(HookBase):
         Raises:
             FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
         """
-        is_finite = all_finite(list(self._losses.values()))
-        grads_finite = not is_finite or self._gradients_are_finite()
-        losses, gradients = self.ask_all(is_finite, grads_finite)
+        losses = [loss.sum() for loss in self._losses.values()]
+        loss = torch.stack(losses).sum() if losses else torch.zeros(())
+        broken = ~torch.isfinite(torch.stack([loss, self._gradient_norm(2.0).to(loss)]))
+        bad_loss, bad_gradient = self.exchange(broken)
+        if bad_gradient and not bad_loss:
+            # The squares of large gradients overflow; their maximum does not, but takes longer.
+            broken[1] = ~torch.isfinite(self._gradient_norm(math.inf))
+            bad_loss, bad_gradient = self.exchange(broken)
         self.looked_at = self.trainer.iter
-        no_loss = [rank for rank, finite in enumerate(losses) if not finite]
-        no_grads = [rank for rank, finite in enumerate(gradients) if not finite]
-        if no_loss or no_grads:
+        if bad_loss or bad_gradient:
             # One worker's loss has broken the gradients of all.
-            raise FloatingPointError(self._report(no_loss or no_grads, loss_is_finite=not no_loss))
+            raise FloatingPointError(self._report(bool(broken[0 if bad_loss else 1]), loss_is_finite=not bad_loss))
         self._batch, self._losses = (), {}
 
-    def ask_all(self, is_finite: bool = True, grads_finite: bool = True) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """What all workers say of their losses and gradients; also whether any is to stop. A collective call."""
-        all_workers = comm.all_gather((is_finite, grads_finite, stop_requested(), self.finish))
-        losses, gradients, stops, finishes = zip(*all_workers)
-        self.stopping, self.finishing = any(stops), any(finishes)
-        return losses, gradients
-
-    def _gradients_are_finite(self) -> bool:
+    def _gradient_norm(self, norm_type: float) -> Tensor:
         if isinstance(self.trainer, AMPTrainer) and self.trainer.grad_scaler.is_enabled():
-            return True  # the scaler leaves such a step out, and scales less
-        params = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
-        norms = [p.grad.norm(math.inf) for p in params if p.grad is not None]
-        return not norms or all_finite([torch.stack(norms)])
+            return torch.zeros(())  # the scaler leaves a broken step out, and scales less
+        params = (p for group in self.trainer.optimizer.param_groups for p in group["params"])
+        return get_total_norm([p.grad for p in params if p.grad is not None], norm_type, foreach=True)
 
-    def _report(self, broken: list[int], loss_is_finite: bool) -> str:
-        """The message, the same on all workers but for the batch; each broken worker saves its own first."""
+    def exchange(self, broken: Tensor | None = None) -> tuple[bool, bool]:
+        """Learn from all workers whether to stop, and whether a loss or a gradient is broken. A collective call.
+
+        Args:
+            broken: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
+        """
+        broken = torch.zeros(2, dtype=torch.bool) if broken is None else broken
+        requests = torch.tensor([stop_requested(), self.finish])
+        flags = torch.cat([broken, requests.to(broken.device, non_blocking=True)]).to(torch.uint8)
+        if comm.get_world_size() > 1:
+            if distributed.get_backend() == "nccl":
+                flags = flags.cuda()
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        bad_loss, bad_gradient, self.stopping, self.finishing = map(bool, flags.tolist())
+        return bad_loss, bad_gradient
+
+    def _report(self, is_mine: bool, loss_is_finite: bool) -> str:
+        """Save the batch of each broken worker; return the message, the same on all workers."""
         flush_scalars(self.trainer.model)
-        mine = comm.get_rank() in broken
         facts = self._facts()
-        path = self._save(facts) if mine else ""
+        path = self._save(facts) if is_mine else ""
         # On all workers, for norms over all of them.
         facts["largest |logit|"] = largest_logit(self.trainer.model, self._batch)
-        workers = comm.all_gather((facts, [image.get("file_name", "?") for image in self._batch], path))
-        what = "Gradients, not the loss," if loss_is_finite else "Loss"
-        verb = "are" if loss_is_finite else "became"
-        lines = [f"{what} {verb} infinite or NaN at iteration={self.trainer.iter}!"]
-        for rank in broken:
-            facts, files, path = workers[rank]
+        workers = comm.all_gather((is_mine, facts, [image.get("file_name", "?") for image in self._batch], path))
+        what = "Gradients, not the loss, are" if loss_is_finite else "Loss became"
+        lines = [f"{what} infinite or NaN at iteration={self.trainer.iter}!"]
+        for rank, (is_broken, facts, files, path) in enumerate(workers):
+            if not is_broken:
+                continue
             lines.append(f"Worker {rank} of {len(workers)}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
             lines.append("  images: " + ", ".join(files))
             if path:
                 lines.append(f"  saved, with the weights before this step; to look again: tools/replay_loss.py {path}")
+        if comm.is_main_process():
+            verdict = {"iteration": self.trainer.iter, "message": lines[0]}
+            self._write(DIVERGED, "w", lambda file: json.dump(verdict, file))
         return "\n".join([*lines, self._causes()])
 
     def _facts(self) -> dict[str, Any]:
@@ -125,19 +149,19 @@ class LossGuard(HookBase):
         facts = {name: float(loss.sum()) for name, loss in self._losses.items()}
         facts["learning rate"] = f"{group['lr']:.3g} (SOLVER.BASE_LR {self.cfg.SOLVER.BASE_LR:.3g})"
         logged = get_event_storage().latest()
-        for name, title in (("loss_normalizer", "normaliser"), ("num_pos_anchors", "positive anchors per image")):
+        for name, title in (("loss_normalizer", "normalizer"), ("num_pos_anchors", "positive anchors per image")):
             if name in logged:
                 facts[title] = round(logged[name][0], 3)
         return facts
 
     def _save(self, facts: dict[str, Any]) -> str:
-        """Saves the batch and the weights before the step (the norms' running statistics are those after its forward
-        pass, which training does not read); returns where, or "" if the disk does not take it."""
-        state = {name: value.detach().cpu() for name, value in unwrapped(self.trainer.model).state_dict().items()}
+        """Save the batch and the weights before the step; return where, or "" if the disk does not take it.
+
+        The norms' running statistics are those after its forward pass, which training does not read.
+        """
+        state = {name: value.detach().cpu() for name, value in unwrap_ddp(self.trainer.model).state_dict().items()}
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer.cpu()
-        name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
-        path = os.path.join(self.cfg.OUTPUT_DIR, name)
         content = {
             "model": state,
             "batch": [_plain(image) for image in self._batch],
@@ -145,9 +169,14 @@ class LossGuard(HookBase):
             "iteration": self.trainer.iter,
             "config": self.cfg.dump(),
         }
+        name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
+        return self._write(name, "wb", lambda file: torch.save(content, file))
+
+    def _write(self, name: str, mode: str, write) -> str:
+        path = os.path.join(self.cfg.OUTPUT_DIR, name)
         try:
-            with atomic_write(path, "wb") as file:
-                torch.save(content, file)
+            with atomic_write(path, mode) as file:
+                write(file)
         except (OSError, RuntimeError) as error:  # what broke the loss matters more than a full disk
             logger.warning(f"{path} could not be saved: {error}")
             return ""
@@ -168,28 +197,95 @@ class LossGuard(HookBase):
 
 
 def _plain(image: dict[str, Any]) -> dict[str, Any]:
-    """An image of a batch, in types that any checkpoint may hold."""
+    """Return an image of a batch in types that any checkpoint may hold."""
     kept = {k: image[k] for k in ("file_name", "image_id", "height", "width", "image") if k in image}
     if "instances" in image:
-        kept["boxes"] = image["instances"].gt_boxes.tensor.cpu()
-        kept["classes"] = image["instances"].gt_classes.cpu()
+        kept["boxes"] = image["instances"].gt_boxes.tensor
+        kept["classes"] = image["instances"].gt_classes
         kept["image_size"] = tuple(image["instances"].image_size)
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kept.items()}
 
 
+def _unplain(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the input of the model that :func:`_plain` was given."""
+    saved = dict(saved)
+    instances = Instances(saved.pop("image_size", saved["image"].shape[-2:]))
+    instances.gt_boxes = Boxes(saved.pop("boxes", torch.zeros(0, 4)))
+    instances.gt_classes = saved.pop("classes", torch.zeros(0, dtype=torch.long))
+    return {**saved, "instances": instances}
+
+
 @torch.no_grad()
 def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
-    """The largest of a batch, in words; computed again, since to keep those of every step would cost their memory."""
-    model = unwrapped(model)
+    """Return the largest of a batch, in words; computed again, since to keep those of every step would cost memory."""
+    model = unwrap_ddp(model)
     try:
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)
         logits, _ = model.head([features[name] for name in model.head_in_features])
-        return f"{max(float(level.abs().max()) for level in logits):.3g}" if all_finite(logits) else BROKEN
+        return f"{max(float(level.abs().max()) for level in logits):.3g}" if _all_finite(logits) else BROKEN
     except Exception as error:  # another architecture, or no memory left
         return f"unknown ({type(error).__name__})"
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no value of any is NaN or infinite."""
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
+    """Compute a step again whose loss broke, whole and image by image.
+
+    Args:
+        path: a ``broken_*.pth`` of :class:`NonFiniteGuard`.
+        opts: ``["KEY", "VALUE", ...]``: what to change in its config, to see whether that helps.
+
+    Yields:
+        What the run said, and what comes out now, a line for each thing.
+
+    Raises:
+        ValueError: the file is no such one, or an override is wrong.
+        OSError: it cannot be read.
+    """
+    content = load_plain(path)
+    missing = {"model", "batch", "facts", "iteration", "config"} - content.keys()
+    if missing:
+        raise ValueError(f"{path} was not saved by a run whose loss broke: it lacks {', '.join(sorted(missing))}")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(str(content["config"]))
+        file.flush()
+        # The run's OUTPUT_DIR may be one that only its command line could choose; here nothing is written.
+        cfg = load_config(file.name, ["OUTPUT_DIR", ".", *opts])
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    batch = [_unplain(saved) for saved in content["batch"]]
+    model = build_model(cfg).train()
+
+    def losses_of(images: list[dict]) -> dict[str, Tensor]:
+        model.load_state_dict(content["model"])  # each time: a forward pass moves the normalizer
+        with EventStorage():
+            return model(images)
+
+    facts = ", ".join(f"{key} {value}" for key, value in content["facts"].items())
+    yield f"step {content['iteration']}, then: {facts}"
+    losses = losses_of(batch)
+    sum(losses.values()).backward()
+    yield "now:"
+    yield from (f"{name:<16} {float(loss):.6g}" for name, loss in losses.items())
+    logit = largest_logit(model, batch)
+    yield f"{'largest |logit|':<16} {logit}"
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
+    where = f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite"
+    yield f"{'gradients':<16} {where}"
+    if logit == BROKEN:
+        yield "The logits themselves are not finite: the weights are broken already, and no image is to blame."
+    yield "each image alone, its losses divided by the same normalizer:"
+    for image in batch:
+        with torch.no_grad():
+            values = ", ".join(f"{name} {float(loss):.6g}" for name, loss in losses_of([image]).items())
+        boxes = image["instances"].gt_boxes.tensor
+        sides = boxes[:, 2:] - boxes[:, :2]
+        worst = ""
+        if len(boxes):
+            index = int(torch.where(torch.isfinite(sides).all(1), sides.min(1).values, -torch.inf).argmin())
+            worst = ", the smallest " + " x ".join(f"{side:.3g}" for side in sides[index].tolist())
+        yield f"{os.path.basename(image.get('file_name', '?'))} {values}, {len(boxes)} boxes{worst}"

@@ -1,4 +1,4 @@
-"""Upstream's hooks, made for runs that stop and go on."""
+"""Detectron2's hooks, made for runs that stop and go on."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data.loader import SKIPPED, too_many_bad_images
 from ..scalars import flush_scalars
 from .checkpoint import SafeCheckpointer, remove_old_checkpoints
-from .interrupt import FinishedEarly, Interrupted
-from .resume import gather_worker_states
+from .preemption import FinishedEarly, Preempted
+from .worker_state import gather_worker_states, preserve_rng, unwrap_ddp
 
 logger = logging.getLogger(__name__)
 
 
 class FlushScalars(HookBase):
-    """Hands on what the model has logged in this step: before the writers write it."""
+    """Hand on what the model has logged in this step, before the writers write it."""
 
     def after_step(self) -> None:
         flush_scalars(self.trainer.model)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Upstream's, with each worker's own state, for all workers: and the place where an interrupted run ends.
+    """Save with each worker's own state; on all workers, and the place where a preempted run ends.
 
     Args:
-        checkpointer, period: as upstream's.
-        keep: how many numbered checkpoints; 0: all. Upstream's ``max_to_keep`` forgets those of before a resume.
+        checkpointer, period: as Detectron2's.
+        keep: how many numbered checkpoints; 0: all. Detectron2's ``max_to_keep`` forgets those of before a resume.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int = 0):
@@ -49,7 +50,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def after_step(self) -> None:
         trainer = self.trainer
         if trainer.finishing:
-            self.max_iter = trainer.iter + 1  # upstream's step then saves it as the last
+            self.max_iter = trainer.iter + 1  # the step then saves it as the last
         is_last = trainer.iter + 1 >= self.max_iter
         stop = trainer.stopping and not is_last  # the last step ends the run anyway
         if not stop and not is_last and (trainer.iter + 1) % self.period:
@@ -58,16 +59,16 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if comm.is_main_process():
             self.step(trainer.iter, workers=workers, finished_early=trainer.finishing)
             if stop:
-                self.save_interrupted(workers)
+                self.save_preempted(workers)
             if self._keep:
                 remove_old_checkpoints(self.checkpointer.save_dir, self._keep, trainer.iter)
         if stop:
-            raise Interrupted
+            raise Preempted
         if trainer.finishing:
             raise FinishedEarly
 
-    def save_interrupted(self, workers: list[dict[str, Any]]) -> None:
-        """Saves the present step out of turn, if it is not saved yet; on the main worker."""
+    def save_preempted(self, workers: list[dict[str, Any]]) -> None:
+        """Save the present step out of turn, if it is not saved yet; on the main worker."""
         iteration = self.trainer.iter
         name = f"{self.file_prefix}_{iteration:07d}"
         if self.checkpointer.get_checkpoint_file() != os.path.join(self.checkpointer.save_dir, f"{name}.pth"):
@@ -76,12 +77,12 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Upstream's, but resuming does not start from the best model, and does not forget how good it was.
+    """Keep the best model in ``model_best.pth``, from which no run resumes, and remember how good it was.
 
     For the main worker, after :class:`EvalHook`.
 
     Args:
-        eval_period, checkpointer, val_metric: as upstream's.
+        eval_period, checkpointer, val_metric: as Detectron2's.
         patience: evaluations in a row without a new best after which training ends; 0: it never does.
     """
 
@@ -102,30 +103,32 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self._best_checking()  # of an evaluation that EvalHook has made up for
 
     def after_train(self) -> None:
-        # Upstream's does so after a last step that has failed, too.
         if _has_ended_well(self.trainer):
             super().after_train()
 
     def _best_checking(self):
-        if self._val_metric not in self.trainer.storage.latest():
-            super()._best_checking()  # which warns
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            logger.warning(f"TEST.BEST_METRIC {self._val_metric} is no metric of the evaluation: no best model is kept")
             return
-        whole = self._checkpointer
-        self._checkpointer = _Untagged(whole, self)
-        try:
-            super()._best_checking()
-        finally:
-            self._checkpointer = whole
+        metric, iteration = float(latest[0]), latest[1]
+        if math.isfinite(metric) and (self.best_metric is None or metric > self.best_metric):
+            best = {"name": self._val_metric, "metric": metric, "iteration": iteration, "run": self._checkpointer.run}
+            self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
+            logger.info(
+                f"{self._file_prefix}.pth: {self._val_metric} {metric:.5f} after step {iteration}, the best yet"
+            )
+            self.best_metric, self.best_iter = metric, iteration
         # Not counted but computed, so that an evaluation that is made up for does not count twice.
-        _, iteration = self.trainer.storage.latest()[self._val_metric]
         best_iter = -1 if self.best_iter is None else self.best_iter
         in_vain = (iteration - best_iter) // self._period if self._patience else 0
         if 0 < self._patience <= in_vain:
-            self._logger.info(f"{self._val_metric} has not improved in {in_vain} evaluations: training ends")
+            logger.info(f"{self._val_metric} has not improved in {in_vain} evaluations: training ends")
             self.trainer.finish()
 
     def _remember_file(self) -> None:
-        """A run that is killed after an evaluation has a better model in its folder than in its last checkpoint."""
+        """Learn from the file: a run that is killed after an evaluation has a better model there than in its last
+        checkpoint."""
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
         if not os.path.isfile(path):
             return
@@ -133,34 +136,20 @@ class BestCheckpointer(hooks.BestCheckpointer):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["best"]
             metric, iteration = float(saved["metric"]), int(saved["iteration"])
         except Exception as error:
-            self._logger.warning(f"{path} cannot be read ({error!r}), and will be replaced by the next evaluation's")
+            logger.warning(f"{path} cannot be read ({error!r}), and will be replaced by the next evaluation's")
             self.best_metric = self.best_iter = None
             return
         is_ours = saved.get("run") == self._checkpointer.run and saved.get("name") == self._val_metric
-        if is_ours and (self.best_metric is None or self._compare(metric, self.best_metric)):
+        if is_ours and (self.best_metric is None or metric > self.best_metric):
             self.best_metric, self.best_iter = metric, iteration
 
 
-class _Untagged:
-    """Saves as the best model: not the one to resume from, and with the metric that it is best in."""
-
-    def __init__(self, checkpointer, hook: BestCheckpointer):
-        self._checkpointer, self._hook = checkpointer, hook
-
-    def save(self, name: str, **state: Any) -> None:
-        metric, iteration = self._hook.trainer.storage.latest()[self._hook._val_metric]
-        if math.isfinite(metric):
-            best = {"name": self._hook._val_metric, "metric": float(metric), "iteration": iteration}
-            best["run"] = self._checkpointer.run
-            self._checkpointer.save(name, tag=False, best=best, **state)
-
-
 class EvalHook(hooks.EvalHook):
-    """Upstream's, but a run that is stopped in an evaluation makes up for it when it resumes.
+    """Evaluate as Detectron2's hook; a run that is stopped in an evaluation makes up for it when it resumes.
 
     Args:
-        eval_period, eval_function: as upstream's.
-        checkpoints: saves what is interrupted while evaluating.
+        eval_period, eval_function: as Detectron2's.
+        checkpoints: saves what is preempted while evaluating.
     """
 
     def __init__(self, eval_period: int, eval_function: Callable[[], dict], checkpoints: PeriodicCheckpointer):
@@ -184,32 +173,32 @@ class EvalHook(hooks.EvalHook):
             self.trainer.storage.iter = done
 
     def after_train(self) -> None:
-        # Upstream's evaluates after a last step that has failed, too: alone, while the other workers wait in that step.
+        # Detectron2's evaluates after a last step that has failed, too: alone, while the other workers wait in it.
         if _has_ended_well(self.trainer):
             super().after_train()
 
     def _do_eval(self):
         trainer = self.trainer
-        done = min(trainer.storage.iter + 1, trainer.max_iter)  # after the last step upstream counts one further
-        # Now, while all workers are here: an interrupted evaluation is none of their collectives any more.
+        done = min(trainer.storage.iter + 1, trainer.max_iter)  # after the last step it is counted one further
+        # Now, while all workers are here: a preempted evaluation is none of their collectives any more.
         workers = gather_worker_states(trainer.model)
         try:
             super()._do_eval()
-        except Interrupted:
+        except Preempted:
             is_saved = done in (trainer.start_iter, trainer.max_iter)
             if comm.is_main_process() and not is_saved:
-                self._checkpoints.save_interrupted(workers)
+                self._checkpoints.save_preempted(workers)
             raise
         self._evaluated = done
 
 
 def _has_ended_well(trainer) -> bool:
-    """Whether all steps were made: only then upstream counts one further than the last."""
+    """Return whether all steps were made: only then Detectron2 counts one further than the last."""
     return trainer.iter >= trainer.max_iter
 
 
 class BadImages(HookBase):
-    """Names, counts and limits the images that could not be read.
+    """Name, count and limit the images that could not be read.
 
     Args:
         limit: how many files of this worker may be replaced by others.
@@ -218,32 +207,58 @@ class BadImages(HookBase):
     def __init__(self, limit: int):
         self._limit = limit
         self._reasons: dict[str, str] = {}
-        self._handle = None
 
     def before_train(self) -> None:
         self._handle = self.trainer.model.register_forward_pre_hook(self._look_at)
 
     def after_train(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        self._handle.remove()
 
     def after_step(self) -> None:
         if self._reasons:
             self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
 
     def _look_at(self, model, args):
-        batch = args[0] if model.training and args else ()
-        for image in batch:
+        for image in args[0] if model.training and args else ():
             for name, reason in image.get(SKIPPED, ()):
-                self._take(name, reason)
-
-    def _take(self, name: str, reason: str) -> None:
-        if name in self._reasons:
-            return
-        self._reasons[name] = reason
-        logger.warning(
-            f"{name} cannot be read ({reason}); another image took its place. "
-            f"{len(self._reasons)} of at most {self._limit} (DATALOADER.MAX_BAD_IMAGES)"
-        )
+                if name in self._reasons:
+                    continue
+                self._reasons[name] = reason
+                logger.warning(
+                    f"{name} cannot be read ({reason}); another image took its place. "
+                    f"{len(self._reasons)} of at most {self._limit} (DATALOADER.MAX_BAD_IMAGES)"
+                )
         if len(self._reasons) > self._limit:
             raise ValueError(too_many_bad_images(list(self._reasons.items()), self._limit))
+
+
+class TrainingPicture(HookBase):
+    """Draw an image every ``VIS_PERIOD`` steps, its objects above what the model finds; for the main worker.
+
+    Detectron2's RetinaNet has the key and draws nothing. Training goes on bit for bit as without.
+    """
+
+    def __init__(self, period: int):
+        self._period = period
+        self._batch = []
+
+    def before_train(self) -> None:
+        self._handle = self.trainer.model.register_forward_pre_hook(self._remember)
+
+    def after_train(self) -> None:
+        self._handle.remove()
+
+    def _remember(self, model, args):
+        if model.training and args:
+            self._batch = list(args[0][:1])
+
+    def after_step(self) -> None:
+        if self.trainer.iter % self._period or not self._batch:
+            return
+        model = unwrap_ddp(self.trainer.model)
+        with preserve_rng(), inference_context(model), torch.no_grad():  # the colours are drawn by lot
+            try:
+                found = model([{"image": image["image"]} for image in self._batch])
+            except AssertionError:
+                return  # Detectron2's boxes are never infinite; that training has broken is not for a picture to say
+            model.visualize_training(self._batch, [result["instances"] for result in found])

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -21,14 +22,14 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
-from ..rng import rng_kept
+from .auto_scale import learning_rate_warning, scale_to_workers, start_banner
 from .checkpoint import SafeCheckpointer
-from .guard import LossGuard
-from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer
-from .interrupt import FinishedEarly, Interrupted, stop_requested
-from .resume import restore_worker_state
-from .scale import learning_rate_warning, scale_to_workers, start_banner, unknown_keys
+from .guard import DIVERGED, NonFiniteGuard
+from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer, TrainingPicture
+from .preemption import FinishedEarly, Preempted, stop_requested
+from .worker_state import preserve_rng, restore_worker_state
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ class FocalTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        check_amp_precision(cfg)
         self.unscaled_cfg = cfg
         cfg = scale_to_workers(cfg, comm.get_world_size())
         with _ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
@@ -52,27 +52,30 @@ class FocalTrainer(DefaultTrainer):
             self._trainer.precision = torch.bfloat16
             # bfloat16 has float32's range: no gradient underflows, and a scale would only cost its steps.
             self._trainer.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
-        self._guard = LossGuard(cfg, self.model)
+        if comm.is_main_process():
+            for line in unknown_keys(self.unscaled_cfg):
+                logger.warning(line)
+        self._guard = NonFiniteGuard(cfg, self.model)
         # Of the inner trainer, which alone calls after_backward, when the weights are still those of before the step.
         self._trainer.register_hooks([self._guard])
         self._worker_states = None
 
     @property
     def stopping(self) -> bool:
-        """Whether training ends after this step, to be resumed later; the same on all workers."""
+        """Return whether training ends after this step, to be resumed later; the same on all workers."""
         return self._guard.stopping
 
     @property
     def finishing(self) -> bool:
-        """Whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers."""
+        """Return whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers."""
         return self._guard.finishing
 
     def finish(self) -> None:
-        """Ends training after the next step, as if it were the last, on all workers; to be called on any of them."""
+        """End training after the next step, as if it were the last, on all workers; to be called on any of them."""
         self._guard.finish = True
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Upstream's, from the newest checkpoint that is whole, with what each worker had for itself.
+        """Resume from the newest checkpoint that is whole, with what each worker had for itself, or load the weights.
 
         Raises:
             ValueError: the run that was to be resumed is further than ``SOLVER.MAX_ITER``.
@@ -94,25 +97,27 @@ class FocalTrainer(DefaultTrainer):
             )
         self._worker_states = rest.get("workers", [])
 
-    def banner(self, dataset_sizes: Mapping[str, int]) -> str:
-        """What is going to be trained, from where and on what, for the start of the log: base and effective values.
+    def banner(self, sizes: Mapping[str, int]) -> str:
+        """Return what is going to be trained, from where and on what, for the start of the log.
 
         Args:
-            dataset_sizes: images by data set name.
+            sizes: images by data set name.
         """
-        cfg, stream, sizes = self.cfg, stream_of(self.data_loader), dict(dataset_sizes)
+        cfg, stream, sizes = self.cfg, stream_of(self.data_loader), dict(sizes)
         if stream is not None and len(cfg.DATASETS.TRAIN) == 1:
             sizes[cfg.DATASETS.TRAIN[0]] = len(self.data_loader.dataset.dataset)  # without those that are left out
         start = describe_start(self.checkpointer, cfg, self.start_iter)
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
-        text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, datasets=sizes, classes=classes)
-        return "\n".join([text, *filter(None, [learning_rate_warning(cfg), *unknown_keys(cfg)])])
+        text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, sizes=sizes, classes=classes)
+        return "\n".join(filter(None, [text, learning_rate_warning(cfg)]))
 
     def train(self) -> dict | None:
         if self._worker_states is not None:
             # As late as possible: what was built since must not have drawn from the generators.
             restore_worker_state(self.model, self._worker_states)
             self._worker_states = None
+        if comm.is_main_process():
+            Path(self.cfg.OUTPUT_DIR, DIVERGED).unlink(missing_ok=True)  # of an earlier attempt
         try:
             return super().train()
         except FinishedEarly:
@@ -135,15 +140,16 @@ class FocalTrainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
         # Training goes on with the random numbers that it would have drawn without.
-        with rng_kept():
+        with preserve_rng():
             return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        check_optimizer(cfg)
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
         solver = cfg.SOLVER
+        if solver.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        if solver.OPTIMIZER != "ADAMW":
+            raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r}: must be one of SGD, ADAMW")
         params = get_default_optimizer_params(
             model,
             base_lr=solver.BASE_LR,
@@ -154,25 +160,35 @@ class FocalTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
-    def build_hooks(self) -> list[HookBase]:
-        cfg = self.cfg
-        # Here and not in the constructor: upstream's makes its checkpointer right before the hooks that keep it.
+    def build_hooks(self) -> list[HookBase | None]:
+        cfg, is_main = self.cfg, comm.is_main_process()
+        # Here and not in the constructor: DefaultTrainer makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         checkpoints = PeriodicCheckpointer(
             self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP
         )
-        # First, so that what this step logged is there when the writers write it.
-        built = [FlushScalars(), BadImages(cfg.DATALOADER.MAX_BAD_IMAGES)]
-        for hook in super().build_hooks():
-            if isinstance(hook, hooks.EvalHook):
-                built.append(checkpoints)  # on all workers; upstream's is on the main one only
-                built.append(EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints))
-                if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and comm.is_main_process():
-                    best = cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg)
-                    built.append(BestCheckpointer(*best, patience=cfg.TEST.EARLY_STOP_PATIENCE))
-            elif not isinstance(hook, hooks.PeriodicCheckpointer):
-                built.append(hook)
-        return built
+        precise_bn = best = None
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            alone = cfg.clone()
+            alone.defrost()
+            alone.DATALOADER.NUM_WORKERS = 0  # as DefaultTrainer does, to save memory
+            loader = self.build_train_loader(alone)
+            precise_bn = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        if is_main and cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC:
+            patience = cfg.TEST.EARLY_STOP_PATIENCE
+            best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg), patience)
+        return [
+            FlushScalars(),  # before the writers
+            BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
+            TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 else None,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            precise_bn,  # before a checkpoint, which shall hold its statistics
+            checkpoints,  # before an evaluation, which may fail; on all workers, Detectron2's on the main one only
+            EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints),
+            best,
+            hooks.PeriodicWriter(self.build_writers()) if is_main else None,
+        ]
 
     def _evaluate(self):
         self._last_eval_results = self.test(self.cfg, self.model)
@@ -180,12 +196,12 @@ class FocalTrainer(DefaultTrainer):
 
     def after_step(self) -> None:
         if self._guard.looked_at != self.iter:
-            self._guard.ask_all()  # a subclass makes its steps in another way, without after_backward
+            self._guard.exchange()  # a subclass makes its steps in another way, without after_backward
         super().after_step()
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        # Upstream keys the hooks' states by class, and leaves out all but the first of a class.
+        # DefaultTrainer keys the hooks' states by class, and leaves out all but the first of a class.
         state["hooks"] = {name: hook.state_dict() for name, hook in self._named_hooks() if hook.state_dict()}
         stream = stream_of(self.data_loader)
         if stream is not None:
@@ -209,7 +225,7 @@ class FocalTrainer(DefaultTrainer):
         self._continue_data(state_dict.get("data"))
 
     def _named_hooks(self):
-        """Each hook that may have a state with a name of its own, upstream's for the first of a class."""
+        """Yield each hook with a name of its own, its class for the first of a class."""
         seen = Counter()
         for hook in self._hooks:
             name = type(hook).__qualname__
@@ -225,32 +241,32 @@ class FocalTrainer(DefaultTrainer):
 
 
 def _best_metric(cfg: CfgNode) -> str:
-    """As the storage has it: with several test sets upstream puts their names in front. The first is meant."""
+    """Return the name that the storage has: with several test sets theirs is in front, and the first is meant."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
     is_full = len(names) < 2 or any(metric.startswith(f"{name}/") for name in names)
     return metric if is_full else f"{names[0]}/{metric}"
 
 
 class _Evaluator(COCOEvaluator):
-    """Upstream's, which a request to stop ends between two images, on all workers alike."""
+    """A ``COCOEvaluator`` that a request to stop ends between two images, on all workers alike."""
 
     def process(self, inputs, outputs):
         if stop_requested():
             # The other workers come here at their next image, or to evaluate().
             comm.all_gather(True)
-            raise Interrupted
+            raise Preempted
         super().process(inputs, outputs)
 
     def evaluate(self, img_ids=None):
         if any(comm.all_gather(stop_requested())):
-            raise Interrupted
+            raise Preempted
         results = super().evaluate(img_ids)
         if comm.is_main_process() and not results.get("bbox", {}).get("AP", 0.0) > 0:
             logger.warning(self._why_nothing())
         return results
 
     def _why_nothing(self) -> str:
-        """For an AP of 0 or NaN, which says nothing by itself."""
+        """Explain an AP of 0 or NaN, which says nothing by itself."""
         predicted = [detection for image in self._predictions for detection in image["instances"]]
         found = Counter(detection["category_id"] for detection in predicted)
         there = Counter(annotation["category_id"] for annotation in self._coco_api.anns.values())
@@ -265,14 +281,14 @@ class _Evaluator(COCOEvaluator):
 
 
 def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:
-    """Where a model's weights are from, after they have been loaded.
+    """Say where a model's weights are from, after they have been loaded.
 
     Args:
         checkpointer: that has loaded them.
         cfg: of the run.
         start_iter: steps done already.
     """
-    # A subclass may have put upstream's checkpointer there, which knows neither.
+    # A subclass may have put Detectron2's checkpointer there, which knows neither.
     skipped, resumed_from = getattr(checkpointer, "skipped", []), getattr(checkpointer, "resumed_from", "")
     skipped = f"; skipped: {'; '.join(skipped)}" if skipped else ""
     if resumed_from or start_iter:
@@ -281,21 +297,9 @@ def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter
     return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
 
 
-def check_optimizer(cfg: CfgNode) -> None:
-    """Raises a ValueError unless ``SOLVER.OPTIMIZER`` is one that ``FocalTrainer`` builds."""
-    if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
-        raise ValueError(f"SOLVER.OPTIMIZER must be one of SGD, ADAMW; got {cfg.SOLVER.OPTIMIZER!r}")
-
-
-def check_amp_precision(cfg: CfgNode) -> None:
-    """Raises a ValueError unless ``SOLVER.AMP.PRECISION`` is one that ``FocalTrainer`` trains in."""
-    if cfg.SOLVER.AMP.get("PRECISION", "float16") not in ("float16", "bfloat16"):
-        raise ValueError(f"SOLVER.AMP.PRECISION must be one of float16, bfloat16; got {cfg.SOLVER.AMP.PRECISION!r}")
-
-
 @contextmanager
 def _ddp_without_device_ids():
-    """``DefaultTrainer`` gives DistributedDataParallel a GPU index, which it refuses for a module on the CPU."""
+    """Keep ``DefaultTrainer`` from giving DistributedDataParallel a GPU index for a module on the CPU."""
     original = defaults.create_ddp_model
     defaults.create_ddp_model = functools.partial(original, device_ids=None)
     try:

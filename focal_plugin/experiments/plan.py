@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
-from ..engine.scale import scale_to_workers
+from ..engine.auto_scale import scale_to_workers
 from .naming import title_of
 from .paper import TABLES, PaperRow
 from .worker import Run

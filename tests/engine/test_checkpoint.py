@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
-from focal_plugin.engine.interrupt import FinishedEarly
+from focal_plugin.engine.preemption import FinishedEarly
 from focal_plugin.engine.safe_load import refusing
 from focal_plugin.files import atomic_write
 

@@ -33,7 +33,7 @@ def test_a_learning_rate_that_breaks_the_loss(run, tmp_path):
     assert 1 <= step <= 5
     for expected in (
         r"Worker 0 of 1: loss_cls \S+, loss_box_reg \S+, learning rate \S+ \(SOLVER.BASE_LR 1e\+06\)",
-        r"normaliser \d+\.\d+, positive anchors per image \d+",
+        r"normalizer \d+\.\d+, positive anchors per image \d+",
         r"largest \|logit\| (\d\S*|NaN or infinite)\n",
         r"images: \S+\.png, \S+\.png\n",
         r"1\. The learning rate is too high for the batch: per image it is 8e\+08 times .* SOLVER.BASE_LR 0.00125,",

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from focal_plugin.engine.interrupt import RESUME_ME
+from focal_plugin.engine.preemption import EXIT_PREEMPTED
 
 FINAL = "model_final.pth"
 DATA_WORKERS = ("DATALOADER.NUM_WORKERS", "2")
@@ -117,7 +117,7 @@ def test_killed_in_a_save(call, when, run, never_stopped, tmp_path):
     ids=["step", "step with a checkpoint", "evaluation", "last evaluation"],
 )
 def test_sigterm_saves_and_says_resume_me(fault, saved, opts, run, never_stopped, tmp_path):
-    assert run(opts, fault) == RESUME_ME == 75
+    assert run(opts, fault) == EXIT_PREEMPTED == 75
     assert (tmp_path / "run" / "last_checkpoint").read_text() == saved
     assert run(opts) == 0, (tmp_path / "console.txt").read_text()
     assert f"RESUMING after step {5 if '4' in saved else ''}" in (tmp_path / "console.txt").read_text()
@@ -135,7 +135,7 @@ def test_a_crash_is_gone_on_from(run, never_stopped, tmp_path):
 
 def test_without_a_seed_too(run, tmp_path):
     """The seed that was drawn goes on with the run: what is drawn after the resume is what would have been drawn."""
-    assert run(NO_SEED, fault=("signal in step", 9, signal.SIGTERM)) == RESUME_ME
+    assert run(NO_SEED, fault=("signal in step", 9, signal.SIGTERM)) == EXIT_PREEMPTED
     at_the_stop = (tmp_path / "run").rename(tmp_path / "kept")
     ends = []
     for _ in range(2):
@@ -155,7 +155,7 @@ def test_sigterm_to_all_processes_in_an_evaluation(zygote, command, never_stoppe
     for text in ("Start inference", "Saving checkpoint"):  # once in an evaluation, once in training
         wait_for_text(tmp_path / "console.txt", text)
         os.killpg(pid, signal.SIGTERM)
-        assert zygote.wait(pid) == RESUME_ME, (tmp_path / "console.txt").read_text()
+        assert zygote.wait(pid) == EXIT_PREEMPTED, (tmp_path / "console.txt").read_text()
         (tmp_path / "console.txt").unlink()
         pid = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     os.kill(pid, signal.SIGKILL)
@@ -184,8 +184,8 @@ def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, zygote, 
 
 def test_images_are_counted_over_changes_of_the_batch(run, tmp_path):
     """The place in the data is counted in images, each step's as many as it had."""
-    assert run(fault=("signal in step", 3, signal.SIGTERM)) == RESUME_ME
-    assert run(("SOLVER.IMS_PER_BATCH", "4"), fault=("signal in step", 6, signal.SIGTERM)) == RESUME_ME
+    assert run(fault=("signal in step", 3, signal.SIGTERM)) == EXIT_PREEMPTED
+    assert run(("SOLVER.IMS_PER_BATCH", "4"), fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
     assert load(tmp_path / "run" / "model_0000006.pth")["trainer"]["data"]["images"] == 4 * 2 + 3 * 4
 
 
@@ -195,7 +195,7 @@ def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
     stock = ("MODEL.META_ARCHITECTURE", "RetinaNet")
     assert run(stock) == 0
     want = load((tmp_path / "run").rename(tmp_path / "never_stopped") / FINAL)
-    assert run(stock, fault=("signal in step", 6, signal.SIGTERM)) == RESUME_ME
+    assert run(stock, fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
     assert run(stock) == 0
     got = load(tmp_path / "run" / FINAL)
     assert got["workers"][0]["normalizer"] == want["workers"][0]["normalizer"] < 100
@@ -233,8 +233,8 @@ def test_two_workers(pair, tmp_path):
     assert len(want["workers"]) == 2 and want["workers"][1]["buffers"]
     # Killed, both; and asked to stop, one of them only.
     assert pair(fault=("kill after", 0.3)) == [-signal.SIGKILL] * 2, pair.console()
-    assert pair(fault=("signal in step of", 9, signal.SIGTERM, 1)) == [RESUME_ME] * 2, pair.console()
-    assert pair(fault=("signal in evaluation of", 1, signal.SIGTERM, 1)) == [RESUME_ME] * 2, pair.console()
+    assert pair(fault=("signal in step of", 9, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.console()
+    assert pair(fault=("signal in evaluation of", 1, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.console()
     assert pair() == [0, 0], pair.console()
     assert_same(load(tmp_path / "run" / FINAL), want)
 
@@ -247,11 +247,11 @@ def test_sigterm_while_waiting_for_the_other_workers(zygote, command, tmp_path, 
     time.sleep(1.5)
     os.kill(first, signal.SIGTERM)
     second = zygote.start(argv, tmp_path / "1.txt", {**env, "RANK": "1", "LOCAL_RANK": "1"})
-    assert [zygote.wait(first), zygote.wait(second)] == [RESUME_ME] * 2, (tmp_path / "0.txt").read_text()
+    assert [zygote.wait(first), zygote.wait(second)] == [EXIT_PREEMPTED] * 2, (tmp_path / "0.txt").read_text()
 
 
 def test_another_number_of_workers_goes_on_and_says_so(pair, run, tmp_path):
-    assert pair(fault=("signal in step", 3, signal.SIGTERM)) == [RESUME_ME] * 2, pair.console()
+    assert pair(fault=("signal in step", 3, signal.SIGTERM)) == [EXIT_PREEMPTED] * 2, pair.console()
     assert run() == 0
     console = (tmp_path / "console.txt").read_text()
     assert "saved by 2 worker(s), this run has 1" in console and "RESUMING after step 4" in console

@@ -14,7 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
 
 from focal_plugin import get_config
-from focal_plugin.engine.scale import check_scale, learning_rate_warning, scale_to_workers, start_banner, unknown_keys
+from focal_plugin.config import unknown_keys
+from focal_plugin.engine.auto_scale import check_scale, learning_rate_warning, scale_to_workers, start_banner
 
 WORLDS = range(1, 17)
 
@@ -86,7 +87,7 @@ def test_decays_that_round_to_one_step_are_a_step_apart_or_dropped(caplog):
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(16, 17, 38, 39)"]
     assert scale_to_workers(config(*opts), 1).SOLVER.STEPS == (16, 17, 38, 39)
     assert not caplog.records
-    with caplog.at_level(logging.WARNING, "focal_plugin.engine.scale"):
+    with caplog.at_level(logging.WARNING, "focal_plugin.engine.auto_scale"):
         assert scale_to_workers(config(*opts), 4).SOLVER.STEPS == (4, 5)
     assert "(16, 17, 38, 39), scaled to (4, 4, 10, 10): training ends after 10 steps" in caplog.text
 
@@ -232,15 +233,8 @@ def test_twice_the_usual_learning_rate_is_not_warned_of(batch):
     [
         ("BASE_LR", "SOLVER.BASE_LR"),
         ("base_lr", "SOLVER.BASE_LR"),
-        ("NUM_GPUS", "--num-gpus on the command line"),
-        ("NUM_WORKERS", "DATALOADER.NUM_WORKERS"),
-        ("NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
-        ("MODEL.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
-        ("MODEL.FOCAL.ALPHA", "MODEL.FOCAL.CLASS_ALPHA"),
-        ("MODEL.RETINANET.GAMMA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
         ("MODEL.OHEM.NMS_TRESH", "MODEL.OHEM.NMS_THRESH"),
         ("SOLVER.MAXITER", "SOLVER.MAX_ITER"),
-        ("SOLVER.BATCH_SIZE", "SOLVER.IMS_PER_BATCH"),
         ("INPUT.MIN_SIZE_TRIAN", "INPUT.MIN_SIZE_TRAIN"),
         ("QUX", None),
     ],
@@ -269,10 +263,10 @@ def test_our_own_keys_and_other_projects_nodes_are_known(name):
 # ------------------------------ said
 
 
-def banner(base, world, start="FRESH", datasets=None, classes=("a", "b")):
+def banner(base, world, start="FRESH", sizes=None, classes=("a", "b")):
     """The banner's lines by their names, after a look at the alignment."""
-    datasets = {"coco_2017_train": 117_266, "coco_2017_val": 5000} if datasets is None else datasets
-    text = start_banner(base, scale_to_workers(base, world), world, start=start, datasets=datasets, classes=classes)
+    sizes = {"coco_2017_train": 117_266, "coco_2017_val": 5000} if sizes is None else sizes
+    text = start_banner(base, scale_to_workers(base, world), world, start=start, sizes=sizes, classes=classes)
     lines = text.split("\n")
     width = max(len(line.split("  ")[0]) for line in lines) + 2
     assert all(line[width - 1] == " " and line[width] != " " for line in lines)
@@ -283,65 +277,56 @@ def test_banner_of_a_scaled_run():
     said = banner(config("TEST.EVAL_PERIOD", 5000), 1, start="RESUMING at step 1200 from x.pth")
     assert said["start"] == "RESUMING at step 1200 from x.pth"
     assert said["workers"] == f"1 on {config().MODEL.DEVICE}"
-    assert said["batch"] == "16 -> 2 (x 1/8, SOLVER.REFERENCE_WORLD_SIZE 8), 2 per worker"
-    assert said["learning rate"].startswith(
-        "0.01 -> 0.00125 (x 1/8, SOLVER.REFERENCE_WORLD_SIZE 8), SGD, gradients not "
-    )
-    assert said["steps"] == "90,000 -> 720,000 (x 8), 12.3 epochs"
-    assert said["warm-up"] == "1,000 -> 8,000 (x 8)"
-    assert said["LR decays at"] == "60,000 80,000 -> 480,000 640,000 (x 8), each x 0.1"
-    assert said["checkpoint every"] == "5,000 -> 40,000 (x 8)"
-    assert said["evaluate every"] == "5,000 -> 40,000 (x 8), and at the end"
-    assert said["train on"] == "coco_2017_train (117,266 images)" and said["test on"] == "coco_2017_val (5,000 images)"
-    assert "overrides on the command line as well" in said["scaled"] and "from 8 workers to 1" in said["scaled"]
+    assert said["SOLVER.IMS_PER_BATCH"] == "16 -> 2"
+    assert said["SOLVER.BASE_LR"] == "0.01 -> 0.00125"
+    assert said["SOLVER.MAX_ITER"] == "90000 -> 720000" and said["epochs"] == "12.3"
+    assert said["SOLVER.WARMUP_ITERS"] == "1000 -> 8000"
+    assert said["SOLVER.STEPS"] == "(60000, 80000) -> (480000, 640000)"
+    assert said["SOLVER.CHECKPOINT_PERIOD"] == "5000 -> 40000" and said["TEST.EVAL_PERIOD"] == "5000 -> 40000"
+    assert said["optimizer"] == "SGD, WarmupMultiStepLR, gradients not clipped"
+    assert said["train on"] == "coco_2017_train (117266 images)" and said["test on"] == "coco_2017_val (5000 images)"
+    assert "overrides on the command line as well" in said["scaled"]
+    assert said["scaled"].startswith("from SOLVER.REFERENCE_WORLD_SIZE 8 to 1 worker(s)")
 
 
 @pytest.mark.parametrize("base, world", [(config(), 8), (config("SOLVER.REFERENCE_WORLD_SIZE", 0), 4)])
 def test_banner_of_a_run_as_written(base, world):
     said = banner(base, world)
     assert "scaled" not in said and not any("->" in text for text in said.values())
-    assert said["batch"] == f"16, {16 // world} per worker" and said["steps"] == "90,000, 12.3 epochs"
-    assert said["evaluate every"] == "only at the end"
+    assert said["SOLVER.IMS_PER_BATCH"] == "16" and said["SOLVER.MAX_ITER"] == "90000" and said["epochs"] == "12.3"
 
 
 def test_banner_of_the_digits():
     classes = [str(n) for n in range(10)]
-    said = banner(config(name="digits/focal.yaml"), 1, datasets={"digits_test": 3}, classes=classes)
-    assert said["learning rate"] == "0.003, ADAMW, gradients clipped (norm 1)"
-    assert said["LR decays at"] == "WarmupCosineLR"
-    assert said["steps"] == "1,500, ? epochs" and said["train on"] == "digits_train (? images)"
+    said = banner(config(name="digits/focal.yaml"), 1, sizes={"digits_test": 3}, classes=classes)
+    assert said["SOLVER.BASE_LR"] == "0.003"
+    assert said["optimizer"] == "ADAMW, WarmupCosineLR, gradients clipped (norm 1)"
+    assert said["epochs"] == "?" and said["train on"] == "digits_train (? images)"
     assert said["classes"] == "10: 0, 1, 2, 3, 4, 5, ..."
     assert banner(config(), 8, classes=["x"])["classes"] == "1: x"
     # No epoch of no images.
-    assert banner(config(), 8, datasets={"coco_2017_train": 0})["steps"] == "90,000, ? epochs"
+    assert banner(config(), 8, sizes={"coco_2017_train": 0})["epochs"] == "?"
 
 
 @pytest.mark.parametrize(
     "name, opts, loss",
     [
-        ("retina_focal.yaml", [], "FocalHead: focal, alpha 0.25, gamma 2, normalizer ema"),
         (
             "retina_focal.yaml",
-            [
-                "MODEL.FOCAL.LOSS",
-                "focal_star",
-                "MODEL.FOCAL.CLASS_ALPHA",
-                [0.1, 0.2],
-                "MODEL.FOCAL.NORMALIZER_SYNC",
-                True,
-            ],
-            "FocalHead: focal_star, alpha of each class [0.1, 0.2], gamma 2, beta 1, normalizer ema over all workers",
+            ["MODEL.FOCAL.LOSS", "focal_star", "MODEL.FOCAL.CLASS_ALPHA", [0.1, 0.2]],
+            "HEAD FocalHead, LOSS focal_star, STAR_BETA 1.0, CLASS_ALPHA [0.1, 0.2], NORMALIZER ema, "
+            "NORMALIZER_SYNC False, MIN_LOW_QUALITY_IOU 0.0, FOCAL_LOSS_ALPHA 0.25, FOCAL_LOSS_GAMMA 2.0",
         ),
         (
             "retina_ohem_1to3.yaml",
             [],
-            "OHEMHead: focal, alpha off, gamma 0, normalizer ema; BATCH_SIZE 128, NMS_THRESH 0.5, NEG_POS_RATIO 3.0, ",
+            "FOCAL_LOSS_ALPHA -1.0, FOCAL_LOSS_GAMMA 0.0, BATCH_SIZE 128, NMS_THRESH 0.5, NEG_POS_RATIO 3.0, ",
         ),
         ("retina_focal.yaml", ["MODEL.META_ARCHITECTURE", "RetinaNet"], "that of RetinaNet"),
     ],
 )
 def test_banner_says_which_loss(name, opts, loss):
-    assert banner(config(*opts, name=name), 8)["loss"].startswith(loss)
+    assert loss in banner(config(*opts, name=name), 8)["loss"]
 
 
 @pytest.mark.parametrize("enabled, precision, said", [(False, "float16", "off"), (True, "bfloat16", "bfloat16")])

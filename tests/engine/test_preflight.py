@@ -1,10 +1,38 @@
+"""What is refused before a worker starts: values, data sets, and all of it in one message."""
+
 import os
 
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_plugin.data.check import check_datasets
+from focal_plugin import get_config
+from focal_plugin.config import config_dir, lookup
+from focal_plugin.engine.preflight import _RULES, check_datasets, check_values
+
+WRONG = [
+    ("MODEL.ANCHOR_GENERATOR.SIZES", [[], [["a"]], [5], [[-1.0]], [[]]]),
+    ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[], [[0.0]], [[float("inf")]]]),
+    ("MODEL.RETINANET.IN_FEATURES", [[], [5]]),
+    ("MODEL.RETINANET.NUM_CONVS", [-1, 1.5, True]),
+    ("MODEL.RETINANET.NUM_CLASSES", [0, -3, None]),
+    ("MODEL.RETINANET.IOU_THRESHOLDS", [[], ["a"], [0.5, 0.4], [0.0, 0.5], [0.4, 1.5]]),
+    ("MODEL.RETINANET.IOU_LABELS", [[], [7, 8, 9], [0, 1]]),
+    ("MODEL.PIXEL_MEAN", [["a", "b", "c"], []]),
+    ("MODEL.PIXEL_STD", [[0.0, 0.0, 0.0], [1.0]]),
+    ("MODEL.BACKBONE.NAME", ["nope", None]),
+    ("MODEL.DEVICE", [None, "gpu", "meta", 3]),
+    ("DATASETS.TRAIN", [(5,), None]),
+    ("DATALOADER.NUM_WORKERS", [-1, None]),
+    ("INPUT.MIN_SIZE_TRAIN", [(), (0,), ("a",)]),
+    ("SOLVER.IMS_PER_BATCH", [0, -1, None]),
+    ("SOLVER.BASE_LR", [None, 0, -1.0, float("nan"), float("inf")]),
+    ("SOLVER.MAX_ITER", [0, -5, None]),
+    ("SOLVER.STEPS", [("a",), (5, 3), (5, 5), None]),
+    ("SOLVER.CHECKPOINT_PERIOD", [0, 2.5]),
+    ("OUTPUT_DIR", [None, ""]),
+    ("SEED", [None, 1.0]),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +120,31 @@ def test_classes_set_on_the_wrong_key():
 def test_all_problems_at_once_each_in_one_line():
     text = message(config(("nowhere", "cells_train"), ("cells_train", "many"), num_classes=4))
     assert [line.split("'")[1] for line in text.splitlines()] == ["nowhere", "cells_train", "many"]
+
+
+# ------------------------------ values
+
+
+@pytest.mark.parametrize("key, values", WRONG, ids=[key for key, _ in WRONG])
+def test_a_wrong_value_is_refused_by_its_key(key, values):
+    for value in values:
+        cfg = get_config("digits/focal.yaml")
+        group, _, name = key.rpartition(".")
+        (lookup(cfg, group) if group else cfg)[name] = value
+        with pytest.raises(ValueError, match=rf"^{key} .*must be|MODEL.PIXEL_MEAN and PIXEL_STD"):
+            check_values(cfg)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    cfg = get_config("digits/focal.yaml", ["SOLVER.MAX_ITER", "0", "SOLVER.BASE_LR", "0"])
+    with pytest.raises(ValueError, match=r"BASE_LR 0\.0: must be a positive .*\nSOLVER\.MAX_ITER 0: must be"):
+        check_values(cfg)
+
+
+def test_our_configs_are_right():
+    for path in config_dir().rglob("*.yaml"):
+        check_values(get_config(str(path)))
+
+
+def test_every_rule_is_of_a_key():
+    assert all(lookup(get_config("digits/focal.yaml"), key) is not None for key in _RULES)

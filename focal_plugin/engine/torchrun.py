@@ -1,0 +1,125 @@
+"""Which workers a run has: those that torchrun has started, of which this process is one, or those to be started."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers of a run, and which of them this process is.
+
+    Attributes:
+        per_machine, num_machines: how many there are.
+        machine_rank: of this machine.
+        dist_url: where they meet, for :func:`detectron2.engine.launch`.
+        local_rank: of this process among those of its machine; None: it is no worker, and starts them.
+        restarts: how often torchrun or SLURM has started the run before.
+    """
+
+    per_machine: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+    local_rank: int | None = None
+    restarts: int = 0
+
+    @classmethod
+    def find(cls, args: Namespace, env: Mapping[str, str] = os.environ) -> Workers:
+        """Return what torchrun has decided, in ``env``, or else what the flags of Detectron2's parser say.
+
+        Raises:
+            ValueError: they contradict each other, or a number cannot be.
+        """
+        # Without a LOCAL_RANK they are of something that starts machines, as Kubeflow does, and not workers.
+        of_a_worker = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        if "TORCHELASTIC_RUN_ID" in env or of_a_worker <= env.keys():
+            return cls._of_torchrun(args, env)
+        if args.num_gpus < 1 or args.num_machines < 1:
+            raise ValueError(
+                f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 1 of each is needed; on the "
+                "CPU --num-gpus counts workers"
+            )
+        if not 0 <= args.machine_rank < args.num_machines:
+            raise ValueError(
+                f"--machine-rank {args.machine_rank}: the ranks of {args.num_machines} machine(s) start at 0"
+            )
+        if args.num_machines > 1 and args.dist_url == "auto":
+            raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
+        restarts = _number(env, "SLURM_RESTART_COUNT", "SLURM", "0")
+        return cls(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, restarts=restarts)
+
+    @classmethod
+    def _of_torchrun(cls, args: Namespace, env: Mapping[str, str]) -> Workers:
+        rank, world_size, local_rank = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        per_machine = _number(env, "LOCAL_WORLD_SIZE", default=env["WORLD_SIZE"])
+        machines, rest = divmod(world_size, per_machine)
+        if rest:
+            raise ValueError(
+                f"torchrun has started {world_size} workers, {per_machine} of them here: all machines need the same "
+                "number"
+            )
+        for flag, typed, here in (
+            ("--num-gpus", args.num_gpus, per_machine),
+            ("--num-machines", args.num_machines, machines),
+        ):
+            if typed not in (1, here):
+                raise ValueError(
+                    f"{flag} {typed}, but torchrun has started {here}: leave the flag out, the launcher decides"
+                )
+        restarts = _number(env, "TORCHELASTIC_RESTART_COUNT", default="0")
+        return cls(per_machine, machines, rank // per_machine, "env://", local_rank, restarts)
+
+    @property
+    def count(self) -> int:
+        """All workers."""
+        return self.per_machine * self.num_machines
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of its machine, which looks at the data and says things once."""
+        return not self.local_rank
+
+    def launch(self, main: Callable, *args) -> None:
+        """Run ``main(*args)`` as the worker that this process is, or in as many processes as there shall be.
+
+        Raises:
+            torch.multiprocessing.ProcessExitedException, ProcessRaisedException: a worker that was started here failed.
+        """
+        if self.local_rank is None:
+            launch(main, self.per_machine, self.num_machines, self.machine_rank, self.dist_url, args)
+            return
+        if self.count > 1:
+            self._join_process_group()
+        main(*args)
+
+    def _join_process_group(self) -> None:
+        """Do what a worker of Detectron2's ``launch`` does before it runs ``main``."""
+        has_gpu = torch.cuda.is_available()
+        store, rank, world_size = next(distributed.rendezvous(self.dist_url, timeout=DEFAULT_TIMEOUT))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps the store, in which the addresses of dead workers are (pytorch/pytorch#135712): a run that
+            # is started again would wait for those. On several machines the counts differ: see torchrun.sh.
+            store = distributed.PrefixStore(f"attempt {self.restarts}", store)
+        backend = "nccl" if has_gpu else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
+        comm.create_local_process_group(self.per_machine)
+        if has_gpu:
+            torch.cuda.set_device(self.local_rank)
+        comm.synchronize()
+
+
+def _number(env: Mapping[str, str], name: str, launcher: str = "torchrun", default: str = "") -> int:
+    text = env.get(name) or default
+    if not text.isdigit():
+        raise ValueError(f"{launcher} has left {name}={text!r} in the environment, which is no number")
+    return int(text)

@@ -1,0 +1,102 @@
+"""Save and restore what one worker has for itself, beyond the weights, optimizer and schedule that all share."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the states of all workers on the main one, an empty list elsewhere. A collective call.
+
+    A worker's own are its random number generators and its buffers: the running statistics of batch norms, and
+    ``loss_normalizer``. Detectron2's checkpoint has the main worker's only.
+    """
+    model = unwrap_ddp(model)
+    buffers = {name: buffer.detach().cpu().clone() for name, buffer in _saved_buffers(model).items()}
+    normalizer = getattr(model, "loss_normalizer", None)
+    # Stock RetinaNet's is a plain number, which no state_dict has.
+    normalizer = normalizer if isinstance(normalizer, (int, float)) else None
+    states = comm.gather({"rng": get_rng_state(), "buffers": buffers, "normalizer": normalizer})
+    for state in states[1:]:
+        # Frozen statistics and the like are equal everywhere and in the checkpoint already.
+        state["buffers"] = {k: v for k, v in state["buffers"].items() if not torch.equal(v, states[0]["buffers"][k])}
+    if states:
+        states[0]["buffers"] = {}
+    return states
+
+
+def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> None:
+    """Put back this worker's part of :func:`gather_worker_states`, after the model has been loaded."""
+    if len(states) != comm.get_world_size():
+        saved = f"{len(states)} worker(s)" if states else "a version without the workers' own state"
+        logger.warning(
+            f"the checkpoint was saved by {saved}, this run has {comm.get_world_size()}: it goes on, but not bit for "
+            "bit as it would have"
+        )
+        return
+    model, state = unwrap_ddp(model), states[comm.get_rank()]
+    own = _saved_buffers(model)
+    with torch.no_grad():
+        for name in state["buffers"].keys() & own.keys():
+            own[name].copy_(state["buffers"][name])
+    if state["normalizer"] is not None:
+        model.loss_normalizer = state["normalizer"]
+    set_rng_state(state["rng"])
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that checkpoints hold, by their names there."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def unwrap_ddp(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, or the model."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def get_rng_state() -> dict:
+    """Return the state of Python's, NumPy's and torch's generators (of the current GPU too), in types that any
+    checkpoint may hold: tensors, numbers and strings."""
+    version, words, gauss_next = random.getstate()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": (version, torch.tensor(words), gauss_next),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what :func:`get_rng_state` returned; a GPU's only where there is one."""
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss_next))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Let all generators go on outside as if nothing had been drawn inside."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
