@@ -202,10 +202,8 @@ def start_banner(
     rows["classes"] = f"{len(classes)}: {', '.join(classes[:6])}{', ...' if len(classes) > 6 else ''}"
     clip = solver.CLIP_GRADIENTS
     clipped = f"clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "not clipped"
-    precision = solver.AMP.get("PRECISION", "float16") if solver.AMP.ENABLED else "float32"
-    rows["optimizer"] = (
-        f"{solver.get('OPTIMIZER', 'SGD')}, {solver.LR_SCHEDULER_NAME}, gradients {clipped}, {precision}"
-    )
+    rows["optimizer"] = f"{solver.get('OPTIMIZER', 'SGD')}, {solver.LR_SCHEDULER_NAME}, gradients {clipped}"
+    rows["AMP"] = solver.AMP.get("PRECISION", "float16") if solver.AMP.ENABLED else "off"
     rows["loss"] = _describe_loss(cfg.MODEL)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

@@ -115,9 +115,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if math.isfinite(metric) and (self.best_metric is None or metric > self.best_metric):
             best = {"name": self._val_metric, "metric": metric, "iteration": iteration, "run": self._checkpointer.run}
             self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
-            logger.info(
-                f"{self._file_prefix}.pth: {self._val_metric} {metric:.5f} after step {iteration}, the best yet"
-            )
+            logger.info(f"{self._file_prefix}.pth: {self._val_metric} {metric:.5f} at step {iteration}, the best yet")
             self.best_metric, self.best_iter = metric, iteration
         # Not counted but computed, so that an evaluation that is made up for does not count twice.
         best_iter = -1 if self.best_iter is None else self.best_iter
