@@ -20,44 +20,53 @@ def test_launch_scripts_parse_and_name_what_there_is(name):
     text = path.read_text()
     configs = re.findall(r"configs/([\w/]+\.yaml)", text)
     tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", text)
-    assert configs and "train_net.py" in tools and f"launch/{name}" in tools
+    assert configs and tools and f"launch/{name}" in tools
     assert [c for c in configs if not (ROOT / "configs" / c).is_file()] == []
     assert [t for t in tools if not (ROOT / "tools" / t).is_file()] == []
 
 
-def run_script(tmp_path, name, *words, srun_code=0, **env):
+def run_script(tmp_path, name, *words, torchrun="exit 0", **env):
     """A launch script with stand-ins for what it calls, which leave their arguments in the file `calls`."""
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    # srun starts one task and returns its exit code, as the real one does for all.
-    run_task = 'while [ "${1#-}" != "$1" ]; do shift; done; "$@"'
     for tool, body in {
-        "srun": run_task,
+        # srun starts one task and returns its exit code, as the real one does for all.
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; "$@"',
         "scontrol": 'if [ "$1" = show ]; then echo host1; echo host2; fi',
-        "torchrun": ":",
-        "python": f'echo "{{MASTER_ADDR:$MASTER_ADDR}}" >> calls; exit {srun_code}',
+        "torchrun": torchrun,
         "sleep": ":",
     }.items():
-        (stand_ins / tool).write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> calls\n{body}\n')
+        (stand_ins / tool).write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> "$CALLS"\n{body}\n')
         (stand_ins / tool).chmod(0o755)
-    env = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), **env}
+    calls = tmp_path / "calls"
+    env = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_SUBMIT_DIR": str(ROOT), **env}
     script = ROOT / "tools" / "launch" / name
     done = subprocess.run(["bash", script, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    calls = tmp_path / "calls"
     return done, calls.read_text().splitlines() if calls.is_file() else []
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "host[1-2]"}
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
-def test_slurm_job_requeues_itself_only_when_it_was_interrupted(tmp_path, code):
-    done, calls = run_script(tmp_path, "slurm.sbatch", "c.yaml", "OUTPUT_DIR", "a b", srun_code=code, **SLURM)
+@pytest.mark.parametrize(
+    "torchrun, code",
+    [
+        ("exit 0", 0),
+        ("exit 1", 1),
+        # TERM reaches the inner shell and torchrun, whose workers save: it ends with 1.
+        ("kill -TERM $PPID; exit 1", 75),
+        ("kill -TERM $PPID; exit 0", 0),
+    ],
+    ids=["done", "failed", "preempted", "done in time"],
+)
+def test_a_slurm_job_requeues_itself_only_when_it_was_preempted(tmp_path, torchrun, code):
+    done, calls = run_script(tmp_path, "slurm.sbatch", "c.yaml", "OUTPUT_DIR", "a b", torchrun=torchrun, **SLURM)
     assert done.returncode == code, done.stderr
     srun = next(call for call in calls if call.startswith("srun"))
-    assert "--nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1" in srun
-    assert "python tools/train_net.py --config-file c.yaml --resume OUTPUT_DIR a b" in calls
-    assert "{MASTER_ADDR:host1}" in calls
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1" in srun
+    (call,) = (call for call in calls if call.startswith("torchrun "))
+    assert "--nnodes=2 --nproc-per-node=4 " in call and "--rdzv-id=7 " in call and "=host1:20007 " in call
+    assert call.endswith("/train_net.py --config-file c.yaml --resume OUTPUT_DIR a b")
     assert ("scontrol requeue 7" in calls) == ("sleep 10" in calls) == (code == 75)
 
 

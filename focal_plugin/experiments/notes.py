@@ -107,7 +107,7 @@ def _resumed(found: Sequence[Outcome]) -> list[Note]:
         return []
     text = (
         f"{', '.join(resumed)}. Each went on from its last checkpoint, or from the start where there was none, with "
-        "images in another order than without the stop; the time given is that of the last attempt."
+        "the images in the order of a run that was never stopped; the time given is that of the last attempt."
     )
     return [Note("Stopped and resumed.", text)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Sequence
@@ -121,8 +122,8 @@ def make_runs(
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
-    data = _files_digest(profile.config())
-    return [_make_run(row, profile, seed, output_dir, train_net, num_gpus, data) for seed in seeds for row in rows]
+    digests = _files_digest(profile.config()), _code_digest(train_net)
+    return [_make_run(row, profile, seed, output_dir, train_net, num_gpus, *digests) for seed in seeds for row in rows]
 
 
 def method_key(row: PaperRow, profile: Profile) -> str:
@@ -130,7 +131,7 @@ def method_key(row: PaperRow, profile: Profile) -> str:
     return row.recipe if profile.is_coco else row.method.key
 
 
-def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
+def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data, code) -> Run:
     config_file, overrides = profile.recipe(row)
     overrides = ("SEED", str(seed), *overrides)
     cfg = load_config(config_file, list(overrides))
@@ -145,7 +146,7 @@ def _make_run(row, profile, seed, output_dir, train_net, num_gpus, data) -> Run:
         config_file=config_file,
         flags=("--num-gpus", str(num_gpus), *register) if num_gpus > 1 else tuple(register),
         overrides=overrides,
-        fingerprint=fingerprint(cfg, train_net, num_gpus, data),
+        fingerprint=fingerprint(cfg, num_gpus, data, code),
         max_iter=solver.MAX_ITER,
         images_per_step=solver.IMS_PER_BATCH,
         on_gpu=torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda",
@@ -161,16 +162,36 @@ def _title(row: PaperRow, cfg: CfgNode) -> str:
     return title_of(cfg)
 
 
-def fingerprint(cfg: CfgNode, train_net: Path, num_gpus: int = 1, data: str = "") -> str:
-    """A hash of all that decides the outcome of a run: configuration, data, weights, workers, the code that trains."""
-    # What trains never imports these two rooms, so editing a report does not cost a training.
-    sources = [p for p in sorted(_PACKAGE.rglob("*.py")) if p.parent.name not in ("experiments", "analysis")]
+def fingerprint(cfg: CfgNode, num_gpus: int = 1, data: str = "", code: str = "") -> str:
+    """Return a hash of all that decides the outcome of a run: configuration, data, weights, workers, what trains."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = ""
-    digest = hashlib.sha256(
-        json.dumps([cfg.dump(), num_gpus, data, torch.__version__, detectron2.__version__]).encode()
-    )
-    for path in [train_net, *sources]:
+    facts = [cfg.dump(), num_gpus, data, code, torch.__version__, detectron2.__version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def training_sources() -> list[Path]:
+    """Return the files of the package that a training loads: from ``engine`` on, import by import.
+
+    A typo mended in a report or in the doctor is none of theirs, and costs no training.
+    """
+    found, waiting = set(), [_PACKAGE / "__init__.py", _PACKAGE / "engine" / "__init__.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                module = path.parents[node.level - 1].joinpath(*filter(None, (node.module or "").split(".")))
+                for name in (module, *(module / alias.name for alias in node.names)):
+                    waiting += [name.with_suffix(".py"), name / "__init__.py"]
+    return sorted(found)
+
+
+def _code_digest(train_net: Path) -> str:
+    digest = hashlib.sha256()
+    for path in (train_net, *training_sources()):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

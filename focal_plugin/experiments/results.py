@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 
+from ..engine.guard import DIVERGED
 from ..files import atomic_write
 from .provenance import machine, now
 
 CONSOLE = "console.txt"
 RESULT = "result.json"
-# Upstream's trainer, on the first loss that is no number.
-_DIVERGED = re.compile(r"infinite or NaN at iteration=(\d+)")
 
 
 @dataclass
@@ -120,8 +119,8 @@ class RunResult:
         self._find_gpu_memory()
         if exit_code:
             self.error = _last_error(self.folder / CONSOLE, exit_code)
-            diverged = _DIVERGED.search(self.error)
-            self.status, self.step = ("diverged", int(diverged[1])) if diverged else ("failed", None)
+            self.step = self._diverged_at()
+            self.status = "failed" if self.step is None else "diverged"
         elif "bbox/AP" not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
         else:
@@ -145,6 +144,12 @@ class RunResult:
         saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
         text = json.dumps(saved, indent=1, allow_nan=False)
         write_whole(self.folder / RESULT, text + "\n")
+
+    def _diverged_at(self) -> int | None:
+        """Return the step that the trainer's guard has left in the folder; None if the loss did not break."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
+        return None
 
     def _final_metrics(self) -> dict[str, float]:
         metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}

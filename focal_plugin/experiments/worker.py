@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..engine.guard import DIVERGED
 from ..files import TEMPORARY
 from .results import CONSOLE, RESULT, RunResult, write_whole
 
@@ -207,7 +208,8 @@ def _prepare(run: Run) -> int:
     with contextlib.suppress(FileNotFoundError):
         attempt += json.loads((run.folder / _RUN).read_text(encoding="utf-8"))["attempts"]
     write_whole(run.folder / _RUN, json.dumps({"fingerprint": run.fingerprint, "attempts": attempt}) + "\n")
-    (run.folder / RESULT).unlink(missing_ok=True)
+    for left_by_earlier in (RESULT, DIVERGED):
+        (run.folder / left_by_earlier).unlink(missing_ok=True)
     if (run.folder / CONSOLE).exists():
         (run.folder / CONSOLE).rename(run.folder / f"console.{attempt - 1}.txt")
     _end_last_line(run.folder / "metrics.json")

@@ -20,8 +20,9 @@ with (out / "attempts").open("a") as file:
     file.write(f"{os.getpid()} {time.time()} {os.environ['OMP_NUM_THREADS']}\\n")
 (out / "sigint").write_text(str(signal.getsignal(signal.SIGINT)))
 (out / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}\\n")
-if values.get("FAIL") == "1":
-    raise FloatingPointError("Loss became infinite or NaN at iteration=3!")
+if values.get("FAIL") == "1":  # what the guard of FocalTrainer leaves, in whatever words it says it
+    (out / "diverged.json").write_text('{"iteration": 3, "message": "no number"}')
+    raise FloatingPointError("no number")
 if values.get("FAIL") == "2":
     raise RuntimeError("CUDA out of memory")
 if values.get("FAIL") == "3":

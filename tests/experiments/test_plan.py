@@ -1,7 +1,11 @@
 """From a table and a profile to runs, and what --dry-run and --print-commands say of them."""
 
 import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,14 +93,30 @@ def test_the_fingerprint_is_of_all_that_decides(runs_of, tmp_path, monkeypatch):
     assert one() == one()
     assert len({one(), one(seeds=[2]), one("SOLVER.MAX_ITER", "5"), one(num_gpus=2)}) == 4
 
-    monkeypatch.setattr(plan, "_PACKAGE", tmp_path / "package")
-    hashes = []
-    for name in ("heads.py", "losses/focal.py", "experiments/report.py", "analysis/detections.py"):
-        path = tmp_path / "package" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("1")
-        hashes.append(one())
-    assert len(set(hashes)) == 2 and hashes[1] == hashes[3]  # a report can be edited without training again
+
+def test_editing_what_no_training_loads_trains_nothing_again(runs_of, tmp_path, monkeypatch):
+    copy = shutil.copytree(plan._PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(plan, "_PACKAGE", copy)
+
+    def after_editing(name):
+        with (copy / name).open("a") as file:
+            file.write("# a typo mended\n")
+        return runs_of("1d", "digits", rows=[FL.key])[0].fingerprint
+
+    before = runs_of("1d", "digits", rows=[FL.key])[0].fingerprint
+    for name in ("doctor.py", "mmdet.py", "experiments/report.py", "deploy/export.py", "analysis/detections.py"):
+        assert after_editing(name) == before, name
+    seen = [before, *map(after_editing, ("heads.py", "losses/focal.py", "engine/guard.py", "data/loader.py"))]
+    assert len(set(seen)) == 5
+
+
+def test_the_sources_of_a_training_are_those_that_python_loads():
+    code = "import sys, focal_plugin.engine\nfor name in sys.modules: print(name)"
+    env = {**os.environ, "PYTHONPATH": str(plan._PACKAGE.parent)}
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.split()
+    loaded = [plan._PACKAGE.parent / name.replace(".", "/") for name in names if name.startswith("focal_plugin")]
+    loaded = {path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in loaded}
+    assert len(loaded) > 30 and loaded <= set(plan.training_sources())
 
 
 def test_corrected_boxes_are_trained_on_again(tmp_path):
