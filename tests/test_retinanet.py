@@ -4,7 +4,6 @@ import copy
 import logging
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -14,7 +13,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import pairwise_iou
 from detectron2.structures.boxes import Boxes
-from detectron2.utils.events import EventStorage, TensorboardXWriter
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from focal_plugin import FocalRetinaNet, add_focal_config
@@ -252,87 +251,6 @@ def test_classification_loss_is_logged_in_its_two_parts(tiny_config, make_batch,
 
     model.label_anchors = without_background
     assert model(make_batch([2, 1]))["loss_cls"].item() == pytest.approx(positive, rel=1e-5)
-
-
-@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
-@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
-def test_vis_period_draws_truth_over_predictions(tiny_config, make_batch, head, input_format):
-    """The picture of the writers: the image as it is, twice, apart from the boxes; nothing else is changed by it."""
-    opts = (*HEADS[head], "INPUT.FORMAT", input_format, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
-    batch = make_batch([2, 1])
-    batch[0]["instances"].gt_boxes.tensor[:, :2].clamp_(min=4)
-    plain, drawn = build(tiny_config(*opts)), build(tiny_config(*opts, "VIS_PERIOD", "2"))
-    before = np.random.get_state()[1].copy()
-    pictures = []
-    for iteration in range(3):
-        with EventStorage(iteration) as storage:
-            losses = [model(copy.deepcopy(batch)) for model in (plain, drawn)]
-            pictures.append([picture for _, picture, _ in storage._vis_data])
-        assert {k: v.item() for k, v in losses[0].items()} == {k: v.item() for k, v in losses[1].items()}
-    gradients = [torch.autograd.grad(sum(x.values()), m.head.parameters()) for x, m in zip(losses, (plain, drawn))]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert (np.random.get_state()[1] == before).all()
-
-    assert [len(p) for p in pictures] == [1, 0, 1]
-    (picture,) = pictures[0]
-    assert picture.shape == (3, 2 * 96, 128)
-    image = batch[0]["image"].flip(0) if input_format == "BGR" else batch[0]["image"]
-    truth, predicted = (abs(x - image.numpy()).max(axis=0) for x in picture.reshape(3, 2, 96, 128).swapaxes(0, 1))
-    assert truth[:3, :3].max() <= 1  # the corner is outside of all boxes
-    assert (truth > 8).any() and (predicted > 8).any() and not (truth == predicted).all()
-
-
-@pytest.mark.parametrize("head", ["focal", "ssd"])
-def test_drawing_in_channels_last_leaves_the_logits_alone(tiny_config, make_batch, head):
-    """There upstream's inference would overwrite the very logits that the backward pass needs."""
-    gradients = []
-    for period in ("0", "1"):
-        model = build(tiny_config(*HEADS[head], "VIS_PERIOD", period)).to(memory_format=torch.channels_last)
-        with EventStorage():
-            sum(model(make_batch([2])).values()).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_a_broken_model_is_not_drawn(tiny_config, make_batch, bad):
-    """Upstream's boxes would raise before the guard of the loss can say which images it broke on."""
-    model = build(tiny_config("VIS_PERIOD", "1"))
-    torch.nn.init.constant_(model.head.bbox_pred.bias, bad)
-    with EventStorage() as storage:
-        model(make_batch([2]))
-        assert not storage._vis_data
-
-
-def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_path):
-    """Through upstream's writer and back, for OHEM, which logs what it kept as well."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    model = build(tiny_config(*HEADS["ohem"], "VIS_PERIOD", "1"))
-    writer = TensorboardXWriter(str(tmp_path))
-    with EventStorage() as storage:
-        loss = model(make_batch([2, 1]))["loss_cls"].item()
-        storage.iter = 20
-        writer.write()
-    writer.close()
-    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    logged = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
-    assert logged["loss_cls/positive"] + logged["loss_cls/negative"] == pytest.approx(loss, rel=1e-5)
-    assert 0 < logged["ohem/num_pos"] < logged["ohem/num_pos"] + logged["ohem/num_neg"] <= 32
-    (tag,) = events.Tags()["images"]
-    assert "GT" in tag and events.Images(tag)[0].height == 2 * 96
-
-
-def test_vis_period_off_or_without_a_storage_draws_nothing(tiny_config, make_batch, monkeypatch):
-    model = build(tiny_config("VIS_PERIOD", "1"))
-    monkeypatch.setattr(model, "visualize_training", None)
-    model(make_batch([1]))
-    with EventStorage():
-        monkeypatch.setattr("focal_plugin.retinanet.comm.is_main_process", lambda: False)
-        model(make_batch([1]))
-        monkeypatch.undo()
-        model.vis_period = 0
-        monkeypatch.setattr(model, "visualize_training", None)
-        model(make_batch([1]))
 
 
 def test_normalizers(tiny_config, make_batch):

@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from focal_plugin import get_config
 from focal_plugin.data import make_digits
 from focal_plugin.engine import FocalTrainer, SafeCheckpointer
+from focal_plugin.engine.hooks import TrainingPicture
 
 ROOT = Path(__file__).resolve().parents[2]
 # The CPU on every machine: with a GPU in sight upstream's launch would start NCCL.
@@ -166,7 +167,7 @@ def test_mixed_precision_trains(digits, tmp_path, precision):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def amp_trainer(digits, tmp_path, device, precision):
+def amp_trainer(digits, tmp_path, device, precision, *more):
     names = [f"amp_{tmp_path.name}_{split}" for split in ("train", "val")]
     for name, split in zip(names, ("train", "val")):
         DatasetCatalog.pop(name, None)
@@ -174,9 +175,18 @@ def amp_trainer(digits, tmp_path, device, precision):
         register_coco_instances(name, {}, str(digits / f"{split}.json"), str(digits / split))
     opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision, "MODEL.DEVICE", device]
     opts += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path)]
-    cfg = get_config("digits/focal.yaml", opts)
+    cfg = get_config("digits/focal.yaml", [*opts, *more])
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names[0],), (names[1],)
     return FocalTrainer(cfg)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
+@pytest.mark.parametrize("period, drawn", [("0", 0), ("5", 1)])
+def test_vis_period_draws_on_the_main_worker(digits, tmp_path, monkeypatch, period, drawn):
+    trainer = amp_trainer(digits, tmp_path, "cpu", "bfloat16", "VIS_PERIOD", period)
+    assert sum(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks()) == drawn
+    monkeypatch.setattr("focal_plugin.engine.trainer.comm.is_main_process", lambda: False)
+    assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
 
 
 # ------------------------------ checkpoints

@@ -1,0 +1,92 @@
+"""The picture of VIS_PERIOD, and what reaches the writers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage, TensorboardXWriter
+
+from focal_plugin.engine.hooks import FlushScalars, TrainingPicture
+
+OHEM = ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16")
+HEADS = {"focal": (), "ohem": OHEM, "ssd": ("MODEL.FOCAL.HEAD", "SSDHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0")}
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+def step(model, batch, iteration, *hooks):
+    """The gradients of a step and the pictures that the hooks have drawn of it."""
+    model.zero_grad()
+    with EventStorage(iteration) as storage:
+        for hook in hooks:
+            hook.trainer = SimpleNamespace(model=model, iter=iteration, storage=storage)
+            hook.before_train()
+        sum(model(batch).values()).backward()
+        for hook in hooks:
+            hook.after_step()
+            hook.after_train()
+        return [p.grad.clone() for p in model.parameters()], [picture for _, picture, _ in storage._vis_data]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_vis_period_draws_truth_over_predictions(tiny_config, make_batch, head, input_format):
+    """The picture of the writers: the image as it is, twice, apart from the boxes; nothing else is changed by it."""
+    opts = (*HEADS[head], "INPUT.FORMAT", input_format, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    batch = make_batch([2, 1])
+    batch[0]["instances"].gt_boxes.tensor[:, :2].clamp_(min=4)
+    plain, drawn = build(tiny_config(*opts)), build(tiny_config(*opts))
+    before, pictures = np.random.get_state()[1].copy(), []
+    for iteration in range(3):
+        without, nothing = step(plain, batch, iteration)
+        gradients, found = step(drawn, batch, iteration, TrainingPicture(2))
+        pictures.append(found)
+        assert not nothing and all(torch.equal(a, b) for a, b in zip(without, gradients))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), drawn.state_dict().values()))
+    assert (np.random.get_state()[1] == before).all() and drawn.training
+
+    assert [len(p) for p in pictures] == [1, 0, 1]
+    (picture,) = pictures[0]
+    assert picture.shape == (3, 2 * 96, 128)
+    image = batch[0]["image"].flip(0) if input_format == "BGR" else batch[0]["image"]
+    truth, predicted = (abs(x - image.numpy()).max(axis=0) for x in picture.reshape(3, 2, 96, 128).swapaxes(0, 1))
+    assert truth[:3, :3].max() <= 1  # the corner is outside of all boxes
+    assert (truth > 8).any() and (predicted > 8).any() and not (truth == predicted).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_a_broken_model_is_not_drawn(tiny_config, make_batch, bad):
+    """Detectron2's boxes raise for it, and the guard of the loss is there to say which images it broke on."""
+    model = build(tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"))
+    torch.nn.init.constant_(model.head.bbox_pred.bias, bad)
+    assert step(model, make_batch([2]), 0, TrainingPicture(1))[1] == []
+    assert model.training
+
+
+def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_path):
+    """Through Detectron2's writer and back, for OHEM, which logs what it kept as well."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, batch = build(tiny_config(*OHEM)), make_batch([2, 1])
+    writer = TensorboardXWriter(str(tmp_path))
+    with EventStorage() as storage:
+        hooks = FlushScalars(), TrainingPicture(1)
+        for hook in hooks:
+            hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage)
+            hook.before_train()
+        loss = model(batch)["loss_cls"].item()
+        for hook in hooks:
+            hook.after_step()
+        storage.iter = 20
+        writer.write()
+    writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    logged = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert logged["loss_cls/positive"] + logged["loss_cls/negative"] == pytest.approx(loss, rel=1e-5)
+    assert 0 < logged["ohem/num_pos"] < logged["ohem/num_pos"] + logged["ohem/num_neg"] <= 32
+    (tag,) = events.Tags()["images"]
+    assert "GT" in tag and events.Images(tag)[0].height == 2 * 96
