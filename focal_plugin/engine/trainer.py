@@ -146,19 +146,29 @@ class FocalTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         solver = cfg.SOLVER
+        clip = solver.CLIP_GRADIENTS
+        clips_by_norm = clip.ENABLED and clip.CLIP_TYPE == "norm"
+        if clips_by_norm:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         if solver.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if solver.OPTIMIZER != "ADAMW":
+            optimizer = build_optimizer(cfg, model)
+        elif solver.OPTIMIZER == "ADAMW":
+            params = get_default_optimizer_params(
+                model,
+                base_lr=solver.BASE_LR,
+                weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+                bias_lr_factor=solver.BIAS_LR_FACTOR,
+                weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            )
+            adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+            optimizer = adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True)
+        else:
             raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r}: must be one of SGD, ADAMW")
-        params = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
-        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        if clips_by_norm:
+            optimizer.register_step_pre_hook(functools.partial(_clip_by_norm, clip.CLIP_VALUE, clip.NORM_TYPE))
+        return optimizer
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, is_main = self.cfg, comm.is_main_process()
@@ -295,6 +305,18 @@ def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter
         left = "" if start_iter < cfg.SOLVER.MAX_ITER else ", which was the last: only the evaluation is left"
         return f"RESUMING after step {start_iter}{left}, from {resumed_from or cfg.OUTPUT_DIR}{skipped}"
     return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
+
+
+@torch.no_grad()
+def _clip_by_norm(max_norm: float, norm_type: float, optimizer: torch.optim.Optimizer, *_) -> None:
+    """Clip each parameter's gradient to a norm as Detectron2 does, in two passes over all of them.
+
+    Detectron2 calls ``clip_grad_norm_`` once a parameter: a tenth of the step of a small model.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads])
+    for grad, factor in zip(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()):
+        grad.mul_(factor)
 
 
 @contextmanager

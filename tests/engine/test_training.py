@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 
 from focal_plugin import get_config
 from focal_plugin.data import make_digits
@@ -137,6 +138,22 @@ def test_optimizers():
     assert adamw.state[model.head.cls_score.weight]["exp_avg_sq"].sum() <= 0.0011
     cfg.SOLVER.OPTIMIZER = "SGD"
     assert isinstance(FocalTrainer.build_optimizer(cfg, model), torch.optim.SGD)
+
+
+@pytest.mark.parametrize("norm_type", ["2.0", "1.0", "inf"])
+def test_gradients_are_clipped_as_detectron2_clips_them(norm_type):
+    """Bit for bit, each parameter for itself; one has no gradient."""
+    opts = ["SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.NORM_TYPE", norm_type]
+    cfg = get_config("digits/focal.yaml", opts)
+    models = []
+    for build in (build_optimizer, FocalTrainer.build_optimizer):
+        torch.manual_seed(0)
+        models.append(build_model(cfg))
+        for number, parameter in enumerate(models[-1].parameters()):
+            parameter.grad = torch.randn_like(parameter) * 10.0 ** (number % 7 - 3) if number else None
+        build(cfg, models[-1]).step()
+    for want, got in zip(*(model.parameters() for model in models)):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
