@@ -23,11 +23,7 @@ REFERENCE_BATCH = 16
 
 
 def check_scale(cfg: CfgNode, num_workers: int) -> None:
-    """Check that this many workers can train by ``cfg``, scaled from ``SOLVER.REFERENCE_WORLD_SIZE`` workers or not.
-
-    Args:
-        cfg: as written, not yet scaled.
-        num_workers: of all machines together.
+    """Check that this many workers, of all machines, can train by ``cfg`` as written, whether it has to be scaled or not.
 
     Raises:
         ValueError: they cannot; the message gives numbers that would do.
@@ -99,10 +95,6 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     Here a period is at least 1 step, and a decay comes at least a step after the one before, or is dropped with a
     warning if training ends by then.
 
-    Args:
-        cfg: as written for ``SOLVER.REFERENCE_WORLD_SIZE`` workers (0: for any); not changed.
-        num_workers: of all machines together.
-
     Returns:
         A new config, frozen if ``cfg`` is, whose ``SOLVER.REFERENCE_WORLD_SIZE`` is ``num_workers``, so that
         Detectron2's trainer does not scale it again; ``cfg`` itself if there is nothing to scale.
@@ -143,13 +135,10 @@ def _apart(written: Sequence[int], steps: Sequence[int], max_iter: int) -> tuple
 
 
 def learning_rate_warning(cfg: CfgNode) -> str:
-    """Warn of SGD with more than twice the reference's learning rate for its batch, and gradients that are not clipped.
+    """Return a warning if SGD has more than twice the reference's learning rate for its batch, and nothing is clipped.
 
-    Args:
-        cfg: what is trained by, i.e. scaled.
-
-    Returns:
-        The warning, with the learning rate that keeps the reference's ratio to the batch; "" if there is none to give.
+    It names the learning rate that keeps the reference's ratio to the batch; "" if there is nothing to warn of. ``cfg``
+    is what is trained by, i.e. scaled.
     """
     solver = cfg.SOLVER
     if solver.get("OPTIMIZER", "SGD") != "SGD" or solver.CLIP_GRADIENTS.ENABLED or solver.IMS_PER_BATCH < 1:
@@ -166,23 +155,15 @@ def learning_rate_warning(cfg: CfgNode) -> str:
 
 
 def start_banner(
-    base_cfg: CfgNode,
-    cfg: CfgNode,
-    num_workers: int,
-    *,
-    start: str,
-    sizes: Mapping[str, int],
-    classes: Sequence[str],
+    base_cfg: CfgNode, cfg: CfgNode, num_workers: int, *, start: str, sizes: Mapping[str, int], classes: Sequence[str]
 ) -> str:
     """Say what is about to be trained, a line for each thing: base and effective values where they differ.
 
     Args:
-        base_cfg: as written, with the overrides of the command line.
-        cfg: the same, scaled to ``num_workers``: what is trained by.
-        num_workers: of all machines together.
-        start: where training starts, e.g. "RESUMING at step 1200 from output/model_0001199.pth".
+        base_cfg: as written; ``cfg`` is the same scaled to ``num_workers``.
+        start: from what, e.g. "RESUMING at step 1200 from output/model_0001199.pth".
         sizes: images by data set name; "?" is printed for one that is not in it.
-        classes: the class names.
+        classes: their names.
     """
     solver, reference = cfg.SOLVER, base_cfg.SOLVER.REFERENCE_WORLD_SIZE
     rows = {"start": start, "workers": f"{num_workers} on {cfg.MODEL.DEVICE}"}

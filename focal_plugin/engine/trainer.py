@@ -314,6 +314,8 @@ def _clip_by_norm(max_norm: float, norm_type: float, optimizer: torch.optim.Opti
     Detectron2 calls ``clip_grad_norm_`` once a parameter: a tenth of the step of a small model.
     """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return
     norms = torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads])
     for grad, factor in zip(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()):
         grad.mul_(factor)
