@@ -23,7 +23,7 @@ REFERENCE_BATCH = 16
 
 
 def check_scale(cfg: CfgNode, num_workers: int) -> None:
-    """Check that this many workers, of all machines, can train by ``cfg`` as written, whether it has to be scaled or not.
+    """Check that this many workers, of all machines, can train by ``cfg`` as written, scaled to them or not.
 
     Raises:
         ValueError: they cannot; the message gives numbers that would do.
