@@ -44,24 +44,3 @@ def rng_kept() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
-
-
-@contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators start from ``entropy`` inside, and go on outside as if nothing were.
-
-    Args:
-        entropy: non-negative integers, any number of them; others give unrelated random numbers.
-    """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    # Not torch.manual_seed, which seeds the GPUs as well.
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)

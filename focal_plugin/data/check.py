@@ -57,7 +57,7 @@ def check_registered(key: str, name: str) -> str | None:
 def check_files(key: str, name: str) -> str | None:
     """The problem with what a registered data set needs on disk, or None."""
     meta = MetadataCatalog.get(name)
-    if meta.get("made_on_first_use"):
+    if meta.get("lazily_generated"):
         return None
     for what in ("json_file", "image_root"):
         path = meta.get(what)

@@ -415,7 +415,7 @@ def _set_metadata(split, size):
         json_file=str(folder / f"{split}.json"),
         image_root=str(folder / split),
         evaluator_type="coco",
-        made_on_first_use=True,
+        lazily_generated=True,
         thing_classes=list(CLASS_NAMES),
         thing_dataset_id_to_contiguous_id={label + 1: label for label in range(len(CLASS_NAMES))},
     )

@@ -32,7 +32,7 @@ def check_training_data(cfg: CfgNode) -> Found:
     found, fatal = Found(), []
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name)
-        if meta.get("made_on_first_use"):
+        if meta.get("lazily_generated"):
             found.sizes[name] = len(DatasetCatalog.get(name))
             continue
         json_file = meta.get("json_file")

@@ -21,7 +21,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
+from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
 from ..rng import rng_kept
 from .checkpoint import SafeCheckpointer
 from .guard import LossGuard
@@ -125,7 +125,7 @@ class FocalTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-        return deaf_to_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+        return ignore_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str = "") -> COCOEvaluator:

@@ -303,7 +303,7 @@ def test_larger_scenes_have_names_and_folders_of_their_own():
     metas = [MetadataCatalog.get(name) for name in ("digits_val", "digits_192px_val", "digits_256px_val")]
     assert [name in DatasetCatalog for name in ("digits_192px_train", "digits_256px_train")] == [True, True]
     assert [f"size{size}-" in meta.json_file for size, meta in zip((128, 192, 256), metas)] == [True] * 3
-    assert all(meta.made_on_first_use for meta in metas)
+    assert all(meta.lazily_generated for meta in metas)
 
 
 def test_registering_again_is_harmless(registered):

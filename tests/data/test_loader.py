@@ -11,8 +11,8 @@ from detectron2.data.samplers import TrainingSampler
 
 from focal_plugin import get_config
 from focal_plugin.data import build_train_loader, make_digits
-from focal_plugin.data.loader import SKIPPED, SeededDataset, TrainingStream, stream_of
-from focal_plugin.rng import get_rng_state, seeded, set_rng_state
+from focal_plugin.data.loader import SKIPPED, SeededDataset, TrainingStream, seeded, stream_of
+from focal_plugin.rng import get_rng_state, set_rng_state
 
 
 def first(iterable, count):
