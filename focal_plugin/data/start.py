@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .check_coco import check_coco
+from .dataset_check import check_coco
 
 
 @dataclass
