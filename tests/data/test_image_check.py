@@ -74,13 +74,15 @@ def test_names_that_leave_the_folder(check, folder):
     (folder / "images" / "sub").mkdir()
     for path in ("secret.png", "elsewhere/secret.png"):
         Image.new("RGB", SIZE).save(folder / path)
-    data = content()
-    for image, name in zip(data["images"], ["../secret.png", "link/../secret.png", "sub/../../secret.png", "3.png"]):
+    data = content(9)
+    names = ["../secret.png", "link/../secret.png", "sub/../../secret.png", "..", "link/../../x.png", "../images/0.png"]
+    names += ["../images/../x.png", "a\0/../0.png"]
+    for image, name in zip(data["images"], names):
         image["file_name"] = name
     for images in ("all", "sample", "none"):
         finding = found(check(data, images=images))["escaping_file_names"]
-        assert finding.fatal and finding.count == 3
-    data["images"] = content()["images"]
+        assert finding.fatal and finding.count == 8
+    data = content()
     data["images"][0]["file_name"] = "sub/../0.png"
     data["images"][1]["file_name"] = "1..png"
     (folder / "images" / "1.png").rename(folder / "images" / "1..png")
