@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator
 
@@ -60,24 +61,21 @@ def resized_sizes(widths: np.ndarray, heights: np.ndarray, cfg: CfgNode) -> tupl
         widths, heights: (N,), in pixels, > 0.
 
     Returns:
-        The same, resized and rounded as Detectron2 does; float64.
+        The same, resized; float64, at least 1.
 
     Raises:
         ValueError: INPUT.MIN_SIZE_TRAIN is empty.
     """
     if not np.size(cfg.INPUT.MIN_SIZE_TRAIN):
         raise ValueError("INPUT.MIN_SIZE_TRAIN is empty")
-    min_size, max_size = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
-    widths, heights = np.asarray(widths, np.float64), np.asarray(heights, np.float64)
-    if min_size <= 0:  # to Detectron2: no resizing
-        return widths, heights
-    # In Detectron2's order, for the same rounding.
-    scale = min_size / np.minimum(widths, heights)
-    new_widths = np.where(heights < widths, scale * widths, min_size)
-    new_heights = np.where(heights < widths, min_size, scale * heights)
-    longest = np.maximum(new_widths, new_heights)
-    shrink = np.where(longest > max_size, max_size / longest, 1.0)
-    return tuple(np.maximum(np.floor(side * shrink + 0.5), 1) for side in (new_widths, new_heights))
+    min_size, sizes = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), np.stack([heights, widths], axis=1)
+    if min_size > 0:  # to Detectron2, 0 means no resizing
+        different, rows = np.unique(sizes, axis=0, return_inverse=True)
+        resize = ResizeShortestEdge.get_output_shape
+        resized = [resize(height, width, min_size, cfg.INPUT.MAX_SIZE_TRAIN) for height, width in different.tolist()]
+        sizes = np.reshape(resized, (-1, 2))[rows.ravel()].clip(min=1)
+    new_heights, new_widths = sizes.astype(np.float64).T
+    return new_widths, new_heights
 
 
 def best_ious(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, grid: AnchorGrid) -> np.ndarray:

@@ -181,9 +181,9 @@ def _check_boxes(report: DatasetReport, columns: Columns) -> None:
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
 
-    def add(level: str, code: str, what: str, mask: np.ndarray) -> None:
+    def add(level: str, code: str, message: str, mask: np.ndarray) -> None:
         rows = np.flatnonzero(mask)
-        report.add(level, code, f"{what}: {len(rows):,} of {len(mask):,}", len(rows), examples(rows))
+        report.add(level, code, f"{message}: {len(rows):,} of {len(mask):,}", len(rows), examples(rows))
 
     def examples(rows: np.ndarray) -> Iterator[str]:
         for row in rows:
@@ -191,30 +191,14 @@ def _check_boxes(report: DatasetReport, columns: Columns) -> None:
             yield f"annotation {columns.annotation_ids[row]} (image {columns.box_image_ids[row]}): [{numbers}]"
 
     add("fatal", "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite)
-    add(
-        "error",
-        "negative_boxes",
-        "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)",
-        negative,
-    )
-    add(
-        "error",
-        "zero_boxes",
-        "boxes without width or height (Detectron2 drops them without a word)",
-        finite & ~has_size & ~negative,
-    )
-    add(
-        "error",
-        "boxes_outside",
-        "boxes entirely outside their image (Detectron2 drops them without a word)",
-        has_size & outside,
-    )
-    add(
-        "warning",
-        "boxes_leave_image",
-        "boxes that leave their image by more than a pixel (Detectron2 cuts them off)",
-        has_size & leaving & ~outside,
-    )
+    message = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
+    add("error", "negative_boxes", message, negative)
+    message = "boxes without width or height (Detectron2 drops them without a word)"
+    add("error", "zero_boxes", message, finite & ~has_size & ~negative)
+    message = "boxes entirely outside their image (Detectron2 drops them without a word)"
+    add("error", "boxes_outside", message, has_size & outside)
+    message = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
+    add("warning", "boxes_leave_image", message, has_size & leaving & ~outside)
     num_finite = max(finite.sum(), 1)
     share = leaving[finite].sum() / num_finite
     if share >= _XYXY_MIN_LEAVING and fits_as_xyxy[finite].sum() / num_finite >= _XYXY_MIN_VALID:

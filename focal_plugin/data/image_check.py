@@ -132,7 +132,11 @@ def _inspect(image_root: str, name: str, expected: tuple[int, int], decode: bool
         yield "unreadable_images", f"{printable(name)}: {_first_line(problem, path)}"
         return
     with image:
-        size, turned = _oriented_size(image)
+        try:
+            turned = image.getexif().get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+        except Exception:  # to Detectron2's `read_image`, then it is not turned
+            turned = False
+        size = image.size[::-1] if turned else image.size
         if size != expected:
             why = ", turned by its EXIF orientation" if turned else ""
             text = f"{printable(name)}: {size[0]} x {size[1]}{why}, in the json {expected[0]} x {expected[1]}"
@@ -142,16 +146,6 @@ def _inspect(image_root: str, name: str, expected: tuple[int, int], decode: bool
                 image.convert("RGB")
             except Exception as problem:
                 yield "truncated_images", f"{printable(name)}: {_first_line(problem, path)}"
-
-
-def _oriented_size(image: Image.Image) -> tuple[tuple[int, int], bool]:
-    """Return width and height as Detectron2's `read_image` gives them, and whether EXIF swapped them."""
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # as in Detectron2: then it is not turned
-        orientation = None
-    turned = orientation in _SWAPS_SIDES
-    return (image.size[::-1] if turned else image.size), turned
 
 
 def _first_line(problem: Exception, path: str) -> str:

@@ -13,7 +13,7 @@ from focal_plugin import get_config
 from focal_plugin.data import check_coco, make_digits
 from focal_plugin.data.register import register_coco_json, register_from_args
 
-NUM_CASES = {"bytes": 250, "trees": 400, "arguments": 200}
+NUM_CASES = {"bytes": 450, "trees": 650, "arguments": 400}
 WORDS = [b'"id": 1, ', b'"segmentation": [[1, 2, 3]], ', b'"iscrowd": 1, ', b"NaN", b"1e999", b"9" * 5000, b"[" * 500]
 WORDS += [b"\\u0000", b"\\ud800", b"null", b"\xef\xbb\xbf", b", ", b"}", b"]", b'"']
 JUNK = ["../../../etc/passwd", "/etc/passwd", "a/../..", [[1.0, 2, 3, 4, 5, 6]], [[1, 2, 3]], [1, 2, 2] * 5, 1.0, "1"]
@@ -122,4 +122,4 @@ def test_what_is_no_file(digits, tmp_path, guard, kind):
 
 
 def test_as_many_cases_as_promised(fuzz):
-    fuzz.assert_ran(set(NUM_CASES), 850)
+    fuzz.assert_ran(set(NUM_CASES), 1500)
