@@ -114,7 +114,7 @@ class SeededDataset(torch.utils.data.Dataset):
         skipped = []
         for _ in range(_MAX_TRIES):
             _seed(seed, position)
-            image, reason = self._read(self._dataset[index])
+            image, reason = _read(self._mapper, self._dataset[index])
             if reason:
                 skipped.append((image["file_name"], reason))
                 if len(skipped) > self._max_bad_images:
@@ -124,17 +124,6 @@ class SeededDataset(torch.utils.data.Dataset):
             others = others or random.Random(f"{seed} {position}")
             index = others.randrange(len(self))
         raise ValueError(f"the mapper has returned None for {_MAX_TRIES - len(skipped)} images in a row")
-
-    def _read(self, image: dict) -> tuple[dict, str]:
-        """Return the mapped image and no reason, or the image as it is and why it cannot be read."""
-        try:
-            return self._mapper(image), ""
-        except Exception:
-            # The file's fault, or the mapper's? Pillow raises all kinds of errors, and none names the file.
-            reason = why_unreadable(image)
-            if not reason:
-                raise
-            return image, reason
 
 
 class NamingMapper:
@@ -148,28 +137,29 @@ class NamingMapper:
         self._mapper = mapper
 
     def __call__(self, image: dict) -> dict:
-        try:
-            return self._mapper(image)
-        except Exception as error:
-            reason = why_unreadable(image)
-            if not reason:
-                raise
+        image, reason = _read(self._mapper, image)
+        if reason:
             raise ValueError(
                 f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
                 "it out of the annotations (tools/check_dataset.py lists all such images)"
-            ) from error
+            )
+        return image
 
 
-def why_unreadable(image: dict) -> str:
-    """Return what is wrong with the file of a dict in Detectron2's format; an empty text if nothing is."""
+def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
+    """Return the mapped image and no reason, or the image as it is and why its file cannot be read."""
     try:
-        utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
-    except MemoryError:
+        return mapper(image), ""
+    except Exception:
+        # The file's fault, or the mapper's? Pillow raises all kinds of errors, and none names the file.
+        try:
+            utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
+        except MemoryError:
+            raise
+        except Exception as error:
+            message = " ".join(str(error).split())
+            return image, f"{type(error).__name__}: {message}"
         raise
-    except Exception as error:
-        message = " ".join(str(error).split())
-        return f"{type(error).__name__}: {message}"
-    return ""
 
 
 def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
