@@ -32,6 +32,7 @@ setup(
     # Neither detectron2 nor torch is listed. Detectron2 is not on the index under its own name, so pip
     # could not install it; and pip must never exchange the torch that Detectron2 was compiled against.
     install_requires=[
+        "filelock",
         "jinja2",
         "matplotlib",
         "numpy",

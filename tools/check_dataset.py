@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from focal_plugin import get_config
-from focal_plugin.data.check_coco import check_coco
+from focal_plugin.data.dataset_check import check_coco
 
 
 def parse_args(argv=None):

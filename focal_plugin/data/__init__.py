@@ -1,6 +1,6 @@
 """Data sets: your own from a COCO json, checks before training, and one that needs no download."""
 
-from .check_coco import check_coco
+from .dataset_check import check_coco
 from .digits import make_digits, register_digits
 from .loader import build_train_loader
 from .register import add_register_argument, parse_register_arg, register_coco_json, register_from_args

@@ -1,9 +1,9 @@
 """Handwritten digits in cluttered scenes: a detection data set that needs no download.
 
-The ink is real handwriting, the 1,797 images of 8x8 pixels that scikit-learn ships; everything around it is
-drawn. The scenes keep what makes one-stage detection hard: small objects, mostly background, classes with a
-long tail, images without any object, and hard negatives made of the same ink. Only numpy and Pillow draw, and
-pixels are integers, so that a seed gives the same scenes whatever the number of threads or the hash seed.
+The ink is real handwriting, the 1,797 images of 8x8 pixels that scikit-learn ships; everything around it is drawn.
+The scenes keep what makes one-stage detection hard: small objects, mostly background, classes with a long tail, images
+without any object, and hard negatives made of the same ink. Only NumPy and Pillow draw, and pixels are integers: a seed
+gives the same scenes whatever the number of threads or the hash seed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import logging
 import math
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ _SOURCE = (
 
 @functools.lru_cache(maxsize=1)
 def _load_handwriting():
-    """Scikit-learn's digits: (1797, 8, 8) uint8 ink of 0..255, and (1797,) labels."""
+    """Return scikit-learn's digits: (1797, 8, 8) uint8 ink of 0..255, and (1797,) labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -64,16 +64,16 @@ def _load_handwriting():
 
 @functools.lru_cache(maxsize=len(SPLITS))
 def source_indices(split: str) -> list[np.ndarray]:
-    """Which of scikit-learn's digit images a split draws from.
+    """Return which of scikit-learn's digit images a split draws from.
 
-    Every class is cut once, in the source's order and whatever the seed. A random cut would make the task
-    easier: neighbours in that order look alike (a nearest neighbour errs on 4 % of `val`, or on none).
+    Every class is cut once, in the source's order and for all seeds. A random cut would make the task easier:
+    neighbors in that order look alike (a nearest neighbor errs on 4 % of `val`, or on none).
 
     Args:
         split: "train" or "val".
 
     Returns:
-        One array of indices into `load_digits()` per class. No index is in both splits.
+        One array of indices into `load_digits()` per class; no index is in both splits.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -90,7 +90,7 @@ def _draw_source(rng, split, label):
 
 
 def _draw_scrambled_source(rng, split):
-    """Ink that is no digit: quadrants of four digits, each a quarter turn off, so that strokes break."""
+    """Make ink that is no digit: quadrants of four digits, each a quarter turn off, so that strokes break."""
     scrambled = np.empty((8, 8), np.uint8)
     for rows, columns in itertools.product((slice(0, 4), slice(4, 8)), repeat=2):
         source = _draw_source(rng, split, rng.integers(len(CLASS_NAMES)))
@@ -99,11 +99,7 @@ def _draw_scrambled_source(rng, split):
 
 
 def _render_glyph(rng, source):
-    """Warps 8x8 ink and scales it to its size in a scene.
-
-    Args:
-        rng: a numpy Generator.
-        source: (8, 8) uint8 ink.
+    """Warp (8, 8) uint8 ink and scale it to its size in a scene.
 
     Returns:
         (h, w) uint8 opacity, cropped to the ink; the longer side is log-uniform in [MIN_SIDE, MAX_SIDE].
@@ -117,13 +113,13 @@ def _render_glyph(rng, source):
 
 
 def _warp(rng, source):
-    """Rotates, shears and enlarges 8x8 ink into (_CANVAS, _CANVAS) opacity, with strokes thick or thin."""
+    """Rotate, shear and enlarge 8x8 ink into (_CANVAS, _CANVAS) opacity, with thick or thin strokes."""
     padded = np.zeros((8 + 2 * _MARGIN, 8 + 2 * _MARGIN), np.uint8)
     padded[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = source
     angle, shear, step = math.radians(rng.uniform(-10, 10)), rng.uniform(-0.1, 0.1), len(padded) / _CANVAS
     a, b = step * math.cos(angle), step * (math.sin(angle) + shear)
     c, d = -step * math.sin(angle), step * math.cos(angle)
-    # Pillow looks up a point (x, y) of the canvas at (ax + by + e, cx + dy + f); the two centres coincide.
+    # Pillow looks up a point (x, y) of the canvas at (ax + by + e, cx + dy + f); the two centers coincide.
     e, f = (len(padded) - (a + b) * _CANVAS) / 2, (len(padded) - (c + d) * _CANVAS) / 2
     blurred = Image.fromarray(padded).transform(
         (_CANVAS, _CANVAS), Image.Transform.AFFINE, (a, b, e, c, d, f), Image.Resampling.BICUBIC
@@ -138,7 +134,7 @@ def _warp(rng, source):
 def draw_scene(
     split: str, index: int, *, image_size: int = 128, seed: int = 0
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
-    """Draws one scene. It depends on the arguments alone, not on how many other scenes there are.
+    """Draw one scene. It depends on the arguments alone, not on how many other scenes there are.
 
     Args:
         split: "train" or "val".
@@ -147,8 +143,8 @@ def draw_scene(
         seed: seed of the data set.
 
     Returns:
-        The (image_size, image_size, 3) uint8 RGB image; a list of 0 to 6 XYWH boxes in whole pixels, tight to
-        the ink; a list of as many labels in 0..9.
+        The (image_size, image_size, 3) uint8 RGB image; 0 to 6 XYWH boxes in whole pixels, tight to the ink; as many
+        labels in 0..9.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -170,10 +166,10 @@ def draw_scene(
 
 
 def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
-    """Which digits a scene wants; it gets them unless there is no room (see `draw_scene` for the arguments).
+    """Return the digits that a scene gets if there is room (see `draw_scene` for the arguments).
 
-    Over consecutive scenes the counts and the classes run evenly through their distributions (a Kronecker
-    sequence instead of independent draws), so that chance takes no rare class out of a small split.
+    Over consecutive scenes the counts and the classes run evenly through their distributions (a Kronecker sequence
+    instead of independent draws), so that chance takes no rare class out of a small split.
     """
     start = _generator(seed, SPLITS.index(split)).random(1 + MAX_DIGITS)
     share, *quantiles = (start + index * _STEPS) % 1
@@ -190,9 +186,9 @@ def _generator(seed, *key):
 
 
 def _draw_background(rng, size):
-    """Smooth shading under strokes, edges and blobs: (size, size, 3) int32."""
-    grey = rng.integers(30, 111, (4, 4, 1))
-    shading = np.clip(grey + rng.integers(-25, 26, (4, 4, 3)), 0, 255).astype(np.uint8)
+    """Draw smooth shading under strokes, edges and blobs: (size, size, 3) int32."""
+    gray = rng.integers(30, 111, (4, 4, 1))
+    shading = np.clip(gray + rng.integers(-25, 26, (4, 4, 3)), 0, 255).astype(np.uint8)
     # Twice the size, then halved: Pillow draws without anti-aliasing.
     canvas = Image.fromarray(shading).resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
@@ -204,42 +200,42 @@ def _draw_background(rng, size):
     return np.asarray(canvas.reduce(2)).astype(np.int32)
 
 
-# Clutter takes a pen, a Generator, where to start (in half pixels) and a colour.
+# Clutter takes a pen, a Generator, where to start (in half pixels) and a color.
 
 
-def _draw_line(pen, rng, start, colour):
+def _draw_line(pen, rng, start, color):
     # Longer than any digit: a short straight stroke would be a "1" without a label.
     angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(90, 260)
     end = start + length * np.array([math.cos(angle), math.sin(angle)])
-    pen.line([*start.tolist(), *end.tolist()], fill=colour, width=int(rng.integers(2, 7)))
+    pen.line([*start.tolist(), *end.tolist()], fill=color, width=int(rng.integers(2, 7)))
 
 
-def _draw_arc(pen, rng, start, colour):
+def _draw_arc(pen, rng, start, color):
     # Never closed: that would be a "0" without a label.
     corners = [*start.tolist(), *(start + rng.integers(16, 90, 2)).tolist()]
     begin, sweep = rng.integers(360), rng.integers(60, 200)
-    pen.arc(corners, int(begin), int(begin + sweep), fill=colour, width=int(rng.integers(3, 8)))
+    pen.arc(corners, int(begin), int(begin + sweep), fill=color, width=int(rng.integers(3, 8)))
 
 
-def _draw_zigzag(pen, rng, start, colour):
+def _draw_zigzag(pen, rng, start, color):
     points = start + rng.integers(-28, 29, (rng.integers(6, 9), 2))
-    pen.line([tuple(p) for p in points.tolist()], fill=colour, width=int(rng.integers(2, 6)), joint="curve")
+    pen.line([tuple(p) for p in points.tolist()], fill=color, width=int(rng.integers(2, 6)), joint="curve")
 
 
-def _draw_blob(pen, rng, start, colour):
-    pen.ellipse([*start.tolist(), *(start + rng.integers(6, 50, 2)).tolist()], fill=colour)
+def _draw_blob(pen, rng, start, color):
+    pen.ellipse([*start.tolist(), *(start + rng.integers(6, 50, 2)).tolist()], fill=color)
 
 
-def _draw_patch(pen, rng, start, colour):
+def _draw_patch(pen, rng, start, color):
     points = start + rng.integers(-50, 51, (rng.integers(3, 6), 2))
-    pen.polygon([tuple(p) for p in points.tolist()], fill=colour)
+    pen.polygon([tuple(p) for p in points.tolist()], fill=color)
 
 
 _CLUTTER = (_draw_line, _draw_arc, _draw_zigzag, _draw_blob, _draw_patch)
 
 
 def _find_place(rng, width, height, size, taken):
-    """A free XYWH box: it shares at most a tenth of the smaller with any taken one. None if there is none."""
+    """Return a free XYWH box, which shares at most a tenth of the smaller with any taken one, or None."""
     for x, y in rng.integers(0, (size - width + 1, size - height + 1), (40, 2)).tolist():
         box = (x, y, width, height)
         if all(10 * _intersection(box, other) <= min(width * height, other[2] * other[3]) for other in taken):
@@ -254,11 +250,11 @@ def _intersection(one, other):
 
 
 def _lay_ink(rng, image, glyph, box):
-    """Blends a glyph into the image, in place, in a light colour: most of the ground is darker, not all of it."""
+    """Blend a glyph into the image, in place, in a light color: most of the ground is darker, not all of it."""
     x, y, width, height = box
     region = image[y : y + height, x : x + width]
-    colour = np.clip(rng.integers(170, 256) + rng.integers(-35, 36, 3), 0, 255)
-    region += (colour - region) * glyph[..., None].astype(np.int32) // 255
+    color = np.clip(rng.integers(170, 256) + rng.integers(-35, 36, 3), 0, 255)
+    region += (color - region) * glyph[..., None].astype(np.int32) // 255
 
 
 # --- the files ---
@@ -267,10 +263,10 @@ def _lay_ink(rng, image, glyph, box):
 def make_digits(
     root: str | os.PathLike, *, num_train: int = 4000, num_val: int = 300, image_size: int = 128, seed: int = 0
 ) -> Path:
-    """Writes the data set in COCO format, unless it is there already.
+    """Write the data set in COCO format, unless it is there already.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. So a run that
-    dies leaves nothing that a later one would trust, and of several at once the first to finish wins.
+    The folder appears whole or not at all: it is written beside its place and then renamed. So a run that dies leaves
+    nothing that a later one would trust, and of several at once one draws while the others wait.
 
     Args:
         root: folder that holds the data sets; created when missing.
@@ -293,16 +289,22 @@ def make_digits(
         )
     counts = {"train": num_train, "val": num_val}
     folder = _folder(root, num_train, num_val, image_size, seed)
-    if _is_complete(folder, counts):
+    if _is_complete(folder, counts):  # asked first without the lock: the data may lie where nothing can be written
         return folder
-    logger.warning(f"Drawing, once, {num_train} + {num_val} scenes of digits into {folder}")
-    draft = _sibling(folder, "draft")
-    try:
-        for split, count in counts.items():
-            _write_split(draft, split, count, image_size, seed)
-        _publish(draft, folder, counts)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft, lock = (folder.with_name(f".{folder.name}.{purpose}") for purpose in ("draft", "lock"))
+    _load_handwriting()  # raises where there is none, before anything is written
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if not _is_complete(folder, counts):
+            logger.warning(f"Drawing, once, {num_train} + {num_val} scenes of digits into {folder}")
+            for leftover in (draft, folder):  # of a killed run; a damaged data set
+                shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                for split, count in counts.items():
+                    _write_split(draft, split, count, image_size, seed)
+                draft.rename(folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -310,37 +312,11 @@ def _folder(root, num_train=4000, num_val=300, image_size=128, seed=0):
     return Path(root) / f"v{FORMAT_VERSION}-train{num_train}-val{num_val}-size{image_size}-seed{seed}"
 
 
-def _sibling(folder, purpose):
-    return folder.with_name(f".{folder.name}.{purpose}-{uuid.uuid4().hex}")
-
-
 def _is_complete(folder, counts):
     return all(
         (folder / f"{split}.json").is_file() and len(list((folder / split).glob("*.png"))) == count
         for split, count in counts.items()
     )
-
-
-def _publish(draft, folder, counts):
-    """Renames the draft to its place; gives way to a whole data set there, and removes a damaged one."""
-    while not _is_complete(folder, counts):
-        try:
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            _discard_damaged(folder, counts)
-
-
-def _discard_damaged(folder, counts):
-    if _is_complete(folder, counts):  # another process has put its own there in the meantime
-        return
-    trash = _sibling(folder, "damaged")
-    try:
-        os.rename(folder, trash)
-    except FileNotFoundError:  # another process was quicker
-        return
-    shutil.rmtree(trash)
 
 
 def _write_split(folder, split, count, image_size, seed):
@@ -375,11 +351,11 @@ def _write_split(folder, split, count, image_size, seed):
 
 
 def register_digits() -> None:
-    """Registers `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
+    """Register `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
 
-    They are drawn on first use and live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable),
-    as Detectron2's own data sets do. Neither this nor the import of the module touches the disk. Calling it again
-    is harmless and follows a variable that has changed since, as does loading a data set.
+    They are drawn on first use and live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable), as
+    Detectron2's own data sets do. Neither this nor the import of the module touches the disk. Calling it again is
+    harmless and follows a variable that has changed since, as does loading a data set.
     """
     for size, split in itertools.product(REGISTERED_SIZES, SPLITS):
         name = _name(split, size)
@@ -406,7 +382,7 @@ def _load_registered(split, size):
 
 
 def _set_metadata(split, size):
-    """Points the metadata to where `_load_registered` draws and reads."""
+    """Point the metadata to where `_load_registered` draws and reads."""
     meta = MetadataCatalog.get(_name(split, size))
     folder = _folder(_root(), image_size=size)
     for key in ("json_file", "image_root"):  # Metadata refuses to change an attribute, but not to lose it
@@ -415,7 +391,7 @@ def _set_metadata(split, size):
         json_file=str(folder / f"{split}.json"),
         image_root=str(folder / split),
         evaluator_type="coco",
-        made_on_first_use=True,
+        lazily_generated=True,
         thing_classes=list(CLASS_NAMES),
         thing_dataset_id_to_contiguous_id={label + 1: label for label in range(len(CLASS_NAMES))},
     )

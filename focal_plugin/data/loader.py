@@ -1,8 +1,8 @@
 """Training data as a stream in which the n-th image, augmentation included, depends on the seed and on n alone.
 
-Upstream's samplers know no start and its data workers draw random numbers in the order in which they happen to be
-asked, so that a resumed run sees the beginning of the data again, augmented in another way. Here a run can begin at any
-batch, with any number of data workers, and sees what it would have seen.
+Detectron2's samplers have no start, and its data workers draw random numbers in the order in which they happen to be
+asked: a resumed run sees the beginning of the data again, augmented differently. This stream can begin at any batch,
+with any number of data workers, and gives the images that an uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -23,49 +23,27 @@ import torch.utils.data
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
-from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
-_MAX_TRIES = 1000  # images, for one that can be trained on
-SKIPPED = "skipped"  # key of an image's dict: the files that it stands in for
-
-
-@contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators start from ``entropy`` inside, and go on outside as if nothing were.
-
-    Args:
-        entropy: non-negative integers, any number of them; others give unrelated random numbers.
-    """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    # Not torch.manual_seed, which seeds the GPUs as well.
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+_MAX_TRIES = 1000  # images, to find one that can be trained on
+SKIPPED = "skipped"  # key of an image's dict: the files that it replaces
 
 
 class TrainingStream(torch.utils.data.Sampler):
-    """Which images this worker trains on, batch after batch, from any batch on.
+    """Choose the images that this process trains on, batch after batch, from any batch on.
 
-    Yields (index, position): which image, and at which place of the stream that all workers share it stands. Images are
-    grouped by aspect ratio here, by what the annotations say of them, not after loading as upstream does: so that what
-    went before can be passed over without reading it.
+    Yields (index, position): an image, and its place in the stream that all processes share. Images are grouped by
+    aspect ratio here, from the annotations, and not after loading as in Detectron2: images before the first batch can
+    then be passed over without reading them.
 
     Args:
-        make_sampler: a seed -> one of upstream's training samplers, which gives this worker's share of an endless
-            stream of indices. Called on all workers alike.
-        batch_size: images per step, of this worker.
-        seed: of the stream; the same on all workers.
-        groups: per image, which others it may share a batch with; None: all.
+        make_sampler: returns one of Detectron2's training samplers for a seed; the sampler gives this process's share
+            of an endless stream of indices. Called in all processes alike.
+        batch_size: images per step of this process.
+        seed: of the stream; the same in all processes.
+        groups: for each image, the group that it shares batches with; None puts all images into one group.
     """
 
     def __init__(
@@ -80,7 +58,7 @@ class TrainingStream(torch.utils.data.Sampler):
         self.start_from(0, seed)
 
     def start_from(self, batch: int, seed: int) -> None:
-        """The next iteration begins at this batch of the stream of this seed; a collective call."""
+        """Let the next iteration begin at this batch of the stream of this seed; a collective call."""
         self.batch, self.seed = batch, seed
         self._sampler = self._make_sampler(seed)
 
@@ -100,20 +78,21 @@ class TrainingStream(torch.utils.data.Sampler):
                 bucket.clear()
 
     def __getstate__(self):
-        # For data workers that are spawned: the way to make other samplers stays with the trainer.
+        # For spawned data workers: only the trainer makes new samplers, and the function may not be picklable.
         return {**self.__dict__, "_make_sampler": None}
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Images as a mapper makes them, with random numbers that depend on their place in the stream only.
+    """Map images with random numbers that depend on their place in the stream only.
 
-    An image that cannot be read is replaced by another, drawn by the same rule, which says so under :data:`SKIPPED`.
+    An image that cannot be read is replaced by another, drawn by the same rule, which lists it under :data:`SKIPPED`.
+    The global random number generators are left seeded: whoever shares a process with this keeps their state.
 
     Args:
         dataset: dicts in Detectron2's format.
-        mapper: such a dict -> what the model trains on.
+        mapper: turns such a dict into what the model trains on.
         stream: gives (index, position), and the seed.
-        max_bad_images: how many may be passed over before one that can be read; 0: none.
+        max_bad_images: unreadable images that may be passed over before a readable one.
     """
 
     def __init__(
@@ -125,75 +104,67 @@ class SeededDataset(torch.utils.data.Dataset):
         return len(self._dataset)
 
     def __getitem__(self, sample: tuple[int, int]) -> dict:
-        """
+        """Return the mapped image of a sample of the stream, or of its replacement.
+
         Raises:
             ValueError: more images cannot be read than may be passed over; names them.
         """
         index, position = sample
         seed = self._stream.seed
-        others = random.Random(f"{seed} {position}")
+        others = None  # made when first needed: seeding it from a text takes a while
         skipped = []
         for _ in range(_MAX_TRIES):
-            with seeded(seed, position):
-                image, reason = self._read(self._dataset[index])
+            _seed(seed, position)
+            image, reason = _read(self._mapper, self._dataset[index])
             if reason:
                 skipped.append((image["file_name"], reason))
                 if len(skipped) > self._max_bad_images:
                     raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
-            elif image is not None:  # None is how a mapper says: another one
+            elif image is not None:  # a mapper returns None to ask for another image
                 return {**image, SKIPPED: skipped} if skipped else image
+            others = others or random.Random(f"{seed} {position}")
             index = others.randrange(len(self))
         raise ValueError(f"the mapper has returned None for {_MAX_TRIES - len(skipped)} images in a row")
 
-    def _read(self, image: dict) -> tuple[dict, str]:
-        """The mapped image and no reason; or the image as it is and why it cannot be read."""
-        try:
-            return self._mapper(image), ""
-        except Exception:
-            # Is it the file, or the mapper? Pillow raises all kinds of errors, and none names the file.
-            reason = why_unreadable(image)
-            if not reason:
-                raise
-            return image, reason
-
 
 class NamingMapper:
-    """A mapper for evaluation, where no image can be left out: its errors name the file.
+    """Map images for evaluation, where none can be left out: its errors name the file.
 
     Args:
-        mapper: upstream's.
+        mapper: one of Detectron2's.
     """
 
     def __init__(self, mapper: Callable[[dict], dict]):
         self._mapper = mapper
 
     def __call__(self, image: dict) -> dict:
-        try:
-            return self._mapper(image)
-        except Exception as error:
-            reason = why_unreadable(image)
-            if not reason:
-                raise
+        image, reason = _read(self._mapper, image)
+        if reason:
             raise ValueError(
                 f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
                 "it out of the annotations (tools/check_dataset.py lists all such images)"
-            ) from error
+            )
+        return image
 
 
-def why_unreadable(image: dict) -> str:
-    """What is wrong with the file of a dict in Detectron2's format; empty if nothing is."""
+def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
+    """Return the mapped image and no reason, or the image as it is and why its file cannot be read."""
     try:
-        utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
-    except MemoryError:
+        return mapper(image), ""
+    except Exception:
+        # The file's fault, or the mapper's? Pillow raises all kinds of errors, and none names the file.
+        try:
+            utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
+        except MemoryError:
+            raise
+        except Exception as error:
+            message = " ".join(str(error).split())
+            return image, f"{type(error).__name__}: {message}"
         raise
-    except Exception as error:
-        message = " ".join(str(error).split())
-        return f"{type(error).__name__}: {message}"
-    return ""
 
 
 def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
-    """An error message that names the files and the way out.
+    """Return an error message that names the files and says what to do.
 
     Args:
         skipped: (file name, reason) each.
@@ -207,21 +178,19 @@ def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> Iterable[list[dict]]:
-    """Upstream's ``build_detection_train_loader``, from which training can be resumed: see :func:`stream_of`.
-
-    The sampler is the one that ``DATALOADER.SAMPLER_TRAIN`` names.
+    """Build Detectron2's training loader over a stream from which training can be resumed: see :func:`stream_of`.
 
     Args:
-        cfg: a Detectron2 config with the plugin's keys.
-        mapper: as upstream's; default: ``DatasetMapper(cfg, True)``.
+        cfg: a Detectron2 config with the plugin's keys; ``DATALOADER.SAMPLER_TRAIN`` names the sampler.
+        mapper: as Detectron2's; default: ``DatasetMapper(cfg, True)``.
 
     Raises:
-        ValueError: no image is left to train on.
+        ValueError: no image is left to train on, or there is no such sampler.
     """
     mapper = mapper or DatasetMapper(cfg, is_train=True)
     try:
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    except AssertionError as error:  # upstream's, where nothing is left
+    except AssertionError as error:  # Detectron2's, where nothing is left
         raise ValueError(
             f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} Images without an object are dropped unless "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
@@ -235,9 +204,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     del dicts  # packed by now, and much smaller
 
     def make_sampler(seed: int) -> torch.utils.data.Sampler:
-        # Those of upstream's samplers that take no seed draw one from NumPy's generator.
+        # Detectron2's own choice by name. Samplers that take no seed draw one from NumPy's generator.
         with seeded(seed):
-            return _train_loader_from_config(cfg, mapper=mapper, dataset=dataset)["sampler"]
+            return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)["sampler"]
 
     seed = comm.shared_random_seed()
     stream = TrainingStream(make_sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, groups)
@@ -248,32 +217,88 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,  # of the data workers; without one they would draw it from the generator of the model
+        seed=seed,  # of the data workers; without one they would draw it from the model's generator
     )
-    return deaf_to_sigterm(loader)
+    if not loader.num_workers:
+        loader.__class__ = _InProcessLoader
+    return ignore_sigterm(loader)
 
 
 def stream_of(loader: Iterable[list[dict]]) -> TrainingStream | None:
-    """The stream that a loader of :func:`build_train_loader` reads; None for another loader."""
+    """Return the stream that a loader of :func:`build_train_loader` reads; None for another loader."""
     sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
     return sampler if isinstance(sampler, TrainingStream) else None
 
 
-def deaf_to_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """Makes the data workers of a loader obey no SIGTERM but that of the process that started them.
+# --- random numbers ---
 
-    A scheduler sends it to every process. It is for the trainer, which saves a checkpoint, and cannot if its data
-    workers have died. Where signals cannot be waited for (not on Linux) nothing changes.
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Start Python's, NumPy's and torch's CPU generators from ``entropy`` inside, and put them back after.
+
+    Args:
+        entropy: non-negative integers, any number of them; others give unrelated random numbers.
+    """
+    with _kept():
+        _seed(*entropy)
+        yield
+
+
+def _seed(*entropy: int) -> None:
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # Not torch.manual_seed, which seeds the GPUs as well.
+    torch.default_generator.manual_seed(int(words[2]))
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Put the CPU generators back after the block."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+class _InProcessLoader(torch.utils.data.DataLoader):
+    """Load images in the process of the model, whose random numbers they must not touch.
+
+    The generators are kept once a batch, not once an image: for NumPy's that takes 60 microseconds.
+    """
+
+    def __iter__(self):
+        batches = super().__iter__()
+        while True:
+            with _kept():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+# --- SIGTERM ---
+
+
+def ignore_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    """Make the data workers of a loader ignore SIGTERM unless it comes from the process that started them.
+
+    A scheduler sends it to every process. It is meant for the trainer, which saves a checkpoint and needs living data
+    workers for that. Where signals cannot be waited for (not on Linux) nothing changes.
     """
     if loader.num_workers and hasattr(signal, "sigwaitinfo"):
-        loader.__class__ = _DeafLoader
-        loader.worker_init_fn = functools.partial(_init_deaf_worker, loader.worker_init_fn)
+        loader.__class__ = _SigtermIgnoringLoader
+        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
     return loader
 
 
-class _DeafLoader(torch.utils.data.DataLoader):
+class _SigtermIgnoringLoader(torch.utils.data.DataLoader):
     def __iter__(self):
-        # The workers inherit the mask: no moment is left in which they could die of it.
+        # The workers inherit the mask: there is no moment at which they could die of the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
@@ -281,14 +306,14 @@ class _DeafLoader(torch.utils.data.DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _init_deaf_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
-    threading.Thread(target=_obey_the_parent, daemon=True).start()
+def _init_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+    threading.Thread(target=_obey_parent, daemon=True).start()
     if then is not None:
         then(worker_id)
 
 
-def _obey_the_parent() -> None:
-    # torch ends a worker by SIGTERM if it does not end by itself; the interpreter would wait for it without end.
+def _obey_parent() -> None:
+    # torch ends a worker that does not end by itself with SIGTERM; the interpreter would wait for it forever.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

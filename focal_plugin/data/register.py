@@ -10,14 +10,14 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .findings import shown
-from .json_stream import LIST, NotAnObjectError, stream_json
+from ..files import printable
+from .coco_json import missing_lists, read_json
 
 _FORM = "--register name=annotations.json:image_dir"
 
 
 def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
-    """The flag ``--register``, repeatable, whose values :func:`register_from_args` takes."""
+    """Add the flag ``--register``, repeatable, whose values :func:`register_from_args` takes."""
     purpose = f", {purpose}" if purpose else ""
     parser.add_argument(
         "--register",
@@ -31,14 +31,14 @@ def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
 def register_from_args(
     args: Sequence[str] | None, known: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, list[str]]:
-    """Registers every data set of a repeatable `--register` flag.
+    """Register every data set of a repeatable `--register` flag.
 
     Args:
         args: list of "name=annotations.json:image_dir", or None if the flag was not given.
-        known: what an earlier call returned, in another process perhaps: spares reading the annotations again.
+        known: what an earlier call returned, perhaps in another process: spares reading the annotations again.
 
     Returns:
-        the class names by data set name.
+        The class names by data set name.
 
     Raises:
         FileNotFoundError: a json file or an image directory does not exist.
@@ -53,13 +53,13 @@ def register_from_args(
 
 
 def parse_register_arg(text: str) -> tuple[str, str, str]:
-    """Splits "name=annotations.json:image_dir" at the first "=" and at the last ":".
+    """Split "name=annotations.json:image_dir" at the first "=" and at the last ":", without a look at the disk.
 
     Args:
         text: the argument of one `--register`.
 
     Returns:
-        (name, json_file, image_root); nothing is checked on disk.
+        (name, json_file, image_root)
 
     Raises:
         ValueError: a part is missing, or there is white space in the name.
@@ -77,7 +77,7 @@ def register_coco_json(
     image_root: str | os.PathLike,
     thing_classes: Sequence[str] | None = None,
 ) -> None:
-    """Registers a data set in COCO format, class names included, after a look into its json.
+    """Register a data set in COCO format, class names included.
 
     Registering the same three again does nothing, so that every spawned worker may do it.
 
@@ -85,7 +85,7 @@ def register_coco_json(
         name: what DATASETS.TRAIN or DATASETS.TEST calls it.
         json_file: path of the annotations; "~" is expanded.
         image_root: directory that the json's file names start from; "~" is expanded.
-        thing_classes: the class names by category id, if they are known; None: read from the json.
+        thing_classes: the class names by category id, if they are known; None reads them from the json.
 
     Raises:
         FileNotFoundError: the json file or the image directory does not exist.
@@ -93,11 +93,20 @@ def register_coco_json(
             part of a file name.
     """
     argument = f"--register {name}={json_file}:{image_root}"
-    _check_name(name, argument)
+    # Detectron2 writes files called after the data set, such as OUTPUT_DIR/inference/NAME_coco_format.json.
+    bad = [repr(part) for part in ("/", "\\", "..", "\0") if part in name] + ["'-' in front"] * name.startswith("-")
+    if bad:
+        raise ValueError(
+            f"{argument!r}: the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}; "
+            f"the form is {_FORM}"
+        )
     # os.path's functions and not Path's, which raise for an unknown "~user" and for names that are too long.
     json_file, image_root = (Path(os.path.expanduser(path)).absolute() for path in (json_file, image_root))
-    if _is_taken(name):
-        if _is_registered_as(name, json_file, image_root):
+    # Metadata cannot be overwritten either, and some built-in names have nothing else but their "name".
+    meta = MetadataCatalog[name].as_dict() if name in MetadataCatalog else {}
+    if name in DatasetCatalog or meta.keys() > {"name"}:
+        same = meta.get("json_file") == str(json_file) and meta.get("image_root") == str(image_root)
+        if name in DatasetCatalog and same:
             return
         raise ValueError(
             f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
@@ -110,7 +119,7 @@ def register_coco_json(
     metadata = {"thing_classes": thing_classes}
     if not thing_classes:
         try:
-            names = _read_categories(json_file)
+            names = _read_classes(json_file)
         except ValueError as error:
             raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
         # As load_coco_json will set them again, for whoever has to know before the data set is loaded.
@@ -119,57 +128,22 @@ def register_coco_json(
     register_coco_instances(name, metadata, str(json_file), str(image_root))
 
 
-def _is_taken(name):
-    # Metadata cannot be overwritten either, and some built-in names have nothing else but their "name".
-    has_metadata = name in MetadataCatalog and MetadataCatalog[name].as_dict().keys() > {"name"}
-    return name in DatasetCatalog or has_metadata
-
-
-def _is_registered_as(name, json_file, image_root):
-    meta = MetadataCatalog.get(name)
-    return (
-        name in DatasetCatalog and meta.get("json_file") == str(json_file) and meta.get("image_root") == str(image_root)
-    )
-
-
-def _check_name(name, argument):
-    """Detectron2 writes files called after the data set, such as OUTPUT_DIR/inference/NAME_coco_format.json."""
-    bad = [repr(part) for part in ("/", "\\", "..", "\0") if part in name] + ["'-' in front"] * name.startswith("-")
-    if bad:
-        # repr: what is wrong may not be visible
-        raise ValueError(
-            f"{argument!r}: the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}; "
-            f"the form is {_FORM}"
-        )
-
-
-def _read_categories(json_file):
-    """The class names by category id, in the order of the ids: that in which `load_coco_json` numbers them."""
-    lists, categories = set(), []
+def _read_classes(json_file: Path) -> dict[int, str]:
+    """Return the class names by category id, in the order of the ids, in which `load_coco_json` numbers them."""
     try:
-        for key, index, value in stream_json(json_file):  # which holds one annotation at a time
-            if value is LIST:
-                lists.add(key)
-            elif key == "categories" and index is not None:
-                categories.append(value)
-    except NotAnObjectError:
-        pass  # then it has no lists
+        content = read_json(json_file)
     except ValueError as error:
         raise ValueError(f"is not json ({error})") from error
-    missing = [key for key in ("images", "annotations", "categories") if key not in lists]
-    if missing:
+    if missing := missing_lists(content):
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    return _names_by_id(categories)
-
-
-def _names_by_id(categories):
-    if not categories:
+    if not content["categories"]:
         raise ValueError("has no categories: there is nothing to learn")
-    for category in categories:
-        # type(), as True is an int to isinstance.
+    names = {}
+    for category in content["categories"]:
+        # type(), because True is an int to isinstance.
         if not (isinstance(category, dict) and type(category.get("id")) is int and type(category.get("name")) is str):
-            raise ValueError(f"has a category without a whole number as id or without a name: {shown(category)}")
-    names = {category["id"]: category["name"] for category in categories}
-    if len(names) < len(categories):
+            raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
+        names[category["id"]] = category["name"]
+    if len(names) < len(content["categories"]):
         raise ValueError("has two categories with the same id")
     return dict(sorted(names.items()))

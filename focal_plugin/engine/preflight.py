@@ -20,8 +20,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..config import find_config, load_config, lookup
-from ..data import register_from_args
-from ..data.check_coco import check_coco
+from ..data import check_coco, register_from_args
 from ..heads import build_retinanet_head
 from .auto_scale import check_scale
 from .torchrun import Workers
@@ -254,7 +253,7 @@ def missing_dataset(key: str, name: str) -> str:
         return f"{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
     meta = MetadataCatalog.get(name)
     for path in (meta.get("json_file"), meta.get("image_root")):
-        if path and "://" not in path and not os.path.exists(path) and not meta.get("made_on_first_use"):
+        if path and "://" not in path and not os.path.exists(path) and not meta.get("lazily_generated"):
             return (
                 f"{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
                 "folder that holds them (Detectron2's own data sets), or --register them"
@@ -287,7 +286,7 @@ def check_training_data(cfg: CfgNode) -> tuple[dict[str, int], list[str]]:
     sizes, warnings, fatal = {}, [], []
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name)
-        if meta.get("made_on_first_use"):
+        if meta.get("lazily_generated"):
             sizes[name] = len(DatasetCatalog.get(name))
             continue
         json_file = meta.get("json_file")

@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..config import unknown_keys
-from ..data.loader import NamingMapper, build_train_loader, deaf_to_sigterm, stream_of
+from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
 from .auto_scale import learning_rate_warning, scale_to_workers, start_banner
 from .checkpoint import SafeCheckpointer
 from .guard import DIVERGED, NonFiniteGuard
@@ -130,7 +130,7 @@ class FocalTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-        return deaf_to_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+        return ignore_sigterm(defaults.build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str = "") -> COCOEvaluator:

@@ -157,7 +157,7 @@ def prepare_data(profile: Profile) -> Data:
     for name in names:
         _check_dataset(name)
     for name in names:
-        if MetadataCatalog.get(name).get("made_on_first_use"):
+        if MetadataCatalog.get(name).get("lazily_generated"):
             print(f"{name}: {len(DatasetCatalog.get(name)):,} images", file=sys.stderr, flush=True)
     train, val = (MetadataCatalog.get(splits[0]) for splits in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     return Data(Path(train.json_file), Path(val.json_file), Path(val.image_root))
@@ -168,5 +168,5 @@ def _check_dataset(name: str) -> None:
     if name not in DatasetCatalog or not meta.get("json_file"):
         raise ValueError(f"data set {name!r} is not registered in COCO format: add --register {name}=FILE.json:IMAGES")
     for path in (meta.json_file, meta.image_root):
-        if not Path(path).exists() and not meta.get("made_on_first_use"):
+        if not Path(path).exists() and not meta.get("lazily_generated"):
             raise FileNotFoundError(f"data set {name!r}: there is no {path}")

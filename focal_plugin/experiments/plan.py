@@ -200,7 +200,7 @@ def _files_digest(cfg: CfgNode) -> str:
     """Of annotations and local weights, so that corrected boxes are trained on and not reported from an older run."""
     metas = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     # What draws itself is decided by the code; what is missing is reported by the run.
-    paths = [meta.get("json_file") for meta in metas if not meta.get("made_on_first_use")]
+    paths = [meta.get("json_file") for meta in metas if not meta.get("lazily_generated")]
     digest = hashlib.sha256()
     for path in (*paths, cfg.MODEL.WEIGHTS):
         if path and Path(path).is_file():

@@ -91,13 +91,18 @@ def test_every_sampler_of_upstream_can_go_on(sampler, config):
     assert batches(again, 4) == want[5:]
 
 
+def test_a_sampler_that_does_not_exist(config):
+    with pytest.raises(ValueError, match="Unknown training sampler: Nothing"):
+        build_train_loader(config("DATALOADER.SAMPLER_TRAIN", "Nothing"))
+
+
 def test_data_workers_change_nothing_not_even_the_models_random_numbers(config):
     results = []
     for workers in ("0", "1", "2"):
         torch.manual_seed(3)
         np.random.seed(3)
         loader = build_train_loader(config("DATALOADER.NUM_WORKERS", workers))
-        results.append((batches(loader, 6), torch.rand(1).item()))
+        results.append((batches(loader, 6), torch.rand(1).item(), np.random.rand()))
     assert results[0] == results[1] == results[2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import json
 import os
 import random
 import signal
@@ -17,25 +18,8 @@ from hypothesis import strategies as st
 
 SCALE = float(os.environ.get("FOCAL_FUZZ_CASES", "1"))  # times as many cases
 SECONDS = 10  # that a case may take; one that is in order takes milliseconds
-
-JUNK = (
-    None,
-    float("nan"),
-    float("-inf"),
-    1e308,
-    0,
-    -1,
-    2**31,
-    2**70,
-    1.5,
-    True,
-    "",
-    "\0",
-    "../../x",
-    "é\u202e",
-    [],
-    {},
-)
+JUNK = [None, float("nan"), float("-inf"), 1e308, 0, -1, 2**31, 2**70, 1.5, True, "", "\0", "../../x", "é\u202e"]
+JUNK += [[], {}, json.loads("[" * 90 + "]" * 90), "x" * 20_000]
 # What a case must not do, by the names under which Python reports it.
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
 
@@ -59,7 +43,7 @@ def _forbid(event, args):
 
 @contextmanager
 def guarded(seconds: float = SECONDS):
-    """Fails the block with :class:`Hang` or :class:`Executed`; a hang inside of C ends the process with a traceback."""
+    """Fail the block with :class:`Hang` or :class:`Executed`; a hang inside of C ends the process with a traceback."""
     global _guarding
 
     def stop(*_):
@@ -79,16 +63,16 @@ def guarded(seconds: float = SECONDS):
 
 
 class Fuzz:
-    """Runs the cases of one module and counts them: ``outcomes[property][True or False]``, True being accepted."""
+    """Run the cases of one module and count them: ``outcomes[property][True or False]``, True being accepted."""
 
     def __init__(self):
         self.outcomes: dict[str, Counter] = {}
 
     def run(self, name: str, num_cases: int, case) -> None:
-        """Runs ``case(rng)``, which says whether the mutant was accepted, with fixed seeds.
+        """Run ``case(rng)``, which says whether the mutant was accepted, with fixed seeds.
 
-        At the end as many as promised must have run, and both outcomes occurred: mutants that are refused all, or none
-        of them, test nothing.
+        At the end as many as promised must have run, and both outcomes occurred: mutants that are all refused, or all
+        accepted, test nothing.
         """
         outcomes = self.outcomes[name] = Counter()
         num_cases = max(1, int(num_cases * SCALE))
@@ -130,43 +114,8 @@ def guard():
 
 @pytest.fixture(scope="session")
 def mutate():
-    """mutate.bytes(rng, data, words), mutate.tree(rng, tree, junk)."""
+    """mutate.bytes(rng, data, words), mutate.tree(rng, tree, junk), mutate.junk(rng, more)."""
     return Mutate
-
-
-class Mutate:
-    @staticmethod
-    def bytes(rng: random.Random, data: bytes, words=()) -> bytes:
-        """One to three places of a file changed: bits, bytes, runs of them, and words that mean something."""
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            data = rng.choice(_EDITS)(rng, data, words)
-        return data
-
-    @staticmethod
-    def tree(rng: random.Random, tree, junk=()):
-        """A copy of lists and dicts with one to three places changed."""
-        tree = copy.deepcopy(tree)
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            places = list(_places(tree))
-            if places:
-                _change(rng, *rng.choice(places), junk)
-        return tree
-
-    @staticmethod
-    def junk(rng: random.Random, more=()):
-        kind = rng.randrange(10)
-        if kind == 0:
-            return nested(rng.choice((3, 60, 150, 600)))
-        if kind == 1:
-            return "x" * rng.choice((100, 20_000))
-        return copy.deepcopy(rng.choice([*JUNK, *more]))
-
-
-def nested(depth: int) -> list:
-    value: list = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 class Twin(str):
@@ -176,6 +125,45 @@ class Twin(str):
 
     def __eq__(self, other):
         return self is other
+
+
+class Mutate:
+    @staticmethod
+    def bytes(rng: random.Random, data: bytes, words=()) -> bytes:
+        """Change one to three places of a file: bits, bytes, runs of them, and words that mean something."""
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            start, other = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+            end, last = (place + rng.choice((1, 1, 2, 4, 16, 200)) for place in (start, other))
+            odd = rng.choice((rng.randbytes(1), rng.randbytes(4), b"\0", b"\xff\xfe", b"9" * 30))
+            flipped = bytes(byte ^ (1 << rng.randrange(8)) for byte in data[start : start + 1])
+            kept, new = rng.choice(
+                (
+                    (start + 1, flipped),
+                    (start + 1, flipped),
+                    (start, odd),
+                    (start, rng.choice(words or (b"\n",))),
+                    (end, b""),  # a run is deleted, doubled, or overwritten by another
+                    (start, data[start:end] * rng.choice((1, 50))),
+                    (end, data[other:last]),
+                    (len(data), b""),  # the end is cut off
+                )
+            )
+            data = data[:start] + new + data[kept:]
+        return data
+
+    @staticmethod
+    def tree(rng: random.Random, tree, junk=()):
+        """Return a copy of lists and dicts with one to three places changed."""
+        tree = copy.deepcopy(tree)
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            places = list(_places(tree))
+            if places:
+                _change(rng, *rng.choice(places), junk)
+        return tree
+
+    @staticmethod
+    def junk(rng: random.Random, more=()):
+        return copy.deepcopy(rng.choice([*JUNK, *more]))
 
 
 def _places(tree):
@@ -195,60 +183,12 @@ def _change(rng, container, key, junk) -> None:
         del container[key]
     elif kind == 1 and isinstance(container, dict):
         container[rng.choice([str(key).swapcase() or "x", f"{key}x", "", "\0", "__class__"])] = container.pop(key)
+    elif kind == 2 and isinstance(container, dict):
+        container[Twin(key)] = copy.deepcopy(container[key])
     elif kind == 2:
-        value = copy.deepcopy(container[key])
-        if isinstance(container, list):
-            container.insert(rng.randrange(len(container) + 1), value)
-        else:
-            container[Twin(key)] = value
+        container.insert(rng.randrange(len(container) + 1), copy.deepcopy(container[key]))
     elif kind == 3:
         other, place = rng.choice(list(_places(container)))
         container[key] = copy.deepcopy(other[place])
     else:
         container[key] = Mutate.junk(rng, junk)
-
-
-# ------------------------------ edits of bytes
-
-
-def _span(rng, data) -> tuple[int, int]:
-    start = rng.randrange(len(data) + 1)
-    return start, min(len(data), start + rng.choice((1, 1, 2, 4, 16, 200)))
-
-
-def _flip(rng, data, words):
-    if not data:
-        return data
-    at = rng.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
-
-
-def _insert(rng, data, words):
-    at = rng.randrange(len(data) + 1)
-    return data[:at] + rng.choice((rng.randbytes(rng.choice((1, 4))), b"\0", b"\xff\xfe", b"9" * 30)) + data[at:]
-
-
-def _insert_word(rng, data, words):
-    return data[: (at := rng.randrange(len(data) + 1))] + rng.choice(words or (b"\n",)) + data[at:]
-
-
-def _delete(rng, data, words):
-    start, end = _span(rng, data)
-    return data[:start] + data[end:]
-
-
-def _duplicate(rng, data, words):
-    start, end = _span(rng, data)
-    return data[:end] + data[start:end] * rng.choice((1, 1, 50)) + data[end:]
-
-
-def _splice(rng, data, words):
-    (start, end), (other, last) = _span(rng, data), _span(rng, data)
-    return data[:start] + data[other:last] + data[end:]
-
-
-def _truncate(rng, data, words):
-    return data[: rng.randrange(len(data) + 1)]
-
-
-_EDITS = (_flip, _flip, _insert, _insert_word, _delete, _duplicate, _splice, _truncate)

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coco_files import content, found
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from focal_plugin import get_config
+from focal_plugin.data.dataset_check import check_coco
+from focal_plugin.files import printable
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
+
+
+def test_a_good_data_set_has_no_findings(check):
+    cfg = get_config("retina_focal.yaml", ["INPUT.MIN_SIZE_TRAIN", "(480,)"])
+    report = check(content(), cfg=cfg)
+    assert report.findings == [] and not report.errors and not report.fatal
+    summary = report.summary
+    assert (summary["images"], summary["annotations"], summary["categories"]) == (4, 8, 2)
+    assert summary["images_with_objects"] == summary["images_looked_at"] == 4
+    assert summary["classes"] == [
+        {"id": 7, "name": "seven", "boxes": 4, "images": 4},
+        {"id": 3, "name": "three", "boxes": 4, "images": 4},
+    ]
+    assert summary["box_sizes"]["min"] == pytest.approx(20)
+    assert summary["anchors"]["boxes"] == 8 and summary["anchors"]["unmatched"] == 0
+    text = report.to_text()
+    assert "4 images (4 with objects; 4 files looked at), 8 annotations" in text and text.endswith("Nothing found.")
+    assert report.to_dict()["ok"] is True
+
+
+def edit(section, index, **values):
+    """A function that sets keys of an element; a value of `del_` removes its key."""
+
+    def apply(data):
+        data[section][index].update(values)
+        for key in [key for key, value in values.items() if value is del_]:
+            del data[section][index][key]
+
+    return apply
+
+
+del_ = object()
+
+
+def annotation(**values):
+    return edit("annotations", 2, **values)
+
+
+FATAL = [
+    ("duplicate_image_ids", 1, lambda data: data["images"].extend(data["images"][:1] * 2)),
+    ("duplicate_annotation_ids", 1, edit("annotations", 1, id=1)),
+    ("duplicate_category_ids", 2, lambda data: data["categories"].extend(data["categories"])),
+    ("unknown_image_ids", 2, lambda data: data["images"].pop()),
+    ("unknown_category_ids", 4, lambda data: data["categories"].pop()),
+    ("no_images", 1, lambda data: data["images"].clear()),
+    ("no_categories", 1, lambda data: data["categories"].clear()),
+    ("no_coco", 1, lambda data: data.update(images={})),
+    ("no_coco", 2, lambda data: (data.pop("annotations"), data.pop("categories"))),
+    *(("nonfinite_boxes", 1, annotation(bbox=[1, 1, x, 2])) for x in (float("nan"), float("inf"), 10**400)),
+    *(("missing_key", 1, edit("images", 2, **{key: del_})) for key in ("id", "file_name", "width", "height")),
+    *(("missing_key", 1, annotation(**{key: del_})) for key in ("id", "image_id", "category_id", "bbox")),
+    *(("missing_key", 1, edit("categories", 0, **{key: del_})) for key in ("id", "name")),
+    *(("wrong_type", 1, edit("images", 2, width=value)) for value in (True, "64", None, 0, -3, 2**31, 64.5, 1e300)),
+    *(("wrong_type", 1, edit("images", 2, file_name=value)) for value in (None, 3, "", ["2.png"])),
+    *(("wrong_type", 1, annotation(id=value)) for value in (True, "1", [1], 2**63, 1.5, float("nan"))),
+    *(("wrong_type", 1, annotation(bbox=value)) for value in ([], [1, 2, 3], [1, 2, 3, True], "1234", {}, None)),
+    *(("wrong_type", 1, annotation(iscrowd=value)) for value in ("0", None, 2, 0.5, [], {})),
+    *(("wrong_type", 1, annotation(ignore=value)) for value in (1, None, "")),
+    *(("wrong_type", 1, edit("categories", 0, id=value)) for value in (7.0, False, None)),
+    ("wrong_type", 1, edit("categories", 0, name=None)),
+    ("wrong_type", 1, lambda data: data["annotations"].append(["not", "an", "object"])),
+    *(
+        ("not_loadable", 1, annotation(segmentation=value))
+        for value in ([1, 2, 3], 7, True, [[1, 2, 3, 4, 5, 6], None], {"size": [2, 2]}, {"counts": [1, 2], "size": 4})
+    ),
+    *(("not_loadable", 1, annotation(keypoints=value)) for value in ("123", {"a": 1}, 3, [1, "a", 2], [10**400] * 3)),
+]
+
+
+@pytest.mark.parametrize(("code", "count", "damage"), FATAL)
+def test_fatal_faults(check, code, count, damage):
+    data = content()
+    damage(data)
+    report = check(data, images="none")
+    assert [finding.code for finding in report.fatal] == [code]
+    finding = report.fatal[0]
+    assert finding.severity == "error" and finding.count == count
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is False
+    assert f"ERROR (fatal) {code}" in report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        (b"", "not_json", "Expecting value"),
+        (b'{"images": [{"id": 1}], "annotations": [{', "not_json", "char 41"),
+        (b"\xff\xfe{", "not_json", "position 0"),
+        (b"\xef\xbb\xbf{}", "not_json", "byte order mark"),
+        (b'{"images": [' + b"[" * 100_000, "not_json", "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not_json", "4300"),
+        (b"[]", "no_coco", "images and of annotations and of categories"),
+        (b"17", "no_coco", "images and of annotations and of categories"),
+    ],
+)
+def test_what_is_no_coco_json_is_the_only_finding(check, text, code, message):
+    report = check(text)
+    assert [finding.code for finding in report.findings] == [code]
+    assert message in report.findings[0].message and report.to_text()
+
+
+def test_an_unreadable_json_is_a_finding(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.json"):
+        assert [finding.code for finding in check_coco(path, tmp_path).fatal] == ["not_json"]
+
+
+def test_duplicate_annotations_are_allowed_where_detectron2_allows_them(folder):
+    data = content()
+    data["annotations"][1]["id"] = 1
+    for name, is_fatal in (("minival.json", False), ("mini.json", True)):
+        (folder / name).write_text(json.dumps(data))
+        finding = found(check_coco(folder / name, folder / "images", images="none"))["duplicate_annotation_ids"]
+        assert finding.fatal == is_fatal
+        with pytest.raises(AssertionError) if is_fatal else contextlib.nullcontext():
+            load_coco_json(str(folder / name), str(folder))
+
+
+def test_asking_detectron2_registers_nothing_and_logs_nothing(check, caplog):
+    data = content()
+    data["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    before = list(DatasetCatalog), {name: MetadataCatalog[name].as_dict() for name in MetadataCatalog.list()}
+    with caplog.at_level(logging.INFO):
+        assert found(check(data)).keys() == {"dropped_by_polygons"}
+    assert before == (list(DatasetCatalog), {name: MetadataCatalog[name].as_dict() for name in MetadataCatalog.list()})
+    assert not caplog.records and not logging.getLogger("detectron2.data.datasets.coco").disabled
+
+
+def test_what_detectron2_takes_is_fine(check):
+    data = content()
+    data["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 5.5], [1, 2]]
+    data["annotations"][1]["segmentation"] = {"counts": [10, 5], "size": [48, 64]}
+    data["annotations"][2]["segmentation"] = {"counts": "51", "size": [48, 64]}
+    data["annotations"][3].update(segmentation=[], keypoints=[], ignore=0, image_id=1.0, attributes={})
+    data["annotations"][4].update(segmentation=None, keypoints=[1, 2, 2, 4.5, 5, 0], num_keypoints=1)
+    assert check(data).findings == []
+
+
+def test_classes_are_counted_by_box_and_by_image(check):
+    data = content()
+    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
+    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in check(data).summary["classes"]}
+    assert by_name == {"three": (5, 2), "seven": (0, 0)}
+
+
+OTHERS = [
+    ("error", "zero_boxes", edit("annotations", 0, bbox=[4, 4, 0, 3])),
+    ("error", "zero_boxes", edit("annotations", 0, bbox=[4, 4, 1e-6, 3])),
+    ("error", "negative_boxes", edit("annotations", 0, bbox=[14, 4, -5, 3])),
+    ("error", "boxes_outside", edit("annotations", 0, bbox=[64, 4, 5, 3])),
+    ("warning", "boxes_leave_image", edit("annotations", 0, bbox=[60, 4, 6, 3])),
+    ("error", "no_annotations", lambda data: data["annotations"].clear()),
+    ("error", "missing_area", edit("annotations", 0, area=del_)),
+    *(("error", "bad_area", edit("annotations", 0, area=value)) for value in (None, -1, float("nan"), True)),
+    ("warning", "missing_iscrowd", edit("annotations", 0, iscrowd=del_)),
+    ("warning", "annotation_id_zero", edit("annotations", 0, id=0)),
+    ("warning", "empty_classes", lambda data: data["categories"].append({"id": 9, "name": "none"})),
+    ("warning", "duplicate_class_names", edit("categories", 0, name="three")),
+    ("warning", "repeated_file_names", edit("images", 0, file_name="1.png")),
+    ("warning", "dropped_by_polygons", edit("annotations", 0, segmentation=[[1, 2, 3, 4]])),
+    ("note", "absolute_file_names", edit("images", 0, file_name="/0.png")),
+]
+
+
+@pytest.mark.parametrize(("severity", "code", "damage"), OTHERS)
+def test_other_faults(check, severity, code, damage):
+    data = content()
+    damage(data)
+    report = check(data, images="none")
+    assert not report.fatal
+    finding = found(report)[code]
+    assert (finding.severity, finding.count) == (severity, 1)
+    assert bool(report.errors) == (severity == "error")
+    others = found(report).keys() - {code, "images_without_objects", "empty_classes"}
+    assert not others
+
+
+def test_an_unreadable_image_row_does_not_accuse_its_annotations(check):
+    data = content()
+    del data["images"][0]["width"]
+    assert [finding.code for finding in check(data, images="none").fatal] == ["missing_key"]
+
+
+def test_xyxy_boxes_are_suspected(check):
+    data = content()
+    rng = np.random.default_rng(0)
+    for row in data["annotations"]:
+        x, y = rng.uniform(20, 40), rng.uniform(15, 30)
+        row["bbox"] = [x, y, x + 20, y + 15]
+    finding = found(check(data, images="none"))["xyxy_suspected"]
+    assert finding.severity == "error" and "corners" in finding.message
+    data["annotations"][0]["bbox"] = [30, 30, 5, 5]  # impossible as corners
+    assert "xyxy_suspected" not in found(check(data, images="none"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_astronomic_boxes(check):
+    data = content()
+    for i, box in enumerate([[-1e308, -1e308, 1.7e308, 1.7e308], [1e308, 1, 1e308, 5], [1, 1, 1.7e308, 1.7e308]]):
+        data["annotations"][i]["bbox"] = box
+    report = check(data, images="none", cfg=get_config("retina_focal.yaml"))
+    assert {"boxes_outside", "boxes_leave_image"} <= found(report).keys() and not report.fatal
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert report.summary["anchors"]["boxes"] < 8
+
+
+@pytest.mark.parametrize(
+    ("filter_empty", "text"), [("True", "training leaves them out"), ("False", "training uses them as background")]
+)
+def test_images_without_objects(check, filter_empty, text):
+    data = content()
+    data["annotations"] = data["annotations"][:4]
+    data["annotations"][2]["iscrowd"] = data["annotations"][3]["iscrowd"] = 1
+    cfg = get_config("retina_focal.yaml", ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", filter_empty])
+    report = check(data, images="none", cfg=cfg)
+    finding = found(report)["images_without_objects"]
+    assert finding.severity == "note" and finding.count == 3 and text in finding.message
+    assert report.summary["images_with_objects"] == 1 and report.summary["crowds"] == 2
+
+
+def test_only_crowds_are_an_error(check):
+    data = content()
+    for row in data["annotations"]:
+        row["iscrowd"] = 1
+    assert found(check(data, images="none"))["only_crowds"].severity == "error"
+
+
+def test_what_is_said_of_odd_boxes_is_what_detectron2_does():
+    def mapped(box):
+        row = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+        transforms = T.TransformList([T.ResizeTransform(48, 64, 96, 128)])
+        row = utils.transform_instance_annotations(row, transforms, (96, 128))
+        instances = utils.filter_empty_instances(utils.annotations_to_instances([row], (96, 128)))
+        return instances.gt_boxes.tensor.tolist()
+
+    assert mapped([4, 4, 0, 3]) == [] and mapped([64, 4, 5, 3]) == [] and mapped([-9, 4, 5, 3]) == []
+    assert mapped([14, 4, -5, 3]) == [[18, 8, 28, 14]]  # turned over, to the left of its corner
+    assert mapped([60, 4, 6, 3]) == [[120, 8, 128, 14]]
+
+
+def test_an_annotation_with_id_zero_counts_as_missed_in_pycocotools():
+    def ap(first_id):
+        data = content(1)
+        data["annotations"] = data["annotations"][:1]
+        data["annotations"][0]["id"] = first_id
+        truth = COCO()
+        truth.dataset = data
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+            result = truth.loadRes([{"image_id": 0, "category_id": 3, "bbox": [4, 4, 20, 20], "score": 1.0}])
+            evaluation = COCOeval(truth, result, "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation.stats[0]
+
+    assert ap(1) == pytest.approx(1) and ap(0) == 0
+
+
+def test_text_out_of_the_file_cannot_write_to_the_terminal(check):
+    data = content()
+    data["categories"][0]["name"] = "\x1b[2J\nred"
+    data["images"][0]["file_name"] = "\x1b]0;title\x07" + "x" * 10_000
+    text = check(data).to_text()
+    assert "\x1b" not in text and "\x07" not in text and len(text) < 3000
+    for value in ("a" * 10**6, [1] * 10**6, {i: i for i in range(10**5)}, 10**5000, [10**5000], "\n\x1b", "\ud800"):
+        text = printable(value)
+        assert len(text) <= 60 and text.isprintable() and text.encode()
+
+
+# ------------------------------ the tool
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("check_dataset", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool(folder, tool, capsys):
+    path = str(folder / "a.json")
+    Path(path).write_text(json.dumps(content()))
+    assert tool.main([path, str(folder / "images"), "INPUT.MIN_SIZE_TRAIN", "(480,)", "--fast"]) == 0
+    assert "the headers of 4 looked at" in capsys.readouterr().out
+    data = content()
+    data["annotations"][0]["bbox"][2] = float("nan")
+    Path(path).write_text(json.dumps(data))
+    assert tool.main(["--json", path, str(folder / "images"), "INPUT.MIN_SIZE_TRAIN", "(480,)"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["findings"][0]["code"] == "nonfinite_boxes" and report["images_looked_at"] == 4
+    assert err == ""  # no progress bar where it is no terminal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/nowhere.json", "{folder}"], "no file"),
+        (["{folder}", "{folder}"], "no file"),
+        (["{tool}", "{folder}/nowhere"], "no folder"),
+        (["{tool}", "{folder}", "--config-file", "nowhere.yaml"], "nowhere.yaml"),
+        (["{tool}", "{folder}", "INPUT.MIN_SIZES", "3"], "INPUT.MIN_SIZES"),
+    ],
+)
+def test_bad_usage(folder, tool, capsys, arguments, message):
+    assert tool.main([argument.format(folder=folder, tool=TOOL) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+def test_the_tool_from_the_shell(folder):
+    (folder / "a.json").write_text('{"images": [')
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(TOOL), str(folder / "a.json"), str(folder / "images")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "ERROR (fatal) not_json" in done.stdout and done.stderr == ""
+    assert os.access(TOOL, os.X_OK)
