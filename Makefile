@@ -15,7 +15,7 @@ DEMO_ROWS := ohem_128_nms0.7 ohem1to3_128_nms0.5 fl_gamma2_alpha0.25 ce_alpha0.7
 SOURCES := focal_plugin tools tests examples configs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mmdet bench lint docs wheel clean
+.PHONY: help setup demo test test-mmdet bench lint wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,9 +44,6 @@ lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
-
-docs: setup ## write docs/config.md again, from focal_plugin/config.py
-	$(RUN) -m focal_plugin.config_docs
 
 wheel: setup ## build the wheel into dist/
 	rm -rf build

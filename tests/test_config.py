@@ -1,5 +1,6 @@
-"""Keys and loading: what is added, what is refused, and that the COCO configs are upstream's but for what they name."""
+"""Keys and loading: what is added, what is refused, and how the COCO configs differ from Detectron2's."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,25 @@ def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
     }
 
 
-# Every upstream key in which a COCO config differs from COCO-Detection/retinanet_R_50_FPN_1x, and why.
+def test_every_key_has_a_comment_and_stands_in_the_docs():
+    """With its default; the other keys of docs/config.md are Detectron2's."""
+    stock, both = flat(get_cfg()), get_cfg()
+    add_focal_config(both)
+    root = Path(__file__).resolve().parents[1]
+    source = (root / "focal_plugin" / "config.py").read_text(encoding="utf-8")
+    body = source.partition("def add_focal_config")[2].partition("\ndef ")[0]
+    with_comment = re.findall(r"# .{4,}\n +[\w.]+\.setdefault\(\"(\w+)\"", body)
+    added = {key: value for key, value in flat(both).items() if key not in stock}
+    assert sorted(with_comment) == sorted(key.rpartition(".")[2] for key in added)
+    page = (root / "docs" / "config.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `([A-Z][\w.]+)` \| `(.*?)` \| .{10,} \|$", page, re.MULTILINE))
+    assert added.keys() <= documented.keys() and len(documented) > len(added)
+    for key, default in documented.items():
+        value = flat(both)[key]
+        assert default == (f'"{value}"' if isinstance(value, str) else str(value)), key
+
+
+# Every key of Detectron2 in which a COCO config differs from COCO-Detection/retinanet_R_50_FPN_1x, and why.
 META = {
     "MODEL.META_ARCHITECTURE": "FocalRetinaNet",  # the plugin's
     "SOLVER.REFERENCE_WORLD_SIZE": 8,  # upstream's recipe is for 8 GPUs, too, and does not say so
@@ -133,11 +152,11 @@ def test_overrides():
             ["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"],
             "unknown config key .*; did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA",
         ),
-        (["MODEL.OHEM.BATCH_SIZE", "many"], "override MODEL.OHEM.BATCH_SIZE many: Type mismatch"),
+        (["MODEL.OHEM.BATCH_SIZE", "many"], "override 'MODEL.OHEM.BATCH_SIZE many': Type mismatch"),
         (["MODEL.OHEM.BATCH_SIZE"], "KEY VALUE pairs"),
         (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "--resume comes after the first KEY VALUE pair"),
         (["DATASETS.TRAIN", "digits_train"], r'write a tuple: \("name",\)'),
-        (["MODEL.NOPE.X", "2"], "unknown config key MODEL.NOPE.X"),
+        (["MODEL.NOPE.X", "2"], "unknown config key 'MODEL.NOPE.X'"),
     ],
 )
 def test_bad_overrides(opts, message):
@@ -149,7 +168,7 @@ def test_bad_overrides(opts, message):
     "content, error, message",
     [
         ("MODEL: !!python/object/apply:os.system ['touch pwned']", ValueError, r"line 1\). Python tags .* are refused"),
-        ("MODEL: {FOCAL: {HED: x}}", ValueError, "unknown config key MODEL.FOCAL.HED; did you mean MODEL.FOCAL.HEAD"),
+        ("MODEL: {FOCAL: {HED: x}}", ValueError, "unknown config key 'MODEL.FOCAL.HED'; did you mean MODEL.FOCAL.HEAD"),
         ("MODEL: {OHEM: {BATCH_SIZE: lots}}", ValueError, "Type mismatch .*MODEL.OHEM.BATCH_SIZE"),
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", ValueError, r"write a float with a point"),
         ("MODEL: [", ValueError, "not valid YAML"),
@@ -167,9 +186,30 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, me
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "VERSION: 1\nMODEL: {WEIGHT: x.pkl, FPN: {NORM: GN}}",
+        "TEST: {AUG_ON: True}",
+        "VERSION: 2\nMODEL: {WEIGHTS: x.pkl}",
+        "_BASE_: [one.yaml, two.yaml]\nMODEL: {RESNETS: {DEPTH: 18}}",
+        "_BASE_: two.yaml\nSOLVER: {STEPS: '(3, 4)'}",
+    ],
+)
+def test_versions_and_bases_are_merged_as_detectron2_does(tmp_path, content):
+    (tmp_path / "one.yaml").write_text("MODEL: {FPN: {NORM: GN}}\nSOLVER: {MAX_ITER: 7, BASE_LR: 0.5}")
+    (tmp_path / "two.yaml").write_text("_BASE_: one.yaml\nSOLVER: {BASE_LR: 0.25, STEPS: [1, 2]}")
+    (tmp_path / "c.yaml").write_text(content)
+    theirs = get_cfg()
+    add_focal_config(theirs)
+    before = theirs.dump()
+    theirs.merge_from_file(str(tmp_path / "c.yaml"), allow_unsafe=False)
+    assert load_config(tmp_path / "c.yaml").dump() == theirs.dump() != before
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "round.yaml").write_text("_BASE_: round.yaml")
-    with pytest.raises(ValueError, match=r"round\.yaml: its _BASE_ leads back"):
+    with pytest.raises(ValueError, match=r"round\.yaml: its _BASE_ .* leads back"):
         load_config(tmp_path / "round.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary\.yaml: not valid YAML"):

@@ -25,7 +25,7 @@ from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, dra
 from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
 from focal_plugin.data import add_register_argument
 from focal_plugin.engine import load_checked_config
-from focal_plugin.engine.trained import load_model
+from focal_plugin.engine.checkpoint import build_trained_model
 
 
 def gamma(text):
@@ -63,7 +63,7 @@ def parse_args():
 def analyze_model(args, figures):
     """Figure 4 and the report of a model; prints its tables."""
     cfg = load_checked_config(args)
-    model, loader = load_model(cfg), build_loader(cfg, args.num_images)
+    model, loader = build_trained_model(cfg), build_loader(cfg, args.num_images)
     ohem = None if args.no_ohem else build_ohem_head(cfg)
     start = time.perf_counter()
     counted = collect(model, loader, gammas=args.gammas or GAMMAS, ohem=ohem)

@@ -26,7 +26,7 @@ from focal_plugin.deploy.export import (
 )
 from focal_plugin.deploy.export_check import check_export, format_differences
 from focal_plugin.deploy.model import add_model_arguments, class_names, load_inference_config
-from focal_plugin.engine.trained import load_model
+from focal_plugin.engine.checkpoint import build_trained_model
 
 
 def parse_args():
@@ -51,7 +51,7 @@ def export(args, formats):
     cfg, dataset = load_inference_config(args)
     classes = class_names(cfg.MODEL.RETINANET.NUM_CLASSES, dataset, args.classes)
     sample = read_sample(cfg, args.sample_image)
-    model = load_model(cfg).eval()
+    model = build_trained_model(cfg).eval()
     args.output.mkdir(parents=True, exist_ok=True)
     same = True
     for name in formats:

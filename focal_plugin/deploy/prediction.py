@@ -19,7 +19,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 
-from ..engine.trained import load_model
+from ..engine.checkpoint import build_trained_model
 from ..files import atomic_write
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -55,7 +55,7 @@ class Predictor(DefaultPredictor):
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = min(cfg.MODEL.RETINANET.SCORE_THRESH_TEST, score_threshold)
         super().__init__(cfg)
         cfg.MODEL.WEIGHTS = weights
-        self.model = load_model(cfg).eval()
+        self.model = build_trained_model(cfg).eval()
         self.score_threshold = score_threshold
 
     def detect(self, image: np.ndarray) -> Instances:

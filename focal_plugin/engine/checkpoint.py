@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, read without running code, the newest good one found."""
+"""Write checkpoints whole or not at all, read them without running code, and find the newest good one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 import re
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
 from ..files import TEMPORARY, atomic_write
+from ..retinanet import FocalRetinaNet
 from .safe_load import check_regular, check_weights, load_plain, load_pycls, load_zoo, refusing
 
 logger = logging.getLogger(__name__)
@@ -26,7 +30,7 @@ _NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Upstream's checkpointer for files that one need not trust, on machines that may stop at any moment.
+    """A DetectionCheckpointer for files that one need not trust, on machines that may stop at any moment.
 
     ``.pth`` files are loaded with ``weights_only=True``, model-zoo ``.pkl`` files only if they hold arrays. A file is
     written under another name, synced to the disk and renamed, and only then ``last_checkpoint`` names it. To resume, a
@@ -35,22 +39,20 @@ class SafeCheckpointer(DetectionCheckpointer):
     Attributes:
         resumed_from: the file that ``resume_or_load`` resumed from; empty if it did not.
         run: an id of the run that saves here.
-        skipped: after loading, a line for each kind of parameter that the file did not fill.
+        unfilled: after loading, the names of the parameters and buffers that have kept their values.
+        skipped: the same in words, with what the file has and the model has not: a line for each kind.
     """
 
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **checkpointables: object
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self.path_manager = _AtomicWrites(self.path_manager)
-        self.resumed_from = ""
+        self.resumed_from = self.run = ""
+        self.unfilled: list[str] = []
         self.skipped: list[str] = []
-        self._read: tuple[str, Any] = ("", None)
-        self._moves_tag = True
-        self.run = ""
 
     def begin_run(self, run: str | None = None) -> None:
-        """From now on the folder is that of one run: what another one has left there is not fallen back on any more.
+        """Make the folder that of one run: what another one has left there is not fallen back on any more.
 
         The files of an earlier run stay until they are overwritten; but ``last_checkpoint`` goes, so that a new run
         that is stopped before its first checkpoint is not taken for the old one.
@@ -75,51 +77,56 @@ class SafeCheckpointer(DetectionCheckpointer):
                 file.write(self.run)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Upstream's ``save``.
+        """Save the model, what else was given to the constructor, and ``kwargs``.
 
         Args:
             name: of the file, without ".pth".
             tag: whether ``last_checkpoint`` shall name it, so that the run resumes from it.
-            kwargs: more to save: tensors, numbers, strings and containers of them.
+            kwargs: tensors, numbers, strings and containers of them.
 
         Raises:
             OSError: it cannot be written, as on a full disk. All earlier files are whole.
         """
-        self._moves_tag = tag
-        if self.run:
-            kwargs["run"] = self.run
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **states, **kwargs, **({"run": self.run} if self.run else {})}
+        logger.info(f"Saving checkpoint to {path}")
         try:
-            super().save(name, **kwargs)
+            with self._open_to_write(path, "wb") as file:
+                torch.save(content, file)
+            if tag:
+                self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the disk's error
-            if (
-                isinstance(error, RuntimeError)
-                and "write" not in str(error)
-                and not isinstance(error.__context__, OSError)
-            ):
-                raise
             cause = error if isinstance(error, OSError) else error.__context__ or error
+            if not isinstance(cause, OSError) and "write" not in str(error):
+                raise
+            last = _last(self.save_dir)
+            whole = "The earlier checkpoints are whole" + (f", the last one is {last}" if last else "")
             raise OSError(
                 getattr(cause, "errno", None),
-                f"could not write {os.path.join(self.save_dir, name)}.pth ({cause}). The earlier checkpoints are whole"
-                f"{self._newest()}. Make room, or choose another OUTPUT_DIR, and type the same command with --resume",
+                f"could not write {path} ({cause}). {whole}. Make room, or choose another OUTPUT_DIR, and type the same "
+                "command with --resume",
             ) from error
-        finally:
-            self._moves_tag = True
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with self._open_to_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
+
+    def _open_to_write(self, path: str, mode: str) -> AbstractContextManager[IO]:
+        return self.path_manager.open(path, mode) if "://" in path else atomic_write(path, mode)
 
     def save_again(self, name: str) -> None:
-        """Saves what was resumed from under another name, if it has not got it, as it is."""
+        """Save what was resumed from under another name, if it has not got it, as it is."""
         target = os.path.join(self.save_dir, f"{name}.pth")
         if self.resumed_from and not os.path.isfile(target):
             with open(self.resumed_from, "rb") as source, atomic_write(target, "wb") as file:
                 shutil.copyfileobj(source, file)
             self.tag_last_checkpoint(f"{name}.pth")
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        if self._moves_tag:
-            super().tag_last_checkpoint(last_filename_basename)
-
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Upstream's, but that the newest checkpoint that can be read is resumed from: a collective call.
+        """Load as Detectron2 does, but resume from the newest checkpoint that can be read: a collective call.
 
         Raises:
             ValueError: there are checkpoints to resume from, and none can be read; or ``path`` is refused.
@@ -137,24 +144,21 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """Upstream's.
+        """Load as Detectron2 does.
 
         Raises:
             ValueError: the file is damaged, would run code, or does not fit; the message names it.
             OSError: it is not there, or cannot be read.
         """
-        self.skipped = []
+        self.unfilled, self.skipped = [], []
         path = os.fspath(path) if path else ""
         if path and "://" not in path:
-            check_regular(path.partition("?")[0])  # behind the "?" there may be upstream's matching_heuristics
-        try:
-            with refusing(path, "what it holds does not fit here"):
-                return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # upstream's, left behind by an error
+            check_regular(path.partition("?")[0])  # behind the "?" there may be Detectron2's matching_heuristics
+        with refusing(path, "what it holds does not fit here"):
+            return super().load(path, *args, **kwargs)
 
     def _find_resumable(self) -> str:
-        """The file that all workers resume from; empty if there is none."""
+        """Return the file that all workers resume from; empty if there is none."""
         found, error = "", None
         if comm.is_main_process():
             try:
@@ -201,7 +205,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _why_not_resumable(self, path: Path) -> str:
         try:
-            checkpoint = self._torch_load(str(path))
+            checkpoint = load_plain(str(path))
             check_weights(checkpoint, str(path))
             if not {"iteration", *self.checkpointables} <= checkpoint.keys():
                 raise ValueError(f"it holds weights only, no {' and no '.join(self.checkpointables)}")
@@ -209,22 +213,14 @@ class SafeCheckpointer(DetectionCheckpointer):
                 raise ValueError(_EARLIER)
         except (OSError, ValueError) as error:
             return str(error)
-        self._read = str(path), checkpoint  # not to be read a second time
         return ""
 
-    def _newest(self) -> str:
-        last = _last(self.save_dir)
-        return f", the last one is {last}" if last else ""
-
     def _torch_load(self, f):
-        (path, checkpoint), self._read = self._read, ("", None)
-        if path == f:
-            return checkpoint
         return load_plain(f)
 
     def _load_file(self, filename):
         with refusing(filename):
-            # Upstream would unpickle .pkl and .pyth files without looking.
+            # Detectron2 would unpickle .pkl and .pyth files without looking.
             if filename.endswith(".pkl"):
                 checkpoint = load_zoo(filename)
             elif filename.endswith(".pyth"):
@@ -238,16 +234,46 @@ class SafeCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
         # fvcore names what has another shape among the missing ones, too.
         other_shape = {name: f"{name} {there} -> {here}" for name, there, here in incompatible.incorrect_shapes}
+        missing = [name for name in incompatible.missing_keys if name not in other_shape]
+        self.unfilled = [*other_shape, *missing]
         kinds = {
             "other shape in the model": list(other_shape.values()),
-            "not in the file": [name for name in incompatible.missing_keys if name not in other_shape],
+            "not in the file": missing,
             "not in the model": incompatible.unexpected_keys,
         }
         self.skipped = [_listed(what, names) for what, names in kinds.items() if names]
 
 
+def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
+    """Build the model of a config with the weights of ``MODEL.WEIGHTS``, all of them.
+
+    Stock RetinaNet's weights and configs are a FocalRetinaNet's.
+
+    Raises:
+        ValueError: it is another meta-architecture, or the weights are not those of such a model.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
+    name = cfg.MODEL.META_ARCHITECTURE
+    if not issubclass(META_ARCH_REGISTRY.get(name), FocalRetinaNet):
+        raise ValueError(f"MODEL.META_ARCHITECTURE {name} is neither FocalRetinaNet nor RetinaNet")
+    model = build_model(cfg)
+    checkpointer = SafeCheckpointer(model)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    # Detectron2 only warns of weights that stay random, whose loss would be measured here.
+    wrong = [key for key in checkpointer.unfilled if not key.endswith("num_batches_tracked")]
+    if wrong:
+        raise ValueError(
+            f"MODEL.WEIGHTS is no trained model of this config: it lacks, or has in another shape, {len(wrong)} of "
+            f"its weights, such as {', '.join(wrong[:3])}"
+        )
+    return model
+
+
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
-    """Removes all but the ``keep`` newest numbered checkpoints up to ``iteration``.
+    """Remove all but the ``keep`` newest numbered checkpoints up to ``iteration``.
 
     ``model_final.pth``, ``model_best.pth`` and what a later step has left stay, and so does what ``last_checkpoint``
     names.
@@ -260,7 +286,7 @@ def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
 
 
 def _last(folder: str | os.PathLike) -> str:
-    """What ``last_checkpoint`` says; it may be of any length and content."""
+    """Return what ``last_checkpoint`` says; it may be of any length and content."""
     tag = os.path.join(folder, "last_checkpoint")
     if not os.path.isfile(tag):
         return ""
@@ -269,7 +295,7 @@ def _last(folder: str | os.PathLike) -> str:
 
 
 def _owner(folder: str | os.PathLike) -> str:
-    """The run that a folder is of."""
+    """Return the run that a folder is of."""
     path = os.path.join(folder, _RUN)
     if not os.path.isfile(path):
         return ""
@@ -285,7 +311,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _resumable(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that a run would go on from, newest first."""
+    """Return the checkpoints of a folder that a run would go on from, newest first."""
     paths, final = _numbered(folder)[::-1], folder / "model_final.pth"
     if final.is_file():
         # Where MAX_ITER was raised after it, later ones have been written since.
@@ -301,18 +327,3 @@ def _iteration(path: Path) -> int:
 def _listed(what: str, names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
-
-
-class _AtomicWrites:
-    """A path manager that lets files appear whole; those that are not on this machine as before."""
-
-    def __init__(self, path_manager):
-        self._path_manager = path_manager
-
-    def open(self, path: str, mode: str = "r", **kwargs):
-        if mode in ("w", "wb") and "://" not in path:
-            return atomic_write(path, mode)
-        return self._path_manager.open(path, mode, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self._path_manager, name)

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes
 from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect
 from focal_plugin.analysis.loss_distribution import GROUPS, LossDistribution
 from focal_plugin.data import make_digits, register_coco_json
-from focal_plugin.engine.trained import load_model
+from focal_plugin.engine.checkpoint import build_trained_model
 from focal_plugin.mining import mine_hard_examples
 
 OHEM = ["MODEL.OHEM.BATCH_SIZE", "16", "MODEL.OHEM.NMS_THRESH", "0.1"]
@@ -151,21 +151,21 @@ def test_weights_must_be_complete(make_model, tmp_path):
     path = tmp_path / "weights.pth"
     cfg.MODEL.WEIGHTS = str(path)
     torch.save({"model": model.state_dict()}, path)
-    assert torch.equal(load_model(cfg).head.cls_score.weight, model.head.cls_score.weight)
+    assert torch.equal(build_trained_model(cfg).head.cls_score.weight, model.head.cls_score.weight)
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"  # as which it can be read, too
-    load_model(cfg)
+    build_trained_model(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = 4
     with pytest.raises(ValueError, match=r"no trained model of this config.* such as head.cls_score"):
-        load_model(cfg)
+        build_trained_model(cfg)
     torch.save({"model": model.backbone.state_dict()}, path)
     with pytest.raises(ValueError, match="no trained model of this config"):
-        load_model(cfg)
+        build_trained_model(cfg)
 
 
 def test_another_meta_architecture_is_refused(tiny_config):
     cfg = tiny_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
     with pytest.raises(ValueError, match="GeneralizedRCNN is neither FocalRetinaNet nor RetinaNet"):
-        load_model(cfg)
+        build_trained_model(cfg)
 
 
 def test_no_data_set(tiny_config):
