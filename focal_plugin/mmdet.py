@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .losses.alpha import Alpha, as_number
-from .losses.blocked import IGNORE
-from .losses.focal import check_reduction
+from .losses.args import IGNORE, Alpha, as_number, check_reduction
 from .losses.modules import SigmoidFocalLoss, SigmoidFocalLossStar, SoftmaxFocalLoss
 
 try:

@@ -19,10 +19,23 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
-from .losses.buffers import Float32Buffers
-from .losses.iou import iou_loss
+from .losses.modules import Float32Buffers
 from .rng import rng_kept
 from .scalars import DeferredScalars
+
+
+def iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
+    """Return ``1 - IoU`` of each pair of (M, 4) XYXY boxes; the rest of its family is fvcore's and Detectron2's.
+
+    Where boxes do not touch it is 1 and has no gradient, which is what its successors change. ``eps`` keeps the
+    quotient of two empty boxes finite; ``reduction`` can only be "none".
+    """
+    top_left = torch.maximum(boxes1[:, :2], boxes2[:, :2])
+    bottom_right = torch.minimum(boxes1[:, 2:], boxes2[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    area1, area2 = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (boxes1, boxes2))
+    return 1 - intersection / (area1 + area2 - intersection + eps)
+
 
 _IOU_LOSSES = {"iou": iou_loss, "giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 

@@ -3,14 +3,27 @@
 import torch
 from torch import Tensor, nn
 
-from .alpha import Alpha, as_number, check_alpha, check_class_alpha, check_gamma
-from .buffers import Float32Buffers
-from .focal import check_reduction, sigmoid_focal_loss, sigmoid_focal_loss_star
+from .args import Alpha, as_number, check_alpha, check_class_alpha, check_gamma, check_reduction
+from .focal import sigmoid_focal_loss, sigmoid_focal_loss_star
 from .softmax import softmax_focal_loss
 
 
+class Float32Buffers:
+    """A mixin of ``nn.Module``: the buffers in ``float32_buffers`` keep their dtype when the module is cast."""
+
+    float32_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and not buffer.is_meta:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 class _Loss(Float32Buffers, nn.Module):
-    """Calls ``function`` with what the constructor was given; one alpha a class moves with the module."""
+    """Call ``function`` with what the constructor was given; one alpha a class moves with the module."""
 
     function = None
     float32_buffers = ("class_alpha",)
