@@ -6,7 +6,7 @@ Detectron2's order (level, row, column, anchor). Logits stay as the convolution 
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, NamedTuple, Optional
@@ -18,7 +18,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from fvcore.common.registry import Registry
 from torch import Tensor
 
-from .losses.args import alpha_weights, check_alpha, check_class_alpha, check_gamma, check_label_range
+from .losses.args import IGNORE, alpha_weights, check_alpha, check_class_alpha, check_gamma, check_label_range
 from .losses.blockwise import Layout
 from .losses.focal import LabelLoss
 from .losses.formulas import Focal, FocalStar
@@ -88,12 +88,8 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield of each level the logits as (N, Hi, Wi, A, num_outputs), and their labels as (N, Hi, Wi, A), uncopied.
-
-    Args:
-        pred_logits: one (N, A * num_outputs, Hi, Wi) per level.
-        labels: (N, R), of all levels; or anything else that each anchor has one of.
-        num_outputs: logits of an anchor.
+    """Yield of each level's (N, A * num_outputs, Hi, Wi) and of the (N, R) labels what belongs together, uncopied:
+    (N, Hi, Wi, A, num_outputs) logits and (N, Hi, Wi, A) labels.
     """
     start = 0
     for x in pred_logits:
@@ -188,16 +184,17 @@ class FocalHead(Float32Buffers, RetinaNetHead):
             targets: of the N images.
         """
         check_label_range(targets.labels, self.num_classes)
-        return self._losses(per_level_views(pred_logits, targets.labels, self.num_outputs), targets.labels)
+        loss_cls, positive = self._sum(self.anchor_losses(pred_logits, targets.labels), targets.labels)
+        return HeadLosses(loss_cls, is_foreground(targets.labels, self.num_classes), loss_cls_pos=positive)
 
-    def _losses(self, pairs: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> HeadLosses:
-        """Return the loss of pairs of logits and labels, and the foreground of all (N, R) ``labels``."""
-        total = positive = 0
-        for logits, y in pairs:
-            loss = self.classification_loss(logits, y)
-            total = total + loss.sum()
-            positive = positive + torch.where(is_foreground(y, self.num_classes), loss.detach(), 0).sum()
-        return HeadLosses(total, is_foreground(labels, self.num_classes), loss_cls_pos=positive)
+    def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
+        """Return the (N, R) :meth:`classification_loss` of all levels."""
+        views = per_level_views(pred_logits, labels, self.num_outputs)
+        return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
+
+    def _sum(self, loss: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the loss of some anchors, and the foreground's part of it without a gradient."""
+        return loss.sum(), torch.where(is_foreground(labels, self.num_classes), loss.detach(), 0).sum()
 
 
 class HardExampleHead(FocalHead):
@@ -231,20 +228,21 @@ class HardExampleHead(FocalHead):
         check_label_range(targets.labels, self.num_classes)
         scores, sampled = self.sample(pred_logits, targets)
         self._log(scores, targets.labels, sampled)
-        out = self._losses([self.gather_anchors(pred_logits, targets.labels, sampled)], targets.labels)
+        logits, labels = self.gather_anchors(pred_logits, targets.labels, sampled)
+        loss_cls, positive = self._sum(self.classification_loss(logits, labels), labels)
+        box_mask, num_examples, num_boxes = is_foreground(targets.labels, self.num_classes), None, None
         if self.normalizer == "selected":
-            out = out._replace(num_examples=sampled.sum())
+            num_examples = sampled.sum()
         if self.box_loss_on == "selected":
-            box_mask = out.box_mask & sampled
-            out = out._replace(box_mask=box_mask, num_boxes=box_mask.sum())
-        return out
+            box_mask = box_mask & sampled
+            num_boxes = box_mask.sum()
+        return HeadLosses(loss_cls, box_mask, num_examples, num_boxes, positive)
 
     @torch.no_grad()
     def sample(self, pred_logits: list[Tensor], targets: AnchorTargets) -> tuple[Tensor, Tensor]:
         """Return what each anchor is ranked by, (N, R), and which are sampled, (N, R) bool."""
         labels = targets.labels
-        views = per_level_views(pred_logits, labels, self.num_outputs)
-        scores = torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
+        scores = self.anchor_losses(pred_logits, labels)
         if self.rank_by == "cls+box":
             scores = scores + targets.box_losses()
         boxes = targets.pred_boxes() if self.nms_boxes == "predicted" else targets.anchors.expand(len(labels), -1, -1)
@@ -263,14 +261,14 @@ class HardExampleHead(FocalHead):
 
         Every level takes part, if only with no anchor, so that each parameter of the head has a gradient under DDP.
         """
-        masks = (mask for _, mask in per_level_views(pred_logits, sampled, self.num_outputs))
         logits, gathered = [], []
-        for (x, y), mask in zip(per_level_views(pred_logits, labels, self.num_outputs), masks):
+        for x, y in per_level_views(pred_logits, labels.masked_fill(~sampled, IGNORE), self.num_outputs):
             # In the order in which the logits lie in memory, so that their gradient is written in it, too.
             layout = Layout.of(x, class_dim=-1)
-            outer, _, inner = layout.flat_anchors(mask).nonzero(as_tuple=True)
+            flat_labels = layout.flat_anchors(y)
+            outer, _, inner = (flat_labels != IGNORE).nonzero(as_tuple=True)
             logits.append(layout.flat(x)[outer, :, inner])
-            gathered.append(layout.flat_anchors(y)[outer, 0, inner])
+            gathered.append(flat_labels[outer, 0, inner])
         return torch.cat(logits), torch.cat(gathered)
 
     def _log(self, scores: Tensor, labels: Tensor, sampled: Tensor) -> None:
@@ -312,17 +310,8 @@ class OHEMHead(HardExampleHead):
     ):
         """
         Args:
-            ohem_batch_size: examples kept, per image or per batch (``scope``).
-            nms_thresh: IoU over which a harder example removes another; <= 0: off.
-            neg_pos_ratio: negatives per positive; 0: they compete.
-            scope: "image" or "batch", the batch being that of one worker.
-            rank_by: "cls" or "cls+box".
-            nms_boxes: "anchors" or "predicted".
-            nms_per_label: suppress only examples of the same label.
-            normalizer: what divides the classification loss: "selected" (the examples kept) or "positives" (the
-                model's normalizer, as for FocalHead).
-            box_loss_on: whose boxes are trained: "selected" (those kept, by whose number their loss is divided) or
-                "positives" (all, divided by the model's normalizer).
+            ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as every other argument, described in
+                :func:`focal_plugin.add_focal_config` under the key of its name.
             kwargs: of :class:`HardExampleHead`.
 
         Raises:
@@ -346,19 +335,9 @@ class OHEMHead(HardExampleHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        ohem = cfg.MODEL.OHEM
-        return {
-            **super().from_config(cfg, input_shape),
-            "ohem_batch_size": ohem.BATCH_SIZE,
-            "nms_thresh": ohem.NMS_THRESH,
-            "neg_pos_ratio": ohem.NEG_POS_RATIO,
-            "scope": ohem.SCOPE,
-            "rank_by": ohem.RANK_BY,
-            "nms_boxes": ohem.NMS_BOXES,
-            "nms_per_label": ohem.NMS_PER_LABEL,
-            "normalizer": ohem.NORMALIZER,
-            "box_loss_on": ohem.BOX_LOSS_ON,
-        }
+        keys = ["NMS_THRESH", "NEG_POS_RATIO", "SCOPE", "RANK_BY", "NMS_BOXES", "NMS_PER_LABEL", "NORMALIZER"]
+        ohem = {key.lower(): cfg.MODEL.OHEM[key] for key in [*keys, "BOX_LOSS_ON"]}
+        return {**super().from_config(cfg, input_shape), "ohem_batch_size": cfg.MODEL.OHEM.BATCH_SIZE, **ohem}
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

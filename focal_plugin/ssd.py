@@ -57,19 +57,16 @@ class SSDHead(HardExampleHead):
         return SoftmaxLoss(Focal(self.gamma), weights)(logits, labels)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Upstream's. In training K + 1 logits an anchor, to be given to ``losses``; else those of
-        :meth:`detection_logits`, which upstream's inference and exporters take.
+        """Return K + 1 logits an anchor in training, for ``losses``; else those of :meth:`detection_logits`, which
+        RetinaNet's inference and Detectron2's exporters take.
         """
         logits, deltas = super().forward(features)
         return (logits if self.training else [self.detection_logits(x) for x in logits]), deltas
 
     def detection_logits(self, logits: Tensor) -> Tensor:
-        """(N, A * K, Hi, Wi) numbers whose sigmoid is the softmax of the (N, A * (K + 1), Hi, Wi) ``logits``."""
+        """Return (N, A * K, Hi, Wi) numbers whose sigmoid is the softmax of the (N, A * (K + 1), Hi, Wi) ``logits``."""
         n, channels, height, width = logits.shape
-        log_p = (
-            logits.view(n, channels // self.num_outputs, self.num_outputs, height, width)
-            .float()
-            .log_softmax(dim=2)[:, :, :-1]
-        )
+        x = logits.view(n, channels // self.num_outputs, self.num_outputs, height, width).float()
+        log_p = x.log_softmax(dim=2)[:, :, :-1]
         # log(p / (1 - p)), where p that is 1 gives infinity, whose sigmoid is 1.
         return (log_p - torch.log1p(-log_p.exp())).flatten(1, 2)

@@ -101,7 +101,7 @@ class LossGuard(HookBase):
 
     def _report(self, broken: list[int], loss_is_finite: bool) -> str:
         """The message, the same on all workers but for the batch; each broken worker saves its own first."""
-        flush_scalars(self.trainer.model)
+        flush_scalars()
         mine = comm.get_rank() in broken
         facts = self._facts()
         path = self._save(facts) if mine else ""

@@ -25,7 +25,7 @@ class FlushScalars(HookBase):
     """Hands on what the model has logged in this step: before the writers write it."""
 
     def after_step(self) -> None:
-        flush_scalars(self.trainer.model)
+        flush_scalars()
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):

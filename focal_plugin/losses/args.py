@@ -95,14 +95,16 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
 
 
-def check_inputs(inputs: Tensor, class_dim: int) -> int:
-    """Return ``class_dim`` counted from the first dimension; raise a ValueError unless these logits have it."""
+def check_call(inputs: Tensor, gamma: float, reduction: str, class_dim: int, *, star: bool = False) -> tuple[int, int]:
+    """Check what every loss function takes; return ``class_dim`` counted from the first dimension, and K."""
+    check_gamma(gamma, star=star)
+    check_reduction(reduction)
     if not inputs.is_floating_point():
         raise ValueError(f"inputs must be floating-point logits, got {inputs.dtype}")
     num_dims = max(inputs.dim(), 1)
     if not -num_dims <= class_dim < num_dims:
         raise ValueError(f"class_dim {class_dim} is not among the dimensions of inputs of shape {tuple(inputs.shape)}")
-    return class_dim % num_dims
+    return class_dim % num_dims, inputs.shape[class_dim] if inputs.dim() else 1
 
 
 def check_dense(targets: Tensor) -> None:

@@ -13,7 +13,7 @@ and everything else that each anchor (each set of K logits) has one of are (oute
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import NamedTuple, Optional
@@ -225,17 +225,6 @@ class Layout(NamedTuple):
 # ------------------------------ blocks and threads
 
 
-def _blocks(x: Tensor) -> Iterator[Block]:
-    """Yield the places of blocks of (outer, K, inner) logits, each with all classes."""
-    outer, num_classes, inner = x.shape
-    size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
-    width = min(inner, max(size // num_classes, 1))
-    height = min(outer, max(size // (num_classes * width), 1))
-    for o in range(0, outer, height):
-        for i in range(0, inner, width):
-            yield slice(o, o + height), slice(None), slice(i, i + width)
-
-
 # More threads than this would wait for each other in Python; fewer blocks for each than this do not pay for a thread.
 _MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
@@ -248,14 +237,18 @@ def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], Non
     """
     if x.numel() == 0:
         return
-    blocks = list(_blocks(x))
+    outer, num_classes, inner = x.shape
+    size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
+    width = min(inner, max(size // num_classes, 1))
+    height = min(outer, max(size // (num_classes * width), 1))
+    starts = [(o, i) for o in range(0, outer, height) for i in range(0, inner, width)]
+    blocks = [(slice(o, o + height), slice(None), slice(i, i + width)) for o, i in starts]
     remaining, inference = iter(blocks), torch.is_inference_mode_enabled()
-    largest = x[blocks[0]].numel()
 
     def run() -> None:
         # Threads start with gradients on and inference mode off.
         with torch.inference_mode(inference), torch.no_grad():
-            scratch, buffers = x.new_empty((3, largest), dtype=float_dtype(x)), None
+            scratch, buffers = x.new_empty((3, height * num_classes * width), dtype=float_dtype(x)), None
             for block in remaining:
                 logits = x[block]
                 if buffers is None or buffers[0].shape != logits.shape:

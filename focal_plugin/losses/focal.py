@@ -26,19 +26,10 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .args import (
-    IGNORE,
-    Alpha,
-    Weights,
-    alpha_weights,
-    check_dense,
-    check_gamma,
-    check_inputs,
-    check_labels,
-    check_reduction,
-)
+from .args import IGNORE, Alpha, Weights, alpha_weights, check_call, check_dense, check_labels
 from .blockwise import BlockwiseLoss, repeated_number, upcast
-from .formulas import Focal, FocalStar, softplus
+from .dense import DenseLoss
+from .formulas import Focal, FocalStar
 
 Formula = Union[Focal, FocalStar]
 
@@ -78,7 +69,6 @@ def sigmoid_focal_loss(
         ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
             assertion, since reading them would make the host wait).
     """
-    check_gamma(gamma)
     return _apply(Focal(float(gamma)), inputs, targets, alpha, reduction, class_dim)
 
 
@@ -98,16 +88,14 @@ def sigmoid_focal_loss_star(
     name has no beta. Arguments, result and errors as :func:`sigmoid_focal_loss`, but gamma must be > 0 and dense
     targets should be 0 or 1: between them FL* is taken at ``x_t = (2 t - 1) x``.
     """
-    check_gamma(gamma, star=True)
     if not math.isfinite(beta):
         raise ValueError(f"beta must be a finite number, got {beta}")
     return _apply(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
 
 
 def _apply(formula: Formula, inputs: Tensor, targets: Tensor, alpha: Alpha, reduction: str, class_dim: int) -> Tensor:
-    check_reduction(reduction)
-    class_dim = check_inputs(inputs, class_dim)
-    num_classes = inputs.shape[class_dim] if inputs.dim() else 1
+    is_star = isinstance(formula, FocalStar)
+    class_dim, num_classes = check_call(inputs, formula.gamma, reduction, class_dim, star=is_star)
     weights = alpha_weights(alpha, num_classes, inputs)
     if targets.shape == inputs.shape:
         check_dense(targets)
@@ -169,62 +157,11 @@ class LabelLoss(BlockwiseLoss):
         return super().loss(x, target, sum_classes)
 
     def gradient(self, x: Tensor, target: Tensor, grad: Optional[Tensor]) -> Tensor:
-        factor = None if grad is None else repeated_number(grad)
+        is_of_anchors = grad is not None and grad.shape[1] == 1
+        factor = repeated_number(grad) if is_of_anchors else None
         if factor is None:
             return super().gradient(x, target, grad)
         if triton_kernels.is_usable(x, self.formula):
             return triton_kernels.gradient(x, target, self.formula, self.weights, factor)
         # One factor for all goes into the weights, which saves a pass over each block.
         return LabelLoss(self.formula, Weights(*(w * factor for w in self.weights))).gradient(x, target, None)
-
-
-class DenseLoss(BlockwiseLoss):
-    """Sigmoid loss of dense targets in [0, 1], (outer, K, inner) as the logits.
-
-    With ``s`` the logit of the less likely of the two classes and ``u`` its probability by the target, ``u <= .5``::
-
-        1 - p_t        = q = u + (1 - 2 u) * sigmoid(s)
-        cross entropy  = softplus(s) - u * s
-        d loss / ds    = a * q**gamma * (gamma * ce * (1 - 2 u) * sigmoid(s) * sigmoid(-s) / q + sigmoid(s) - u)
-    """
-
-    has_labels = False
-
-    def __init__(self, formula: Formula, weights: Weights):
-        self.formula, self.weights = formula, weights
-
-    def expression(self, x: Tensor, target: Tensor) -> Tensor:
-        t = target.to(x.dtype)
-        if isinstance(self.formula, FocalStar):
-            return self._alpha(t) * self.formula.value((1 - 2 * t) * x)
-        _, _, _, _, cross_entropy, weight = self._terms(x, t)
-        return self._alpha(t) * weight * cross_entropy
-
-    def block_loss(self, x: Tensor, parts: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        # The only time that the targets are read.
-        return self.expression(x, buffers[0].copy_(parts[0]))
-
-    def block_gradient(self, x: Tensor, parts: list[Tensor], grad: Tensor, buffers: list[Tensor]) -> Tensor:
-        t = buffers[0].copy_(parts[0])
-        if isinstance(self.formula, FocalStar):
-            return super().block_gradient(x, [t], grad, buffers)
-        flip, u, q, wrong, cross_entropy, weight = self._terms(x, t)
-        # For a hard target q is sigmoid(s), which may have underflowed: the quotient is known.
-        share = torch.where(u == 0, 1 - wrong, (1 - 2 * u) * wrong * (1 - wrong) / q)
-        slope = share.mul_(cross_entropy).mul_(self.formula.gamma).add_(wrong).sub_(u).mul_(weight)
-        return torch.where(flip, -slope, slope).mul_(self._alpha(t)).mul_(grad)
-
-    def _terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Return whether s is -x, u, q, sigmoid(s), cross entropy and q**gamma, from differentiable operations only."""
-        flip = t > 0.5
-        s, u = torch.where(flip, -x, x), torch.where(flip, 1 - t, t)
-        wrong = torch.sigmoid(s)
-        hard = softplus(s, None if torch.is_grad_enabled() else torch.empty_like(s))
-        q = torch.addcmul(u, 1 - 2 * u, wrong)
-        # For a hard target q may have underflowed, its logarithm is known; and log(0), even unused, has no derivative.
-        is_hard = u == 0
-        log_q = torch.where(is_hard, s - hard, torch.log(q.masked_fill(is_hard, 1.0)))
-        return flip, u, q, wrong, hard - u * s, torch.exp(self.formula.gamma * log_q)
-
-    def _alpha(self, t: Tensor) -> Tensor:
-        return self.weights.pos * t + self.weights.neg * (1 - t)

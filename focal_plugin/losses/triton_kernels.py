@@ -104,7 +104,7 @@ if triton is not None:
 
     @triton.jit
     def _log1p(e):
-        """Return log(1 + e) for 0 <= e <= 1 to 2.3e-7 of its value, however small e is, where log(1.0 + e) loses digits."""
+        """Return log(1 + e) for 0 <= e <= 1 to 2.3e-7 of its value; log(1.0 + e) loses the digits of a small e."""
         # Minimax polynomial of log1p(e) / e, fitted in float64. It costs less than a logarithm on a GPU.
         p = e * 0.005232624243944883 - 0.029504956677556038
         p = p * e + 0.07822549343109131
