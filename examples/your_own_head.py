@@ -28,15 +28,13 @@ class PolyHead(FocalHead):  # of OHEMHead: it would be mined by this loss
     def from_config(cls, cfg, input_shape):
         return {**super().from_config(cfg, input_shape), "poly_epsilon": cfg.MODEL.FOCAL.POLY_EPSILON}
 
-    def classification_loss(self, logits, labels, reduction, class_dim):
-        """FL + epsilon * alpha_t * (1 - p_t)^(gamma + 1)."""
-        focal = super().classification_loss(logits, labels, reduction, class_dim)
-        present = labels.unsqueeze(-1) == torch.arange(self.num_classes, device=labels.device)  # background: nowhere
-        wrong = torch.where(present, -1.0, 1.0).mul(logits.movedim(class_dim, -1)).sigmoid()  # 1 - p_t
+    def classification_loss(self, logits, labels):
+        """FL + epsilon * alpha_t * (1 - p_t)^(gamma + 1), summed over the classes of each anchor."""
+        present = labels[..., None] == torch.arange(self.num_classes, device=labels.device)  # background: nowhere
         weight = torch.where(present, self.alpha, 1 - self.alpha) if self.alpha >= 0 else 1.0
-        poly = self.poly_epsilon * weight * wrong ** (self.gamma + 1)
-        poly = torch.where((labels >= 0).unsqueeze(-1), poly, 0).movedim(-1, class_dim)  # -1: ignored
-        return focal + (poly.sum() if reduction == "sum" else poly)
+        poly = weight * torch.where(present, -logits, logits).sigmoid() ** (self.gamma + 1)
+        poly = poly.sum(dim=-1).masked_fill(labels < 0, 0)  # -1: ignored
+        return super().classification_loss(logits, labels) + self.poly_epsilon * poly
 
 
 def main(steps: int = 20, epsilon: float = 1.0):

@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .losses.alpha import Alpha, as_number
-from .losses.blocked import IGNORE
-from .losses.focal import check_reduction
+from .losses.args import IGNORE, Alpha, as_number, check_reduction
 from .losses.modules import SigmoidFocalLoss, SigmoidFocalLossStar, SoftmaxFocalLoss
 
 try:
@@ -38,6 +36,20 @@ class FocalPluginLoss(nn.Module):
 
     As for all losses of mmdet, give ``use_sigmoid`` in the config: its heads read it there, not here, to choose between
     C and C + 1 outputs for C classes, and their default is softmax.
+
+    Args:
+        use_sigmoid: one sigmoid a class; else a softmax over the classes and background, which is the last.
+        gamma: focusing parameter, >= 0 (> 0 for FL*). 0 is cross entropy.
+        alpha: the weight of foreground, 1 - alpha that of background; negative: no weighting. Or one alpha for each
+            of the C classes (softmax: C + 1 weights, that of background last).
+        reduction: "none", "mean" or "sum".
+        loss_weight: a factor for the result.
+        activated: refused: of probabilities the logits, and with them finite gradients, cannot be had back.
+        loss: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
+        beta: that of FL*.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
     """
 
     def __init__(
@@ -51,21 +63,6 @@ class FocalPluginLoss(nn.Module):
         loss: str = "focal",
         beta: float = 1.0,
     ):
-        """
-        Args:
-            use_sigmoid: one sigmoid a class; else a softmax over the classes and background, which is the last.
-            gamma: focusing parameter, >= 0 (> 0 for FL*). 0 is cross entropy.
-            alpha: the weight of foreground, 1 - alpha that of background; negative: no weighting. Or one alpha for each
-                of the C classes (softmax: C + 1 weights, that of background last).
-            reduction: "none", "mean" or "sum".
-            loss_weight: a factor for the result.
-            activated: refused: of probabilities the logits, and with them finite gradients, cannot be had back.
-            loss: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
-            beta: that of FL*.
-
-        Raises:
-            ValueError: a value out of range; the message names it.
-        """
         super().__init__()
         if activated:
             raise ValueError("activated=True: FocalPluginLoss needs logits, not probabilities; take mmdet's FocalLoss")
@@ -92,7 +89,7 @@ class FocalPluginLoss(nn.Module):
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor:
-        """The loss of N examples.
+        """Return the loss of N examples: a scalar; for "none" the shape of ``pred``, with a softmax (N,).
 
         Args:
             pred: logits, (N, C); with a softmax (N, C + 1). float16 and bfloat16 are computed in float32.
@@ -103,9 +100,6 @@ class FocalPluginLoss(nn.Module):
                 of which the latter does not use it, as mmdet's ``weight_reduce_loss``.
             reduction_override: in place of ``reduction``.
 
-        Returns:
-            A scalar; for "none" the shape of ``pred``, with a softmax (N,). 0 for the mean of nothing.
-
         Raises:
             ValueError: a shape, type, label or reduction that is none of these (labels on a GPU: a device-side
                 assertion).
@@ -114,16 +108,26 @@ class FocalPluginLoss(nn.Module):
         check_reduction(reduction)
         if avg_factor is not None and reduction == "sum":
             raise ValueError('avg_factor cannot be used with reduction="sum"')
-        self._check(pred, target)
-        if weight is not None:
+        self._check_target(pred, target)
+        if weight is None:
+            loss = self.loss(pred, target)
+        else:
             weight = self._columns(weight, pred)
-            pred, target = _without_ignored(pred, target, weight == 0)
-        loss = self.loss(pred, target)
-        if weight is not None:
-            loss = loss * (weight if self.use_sigmoid else weight[:, 0])
-        return self.loss_weight * _reduce(loss, reduction, avg_factor)
+            ignored = weight == 0
+            if target.dim() == 1:  # labels say it themselves, and no logits are copied
+                target = target.long().masked_fill(ignored.all(dim=1), IGNORE)
+            if target.dim() == 2 or ignored.shape[1] > 1:
+                pred = pred.masked_fill(ignored, 0.0)
+            loss = self.loss(pred, target) * (weight if self.use_sigmoid else weight[:, 0])
+        # mmdet's weight_reduce_loss, which cannot be imported without mmcv's compiled operators.
+        if reduction == "mean":
+            eps = torch.finfo(torch.float32).eps
+            loss = loss.sum() / (max(loss.numel(), 1) if avg_factor is None else avg_factor + eps)
+        elif reduction == "sum":
+            loss = loss.sum()
+        return self.loss_weight * loss
 
-    def _check(self, pred: Tensor, target: Tensor) -> None:
+    def _check_target(self, pred: Tensor, target: Tensor) -> None:
         is_labels = target.shape == pred.shape[:1] and not target.is_floating_point() and target.dtype != torch.bool
         is_dense = self.use_sigmoid and target.shape == pred.shape
         if pred.dim() != 2 or not (is_labels or is_dense):
@@ -134,34 +138,13 @@ class FocalPluginLoss(nn.Module):
             )
 
     def _columns(self, weight: Tensor, pred: Tensor) -> Tensor:
-        """``weight`` as (N, 1) or (N, C)."""
-        rows, columns = pred.shape
-        if weight.numel() == rows:
-            return weight.reshape(rows, 1)
-        if not self.use_sigmoid or weight.numel() != pred.numel():
-            raise ValueError(
-                f"weight must have one value for each of the {rows} rows of pred"
-                f"{f', or for each of its {pred.numel()} entries' if self.use_sigmoid else ''}; "
-                f"got shape {tuple(weight.shape)}"
-            )
-        return weight.reshape(rows, columns)
-
-
-def _without_ignored(pred: Tensor, target: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
-    """``pred`` and ``target`` with a loss, before its weight, that is finite where ``ignored``, (N, 1) or (N, C)."""
-    if target.dim() == 1:  # labels say it themselves, and no logits are copied
-        target = target.long().masked_fill(ignored.all(dim=1), IGNORE)
-        if ignored.shape[1] == 1:
-            return pred, target
-    return pred.masked_fill(ignored, 0.0), target
-
-
-def _reduce(loss: Tensor, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
-    """mmdet's ``weight_reduce_loss``, which cannot be imported without mmcv's compiled operators."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if avg_factor is None:
-        return loss.sum() / max(loss.numel(), 1)
-    return loss.sum() / (avg_factor + torch.finfo(torch.float32).eps)
+        """Return ``weight`` as (N, 1) or (N, C)."""
+        if weight.numel() == len(pred):
+            return weight.reshape(len(pred), 1)
+        if self.use_sigmoid and weight.numel() == pred.numel():
+            return weight.reshape(pred.shape)
+        or_entries = f", or for each of its {pred.numel()} entries" if self.use_sigmoid else ""
+        raise ValueError(
+            f"weight must have one value for each of the {len(pred)} rows of pred{or_entries}; "
+            f"got shape {tuple(weight.shape)}"
+        )

@@ -1,4 +1,4 @@
-"""``FocalRetinaNet``: upstream's RetinaNet with the loss taken out of the meta-architecture and into its head.
+"""``FocalRetinaNet``: Detectron2's RetinaNet with the loss taken out of the meta-architecture and into its head.
 
 Shapes as in :mod:`focal_plugin.heads`.
 """
@@ -18,18 +18,31 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
-from .losses.buffers import Float32Buffers
-from .losses.iou import iou_loss
+from .losses.modules import Float32Buffers
 from .scalars import DeferredScalars
+
+
+def iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
+    """Return ``1 - IoU`` of each pair of (M, 4) XYXY boxes; the rest of its family is fvcore's and Detectron2's.
+
+    Where boxes do not touch it is 1 and has no gradient, which is what its successors change. ``eps`` keeps the
+    quotient of two empty boxes finite; ``reduction`` can only be "none".
+    """
+    top_left = torch.maximum(boxes1[:, :2], boxes2[:, :2])
+    bottom_right = torch.minimum(boxes1[:, 2:], boxes2[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    area1, area2 = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (boxes1, boxes2))
+    return 1 - intersection / (area1 + area2 - intersection + eps)
+
 
 _IOU_LOSSES = {"iou": iou_loss, "giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 class LowQualityMatcher(Matcher):
-    """Upstream's matcher, in which the best anchor of a box counts as its match only from an IoU on.
+    """Detectron2's matcher, in which the best anchor of a box counts as its match only from an IoU on.
 
     As Detectron v1, which takes back low-quality matches under IoU 0.4 (``_get_retinanet_blobs``). An anchor that
-    overlaps no box at all is never positive; upstream makes every anchor of IoU 0 a match of a box that no anchor
+    overlaps no box at all is never positive; ``Matcher`` makes every anchor of IoU 0 a match of a box that no anchor
     touches.
     """
 
@@ -52,8 +65,8 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
     """RetinaNet whose head computes the classification loss and says which examples are trained on.
 
     Parameters, anchors, matching (but for a box that no anchor touches, see :class:`LowQualityMatcher`) and inference
-    are upstream's, and so, with the default keys, are loss and gradients. A stock state_dict loads strictly; one of
-    this model has one key more, ``loss_normalizer``.
+    are those of ``RetinaNet``, and so, with the default keys, are loss and gradients. A stock state_dict loads
+    strictly; one of this model has one key more, ``loss_normalizer``.
     """
 
     # The running mean: a step moves it by less than bfloat16 resolves.
@@ -63,11 +76,10 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
     def __init__(self, *, normalizer: str = "ema", normalizer_sync: bool = False, **kwargs):
         """
         Args:
-            normalizer: "ema" (upstream's running mean of positives, from 100, momentum 0.9) or "batch" (those of
-                this step).
+            normalizer: "ema" (the running mean of positives, from 100, momentum 0.9) or "batch" (those of this step).
             normalizer_sync: count over all workers: N workers then give the gradients of one with the joint batch
                 (not with ``MODEL.OHEM.SCOPE batch``, which mines each worker's batch).
-            kwargs: of upstream's ``RetinaNet``. ``head`` needs the method ``losses`` of the heads in
+            kwargs: of ``RetinaNet``. ``head`` needs the method ``losses`` of the heads in
                 :data:`focal_plugin.heads.RETINANET_HEAD_REGISTRY`; alpha, gamma and the number of classes are the
                 head's, and may be given here only if they agree.
 
@@ -90,7 +102,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
                 if given is not None and given != of_head:
                     raise ValueError(f"{name}={given}, but the head, which owns the loss, has {of_head}")
         self.normalizer, self.normalizer_sync = normalizer, normalizer_sync
-        # Upstream keeps a Python float, which no checkpoint saves: a resumed run starts again from 100.
+        # RetinaNet keeps a Python float, which no checkpoint saves: a resumed run starts again from 100.
         self.register_buffer("loss_normalizer", torch.tensor(100.0))
         self._scalars = DeferredScalars()
 
@@ -98,7 +110,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
     def from_config(cls, cfg: CfgNode) -> dict:
         if "FOCAL" not in cfg.MODEL or "OHEM" not in cfg.MODEL:
             raise ValueError("the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg()")
-        # Not from upstream's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
+        # Not from RetinaNet's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
         # from other random weights than stock RetinaNet with the same seed.
         retinanet = cfg.MODEL.RETINANET
         backbone = build_backbone(cfg)
@@ -137,7 +149,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         predictions: tuple[list[Tensor], list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Upstream's seam, without its transposition of the logits."""
+        """Return the losses of a batch; RetinaNet's own method transposes the logits first."""
         pred_logits, pred_deltas = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -151,16 +163,14 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         pred_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """
+        """Return "loss_cls" and "loss_box_reg", scalars that every parameter of the head takes part in.
+
         Args:
             anchors: per level, (Hi * Wi * A) boxes.
-            pred_logits: per level, (N, A * K, Hi, Wi), as the head returns them (upstream: transposed).
+            pred_logits: per level, (N, A * K, Hi, Wi), as the head returns them (RetinaNet: transposed).
             gt_labels: per image, (R,) as from ``label_anchors``: a class in [0, K), K for background, -1 ignored.
             pred_deltas: per level, (N, A * 4, Hi, Wi).
             gt_boxes: per image, the (R, 4) matched boxes; of no meaning where there is no foreground.
-
-        Returns:
-            "loss_cls" and "loss_box_reg", scalars that every parameter of the head takes part in.
         """
         anchors = Boxes.cat(anchors).tensor
         deltas = self.flatten_deltas(pred_deltas)
@@ -181,29 +191,26 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
 
     @staticmethod
     def flatten_deltas(pred_deltas: list[Tensor]) -> Tensor:
-        """(N, R, 4), from one (N, A * 4, Hi, Wi) per level."""
+        """Return (N, R, 4), from one (N, A * 4, Hi, Wi) per level."""
         deltas = [x.permute(0, 2, 3, 1).reshape(len(x), x.shape[1:].numel() // 4, 4) for x in pred_deltas]
         return torch.cat(deltas, dim=1)
 
     def anchor_targets(self, anchors: Tensor, deltas: Tensor, labels: Tensor, gt_boxes: Tensor) -> AnchorTargets:
-        """What the head is told of the anchors.
-
-        Args:
-            anchors: (R, 4).
-            deltas: (N, R, 4), predicted.
-            labels: (N, R).
-            gt_boxes: (N, R, 4), matched.
+        """Return what the head is told of the anchors, from (R, 4) anchors, predicted (N, R, 4) deltas, (N, R) labels
+        and the matched (N, R, 4) boxes.
         """
         deltas = deltas.detach()
-        return AnchorTargets(
-            labels=labels,
-            anchors=anchors,
-            box_losses=lambda: self._box_loss_map(anchors, deltas, gt_boxes, is_foreground(labels, self.num_classes)),
-            pred_boxes=lambda: self._decode(anchors, deltas),
-        )
+
+        def box_losses() -> Tensor:
+            foreground = is_foreground(labels, self.num_classes)
+            losses = deltas.new_zeros(labels.shape, dtype=torch.float32)
+            losses[foreground] = self._box_losses(anchors, deltas, gt_boxes, foreground).float()
+            return losses
+
+        return AnchorTargets(labels, anchors, box_losses, pred_boxes=lambda: self._decode(anchors, deltas))
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
-        """(M,) box losses of the M anchors in the (N, R) ``mask``, as upstream's ``_dense_box_regression_loss``."""
+        """Return the (M,) box losses of the M anchors in the (N, R) ``mask``."""
         _, index = mask.nonzero(as_tuple=True)
         anchors, deltas, gt_boxes = anchors[index], deltas[mask].float(), gt_boxes[mask]
         if self.box_reg_loss_type == "smooth_l1":
@@ -212,20 +219,14 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         pred_boxes = self.box2box_transform.apply_deltas(deltas, anchors)
         return _IOU_LOSSES[self.box_reg_loss_type](pred_boxes, gt_boxes, reduction="none")
 
-    def _box_loss_map(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
-        """(N, R) box losses, 0 outside ``mask``."""
-        losses = deltas.new_zeros(mask.shape, dtype=torch.float32)
-        losses[mask] = self._box_losses(anchors, deltas, gt_boxes, mask).float()
-        return losses
-
     def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """(N, R, 4) predicted boxes."""
+        """Return the (N, R, 4) predicted boxes."""
         num_images = len(deltas)
         flat = self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), anchors.repeat(num_images, 1))
         return flat.view(num_images, len(anchors), 4)
 
     def _normalizer(self, count: Tensor, running_mean: bool = False) -> Tensor:
-        """What to divide a sum over ``count`` examples by: at least 1; optionally the running mean, moved on."""
+        """Return what to divide a sum over ``count`` examples by: at least 1; or the running mean, moved on."""
         total = count.float()
         world_size = comm.get_world_size() if self.normalizer_sync else 1
         if world_size > 1:
@@ -249,6 +250,6 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         self._scalars.put(scalars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # A stock or model-zoo checkpoint knows no normaliser: it goes on from the value it has.
+        # A stock or model-zoo checkpoint knows no normalizer: this model goes on from the value it has.
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

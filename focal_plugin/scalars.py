@@ -1,12 +1,16 @@
 """Scalars of a training step for Detectron2's event storage, without making the host wait for the GPU."""
 
+from weakref import WeakSet
+
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import Tensor, nn
+from torch import Tensor
+
+_PENDING: "WeakSet[DeferredScalars]" = WeakSet()
 
 
 class DeferredScalars:
-    """Scalars of a training step for Detectron2's event storage, without making the host wait for the GPU.
+    """Scalars that are handed to the event storage when they can be read without waiting.
 
     The storage takes Python numbers. To read one off a GPU in the middle of a step would make the host wait until
     everything before it has been computed. Copied in the background, it is there when the step is over and
@@ -18,7 +22,7 @@ class DeferredScalars:
         self._pending = None
 
     def put(self, scalars: dict[str, Tensor]) -> None:
-        """Takes the ``scalars`` of this step, 0-dim tensors; outside a training loop, nothing."""
+        """Take the ``scalars`` of this step, 0-dim tensors; outside a training loop, nothing."""
         self.flush()
         if not has_event_storage():
             return
@@ -31,14 +35,16 @@ class DeferredScalars:
             ready.record(stream)
         # With the scope of now: a model can run several times a step, each under a name of its own.
         self._pending = storage, storage._current_prefix, storage.iter, list(scalars), values, ready
+        _PENDING.add(self)
         if ready is None:
             self.flush()
 
     def flush(self) -> None:
-        """Hands what was taken to the storage that it was taken for."""
+        """Hand what was taken to the storage that it was taken for."""
         if self._pending is None:
             return
         (storage, prefix, step, names, values, ready), self._pending = self._pending, None
+        _PENDING.discard(self)
         if ready is not None:
             ready.synchronize()
         now, storage._current_prefix = storage._current_prefix, prefix
@@ -52,9 +58,7 @@ class DeferredScalars:
         return DeferredScalars, ()
 
 
-def flush_scalars(model: nn.Module) -> None:
-    """Flushes the :class:`DeferredScalars` of all modules, for the end of a step, when the GPU has been waited for."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, DeferredScalars):
-                value.flush()
+def flush_scalars() -> None:
+    """Flush all :class:`DeferredScalars`, for the end of a step, when the GPU has been waited for."""
+    for scalars in list(_PENDING):
+        scalars.flush()

@@ -10,31 +10,29 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
-from .heads import RETINANET_HEAD_REGISTRY, OHEMHead
-from .losses.blocked import BlockedLoss
+from .heads import RETINANET_HEAD_REGISTRY, HardExampleHead
 from .losses.formulas import Focal
 from .losses.softmax import SoftmaxLoss, softmax_weights
 
 
 @RETINANET_HEAD_REGISTRY.register()
-class SSDHead(OHEMHead):
+class SSDHead(HardExampleHead):
     """Softmax cross entropy over K + 1 outputs an anchor, of all positives and the hardest negatives of each image.
 
     "We sort [the negatives] using the highest confidence loss for each default box and pick the top ones so that the
     ratio between the negatives and positives is at most 3:1". Both losses are divided by the positives, by the model's
-    normaliser. An image without a positive trains on the negatives of one; SSD leaves it out.
+    normalizer. An image without a positive trains on the negatives of one; SSD leaves it out.
 
     Smooth L1, the other half of SSD's loss, is ``MODEL.RETINANET.SMOOTH_L1_LOSS_BETA 1.0`` with ``BBOX_REG_WEIGHTS
     (10.0, 10.0, 5.0, 5.0)``, the inverse of the variances in its authors' code. No prior is in the biases at the start:
     they are all equal, and so are the softmax's probabilities. No weights of ``cls_score`` of a stock RetinaNet fit.
     """
 
-    background_outputs = 1
-
     @configurable
-    def __init__(self, *, neg_pos_ratio: float = 3.0, **kwargs):
+    def __init__(self, *, num_classes: int, neg_pos_ratio: float = 3.0, **kwargs):
         """
         Args:
+            num_classes: K.
             neg_pos_ratio: negatives kept for each positive.
             kwargs: of :class:`focal_plugin.heads.FocalHead`, without ``loss`` and ``class_alpha``. gamma and alpha
                 (foreground alpha, background 1 - alpha) are 0 and off by default; gamma > 0 is the softmax focal loss.
@@ -46,38 +44,29 @@ class SSDHead(OHEMHead):
             raise ValueError("SSDHead is a softmax: MODEL.FOCAL.LOSS and MODEL.FOCAL.CLASS_ALPHA are not for it")
         if not 0 < neg_pos_ratio < float("inf"):
             raise ValueError(f"MODEL.SSD.NEG_POS_RATIO must be a finite number > 0, got {neg_pos_ratio}")
-        super().__init__(
-            ohem_batch_size=sys.maxsize,  # the ratio is the only limit
-            nms_thresh=0.0,
-            neg_pos_ratio=neg_pos_ratio,
-            normalizer="positives",
-            box_loss_on="positives",
-            **kwargs,
-        )
+        # The ratio is the only limit, and nothing is suppressed.
+        mining = {"batch_size": sys.maxsize, "nms_thresh": 0.0, "neg_pos_ratio": neg_pos_ratio}
+        super().__init__(mining=mining, num_classes=num_classes, num_outputs=num_classes + 1, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        ohem = super().from_config(cfg, input_shape)
-        # What this class has a value of its own for is not for MODEL.OHEM to say.
-        chosen = ("ohem_batch_size", "nms_thresh", "scope", "rank_by", "nms_boxes", "nms_per_label")
-        ohem = {k: v for k, v in ohem.items() if k not in (*chosen, "normalizer", "box_loss_on")}
-        return {**ohem, "neg_pos_ratio": cfg.MODEL.SSD.NEG_POS_RATIO}
+        return {**super().from_config(cfg, input_shape), "neg_pos_ratio": cfg.MODEL.SSD.NEG_POS_RATIO}
 
-    def loss_op(self, logits: Tensor) -> BlockedLoss:
-        weights = softmax_weights(self.alpha, self.num_classes + 1, background=True, inputs=logits)
-        return SoftmaxLoss(Focal(self.gamma), weights)
+    def classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = softmax_weights(self.alpha, self.num_outputs, background=True, inputs=logits)
+        return SoftmaxLoss(Focal(self.gamma), weights)(logits, labels)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Upstream's. In training K + 1 logits an anchor, to be given to ``losses``; else those of
-        :meth:`detection_logits`, which upstream's inference and exporters take.
+        """Return K + 1 logits an anchor in training, for ``losses``; else those of :meth:`detection_logits`, which
+        RetinaNet's inference and Detectron2's exporters take.
         """
         logits, deltas = super().forward(features)
         return (logits if self.training else [self.detection_logits(x) for x in logits]), deltas
 
     def detection_logits(self, logits: Tensor) -> Tensor:
-        """(N, A * K, Hi, Wi) numbers whose sigmoid is the softmax of the (N, A * (K + 1), Hi, Wi) ``logits``."""
+        """Return (N, A * K, Hi, Wi) numbers whose sigmoid is the softmax of the (N, A * (K + 1), Hi, Wi) ``logits``."""
         n, channels, height, width = logits.shape
-        outputs = self.num_classes + 1
-        log_p = logits.view(n, channels // outputs, outputs, height, width).float().log_softmax(dim=2)[:, :, :-1]
+        x = logits.view(n, channels // self.num_outputs, self.num_outputs, height, width).float()
+        log_p = x.log_softmax(dim=2)[:, :, :-1]
         # log(p / (1 - p)), where p that is 1 gives infinity, whose sigmoid is 1.
         return (log_p - torch.log1p(-log_p.exp())).flatten(1, 2)

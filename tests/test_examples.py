@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
 
-from focal_plugin import RETINANET_HEAD_REGISTRY, FocalRetinaNet
+from focal_plugin import RETINANET_HEAD_REGISTRY, FocalRetinaNet, OHEMHead, get_config
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -71,8 +72,7 @@ def test_own_head_trains_in_focal_retinanet():
     assert all(p.grad is not None for p in model.head.parameters())
 
 
-@pytest.mark.parametrize("class_dim", [0, 1, 2])
-def test_own_heads_loss_is_poly_1(class_dim):
+def test_own_heads_loss_is_poly_1():
     """Against the formula, in probabilities, of every class, with background and ignored anchors."""
     epsilon = 0.7
     model, _ = importlib.import_module("your_own_head").main(steps=1, epsilon=epsilon)
@@ -84,10 +84,29 @@ def test_own_heads_loss_is_poly_1(class_dim):
     alpha_t = torch.where(is_class, head.alpha, 1 - head.alpha)
     want = alpha_t * ((1 - p_t) ** head.gamma * -p_t.log() + epsilon * (1 - p_t) ** (head.gamma + 1))
     want[labels == -1] = 0
-    moved = logits.movedim(-1, class_dim)
-    loss = head.classification_loss(moved, labels, "none", class_dim)
-    torch.testing.assert_close(loss, want.movedim(-1, class_dim))
-    torch.testing.assert_close(head.classification_loss(moved, labels, "sum", class_dim), want.sum())
+    torch.testing.assert_close(head.classification_loss(logits, labels), want.sum(dim=-1))
+
+
+@pytest.mark.parametrize("mined", [False, True])
+def test_own_loss_is_logged_in_its_two_parts_and_mined(mined):
+    """Whatever owns the loss, what follows from it is the plugin's: the log, and what OHEM keeps."""
+    examples = importlib.import_module("your_own_head"), importlib.import_module("focal_head_in_your_detector")
+    name = "PolyHead"
+    if mined:
+        name, parents = "MinedPolyHead", (examples[0].PolyHead, OHEMHead)
+        RETINANET_HEAD_REGISTRY.register(type(name, parents, {}))
+    cfg = get_config("digits/focal.yaml", ["MODEL.FOCAL.HEAD", name, "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0"])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    scenes = examples[1].scenes(3)
+    with EventStorage() as storage:
+        loss = model(scenes)["loss_cls"]
+        logged = {key: value for key, (value, _) in storage.latest().items()}
+    positive, negative = logged["loss_cls/positive"], logged["loss_cls/negative"]
+    assert positive > 0 and negative > 0 and positive + negative == pytest.approx(loss.item(), rel=1e-5)
+    if mined:  # the anchors kept are harder by this loss than those dropped
+        assert logged["ohem/loss_kept"] > logged["ohem/loss_dropped"]
+        assert loss.item() == pytest.approx(logged["ohem/loss_kept"], rel=1e-5)
 
 
 def test_per_class_alpha_finds_more_of_the_rare():

@@ -96,7 +96,7 @@ def test_ohem_trains_on_what_the_naive_selection_keeps(
         assert torch.equal(out.box_mask, foreground & kept) and out.num_boxes == out.box_mask.sum()
     else:
         assert torch.equal(out.box_mask, foreground) and out.num_boxes is None
-    # Only the kept rows have a gradient.
+    # Only the kept anchors have a gradient.
     out.loss_cls.backward()
     assert torch.equal((flatten([x.grad for x in leaves]) != 0).any(-1), kept)
 
@@ -188,11 +188,9 @@ def test_focal_loss_never_asks_for_a_value(loss, class_alpha, memory_format):
 
 
 def test_own_classification_loss_is_what_ohem_ranks_by():
-    """A subclass need know "none" and "sum" only."""
-
     class Mine(OHEMHead):
-        def classification_loss(self, logits, labels, reduction, class_dim):
-            return sigmoid_focal_loss(logits, labels, 0.25, 1.0, reduction, class_dim=class_dim)
+        def classification_loss(self, logits, labels):
+            return sigmoid_focal_loss(logits, labels, 0.25, 1.0).sum(dim=-1)
 
     logits, targets = make_case(seed=4)
     got = make_head(Mine, ohem_batch_size=9).losses(logits, targets)

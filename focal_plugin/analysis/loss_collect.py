@@ -16,7 +16,7 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..heads import AnchorTargets, OHEMHead, by_level
+from ..heads import AnchorTargets, OHEMHead, per_level_views
 from ..retinanet import FocalRetinaNet
 from .loss_distribution import GAMMAS, LossDistribution
 
@@ -76,7 +76,7 @@ def collect(
     Raises:
         ValueError: a model with a softmax, an image without annotations, or what LossDistribution raises.
     """
-    if getattr(model.head, "background_outputs", 0):
+    if getattr(model.head, "num_outputs", model.num_classes) != model.num_classes:
         raise ValueError(
             f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over classes and background; a window is one "
             "sigmoid, of which it has none"
@@ -99,8 +99,8 @@ def _count_batch(model: FocalRetinaNet, batch: list[dict], counted: Collected, o
         raise ValueError("the data set has images without annotations, which say nothing of the loss")
     pred_logits, targets = _predict(model, batch)
     labels = targets.labels
-    for x, y in by_level(pred_logits, labels, model.num_classes):
-        counted.losses.update(x, y, class_dim=2)
+    for x, y in per_level_views(pred_logits, labels, model.num_classes):
+        counted.losses.update(x, y)
     counted.images += len(batch)
     counted.empty_images += sum(len(image["instances"]) == 0 for image in batch)
     positives, negatives = _count_anchors(labels, model.num_classes)
@@ -126,10 +126,10 @@ def _predict(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], An
 def _count_ohem(ohem: OHEMHead, pred_logits: list[Tensor], targets: AnchorTargets, counted: OhemCount) -> None:
     """Chooses as OHEMHead.losses does."""
     labels = targets.labels
-    ranks, kept = ohem.select(pred_logits, targets)
-    counted.kept.update(*ohem.kept_rows(pred_logits, labels, kept))
+    ranks, kept = ohem.sample(pred_logits, targets)
+    counted.kept.update(*ohem.gather_anchors(pred_logits, labels, kept))
     hardest = _hardest(ranks.masked_fill(labels < 0, -torch.inf), kept.sum(dim=1))
-    counted.hardest.update(*ohem.kept_rows(pred_logits, labels, hardest))
+    counted.hardest.update(*ohem.gather_anchors(pred_logits, labels, hardest))
     positives, negatives = _count_anchors(labels[kept], ohem.num_classes)
     counted.positives += positives
     counted.negatives += negatives

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.alpha import check_gamma
-from ..losses.blocked import IGNORE, Layout
-from ..losses.focal import check_labels
+from ..losses.args import IGNORE, check_gamma, check_labels
+from ..losses.blockwise import Layout
 from ..losses.formulas import softplus
 
 GROUPS = ("positive", "negative")
@@ -80,7 +79,7 @@ class LossDistribution:
         if logits.numel() == 0:
             return
         layout = Layout.of(logits, class_dim)
-        x, labels = layout.flat(logits), layout.flat_rows(labels)
+        x, labels = layout.flat(logits), layout.flat_anchors(labels)
         # An index that is valid for background and ignored rows as well.
         index = labels.clamp(0, x.shape[1] - 1).long()
         present = (labels >= 0) & (labels < x.shape[1])

@@ -123,7 +123,7 @@ class NonFiniteGuard(HookBase):
 
     def _report(self, is_mine: bool, loss_is_finite: bool) -> str:
         """Save the batch of each broken worker; return the message, the same on all workers."""
-        flush_scalars(self.trainer.model)
+        flush_scalars()
         facts = self._facts()
         path = self._save(facts) if is_mine else ""
         # On all workers, for norms over all of them.

@@ -14,7 +14,7 @@ from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data.loader import SKIPPED, too_many_bad_images
-from ..scalars import DeferredScalars
+from ..scalars import flush_scalars
 from .checkpoint import SafeCheckpointer, remove_old_checkpoints
 from .preemption import FinishedEarly, Preempted
 from .worker_state import gather_worker_states, preserve_rng, unwrap_ddp
@@ -25,13 +25,8 @@ logger = logging.getLogger(__name__)
 class FlushScalars(HookBase):
     """Hand on what the model has logged in this step, before the writers write it."""
 
-    def before_train(self) -> None:
-        modules = self.trainer.model.modules()
-        self._deferred = [v for module in modules for v in vars(module).values() if isinstance(v, DeferredScalars)]
-
     def after_step(self) -> None:
-        for scalars in self._deferred:
-            scalars.flush()
+        flush_scalars()
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):

@@ -1,7 +1,6 @@
 """Classification losses on tensors; nothing in here knows Detectron2."""
 
 from .focal import sigmoid_focal_loss, sigmoid_focal_loss_star
-from .iou import iou_loss
 from .modules import SigmoidFocalLoss, SigmoidFocalLossStar, SoftmaxFocalLoss
 from .softmax import softmax_focal_loss
 
@@ -9,7 +8,6 @@ __all__ = [
     "SigmoidFocalLoss",
     "SigmoidFocalLossStar",
     "SoftmaxFocalLoss",
-    "iou_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
     "softmax_focal_loss",

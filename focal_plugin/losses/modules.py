@@ -1,26 +1,44 @@
 """The losses as modules, for those who keep their criterion in one."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .alpha import Alpha, as_number, check_alpha, check_class_alpha, check_gamma
-from .buffers import Float32Buffers
-from .focal import check_reduction, sigmoid_focal_loss, sigmoid_focal_loss_star
+from .args import Alpha, as_number, check_alpha, check_class_alpha, check_gamma, check_reduction
+from .focal import sigmoid_focal_loss, sigmoid_focal_loss_star
 from .softmax import softmax_focal_loss
 
 
-class _Loss(Float32Buffers, nn.Module):
-    """Calls ``function`` with what the constructor was given; one alpha a class moves with the module."""
+class Float32Buffers:
+    """A mixin of ``nn.Module``: the buffers in ``float32_buffers`` keep their dtype when the module is cast."""
 
-    function = None
+    float32_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        before = {name: getattr(self, name) for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and not buffer.is_meta:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class _Loss(Float32Buffers, nn.Module):
+    """Call ``function`` with what the constructor was given; one alpha a class moves with the module."""
+
+    function: Callable[..., Tensor]
     float32_buffers = ("class_alpha",)
 
-    def __init__(self, alpha: Alpha, gamma: float, reduction: str, class_dim: int, **options):
+    def __init__(self, alpha: Alpha = 0.25, gamma: float = 2.0, reduction: str = "mean", **options):
         super().__init__()
-        check_gamma(gamma, star="beta" in options)
+        function = type(self).function
+        inspect.signature(function).bind(None, None, **options)  # or an unknown option would be found in the first call
+        check_gamma(gamma, star=function is sigmoid_focal_loss_star)
         check_reduction(reduction)
         alpha = as_number(alpha)
-        self.options = {"gamma": gamma, "reduction": reduction, "class_dim": class_dim, **options}
+        self.options = {"gamma": gamma, "reduction": reduction, **options}
         self.alpha = class_alpha = None
         if isinstance(alpha, float):
             check_alpha(alpha)
@@ -45,25 +63,11 @@ class SigmoidFocalLoss(_Loss):
 
     function = staticmethod(sigmoid_focal_loss)
 
-    def __init__(self, alpha: Alpha = 0.25, gamma: float = 2.0, reduction: str = "mean", *, class_dim: int = -1):
-        super().__init__(alpha, gamma, reduction, class_dim)
-
 
 class SigmoidFocalLossStar(_Loss):
     """:func:`focal_plugin.losses.sigmoid_focal_loss_star`; its arguments but for ``inputs`` and ``targets``."""
 
     function = staticmethod(sigmoid_focal_loss_star)
-
-    def __init__(
-        self,
-        alpha: Alpha = 0.25,
-        gamma: float = 2.0,
-        reduction: str = "mean",
-        *,
-        beta: float = 1.0,
-        class_dim: int = -1,
-    ):
-        super().__init__(alpha, gamma, reduction, class_dim, beta=beta)
 
 
 class SoftmaxFocalLoss(_Loss):
@@ -71,13 +75,5 @@ class SoftmaxFocalLoss(_Loss):
 
     function = staticmethod(softmax_focal_loss)
 
-    def __init__(
-        self,
-        alpha: Alpha = -1.0,
-        gamma: float = 2.0,
-        reduction: str = "mean",
-        *,
-        class_dim: int = -1,
-        background: bool = True,
-    ):
-        super().__init__(alpha, gamma, reduction, class_dim, background=background)
+    def __init__(self, alpha: Alpha = -1.0, gamma: float = 2.0, reduction: str = "mean", **options):
+        super().__init__(alpha, gamma, reduction, **options)

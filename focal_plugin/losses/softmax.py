@@ -9,9 +9,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .alpha import Alpha, alpha_weights, as_number, check_alpha, check_gamma, float_dtype
-from .blocked import IGNORE, BlockedLoss
-from .focal import check_inputs, check_labels, check_reduction, label_loss
+from .args import IGNORE, Alpha, alpha_weights, as_number, check_alpha, check_call, check_labels, float_dtype
+from .blockwise import BlockwiseLoss
 from .formulas import Focal
 
 
@@ -49,23 +48,22 @@ def softmax_focal_loss(
         ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
             assertion).
     """
-    check_gamma(gamma)
-    check_reduction(reduction)
-    class_dim = check_inputs(inputs, class_dim)
-    num_classes = inputs.shape[class_dim] if inputs.dim() else 1
+    class_dim, num_classes = check_call(inputs, gamma, reduction, class_dim)
     if num_classes < 2:
         raise ValueError(f"a softmax needs 2 classes or more along class_dim {class_dim}, got {num_classes}")
     weights = softmax_weights(alpha, num_classes, background, inputs)
     check_labels(targets, inputs.shape, class_dim, num_classes - 1)
-    loss = label_loss(SoftmaxLoss(Focal(float(gamma)), weights), inputs, targets, reduction, class_dim)
-    return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
+    loss = SoftmaxLoss(Focal(float(gamma)), weights)(inputs, targets, class_dim)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()
 
 
 def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
-    """One number for all classes, or (C,) weights."""
+    """Return one number for all classes, or (C,) weights."""
     alpha = as_number(alpha)
     if not isinstance(alpha, float):
-        return alpha_weights(alpha, num_classes, inputs).pos
+        return alpha_weights(alpha, num_classes, inputs).pos[:, 0]
     check_alpha(alpha)
     if alpha < 0:
         return 1.0
@@ -79,21 +77,19 @@ def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Te
     return weights
 
 
-class SoftmaxLoss(BlockedLoss):
-    """Softmax loss of integer labels: a class in [0, C), -1 ignored."""
+class SoftmaxLoss(BlockwiseLoss):
+    """Softmax loss of integer labels: a class in [0, C), -1 ignored. An anchor has one loss, not one for each class."""
 
-    per_entry = False
+    def __init__(self, formula: Focal, weights: Union[float, Tensor]):
+        self.formula, self.weights = formula, weights
 
-    def __init__(self, entry: Focal, weights: Union[float, Tensor]):
-        self.entry, self.weights = entry, weights
-
-    def formula(self, x: Tensor, target: Tensor) -> Tensor:
+    def expression(self, x: Tensor, target: Tensor) -> Tensor:
         ignored = target == IGNORE
         index = target.clamp(min=0).long()
         # Ignored logits go before the formula, not after it: its derivative at a NaN, times 0, is a NaN.
         x = x.masked_fill(ignored, 0.0)
         present = torch.arange(x.shape[1], device=x.device)[:, None] == index
         others = x.masked_fill(present, -torch.inf).logsumexp(dim=1, keepdim=True)
-        loss = self.entry.value(others - x.gather(1, index))
+        loss = self.formula.value(others - x.gather(1, index))
         weight = self.weights[index] if isinstance(self.weights, Tensor) else self.weights
         return (weight * loss).masked_fill(ignored, 0.0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.autograd import gradcheck, gradgradcheck
 
-from focal_plugin.losses import blocked, sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
+from focal_plugin.losses import blockwise, sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # The smallest normal float32: results below it are zero or denormal, where there are no digits to compare.
@@ -293,7 +293,7 @@ def test_dense_targets_are_evaluated_in_blocks_too(monkeypatch):
     x, targets = torch.randn(300, 7), torch.rand(300, 7)
     results = []
     for size in (64, 10**6):
-        monkeypatch.setattr(blocked, "_BLOCK", size)
+        monkeypatch.setattr(blockwise, "_BLOCK", size)
         leaf = x.clone().requires_grad_()
         loss = sigmoid_focal_loss(leaf, targets, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 0.5, "mean")
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from focal_plugin.losses import blocked, sigmoid_focal_loss, softmax_focal_loss
-from focal_plugin.losses.alpha import Weights
-from focal_plugin.losses.blocked import Layout
-from focal_plugin.losses.focal import LabelLoss, label_loss, label_loss_and_rows
+from focal_plugin.losses import blockwise, sigmoid_focal_loss, softmax_focal_loss
+from focal_plugin.losses.args import Weights
+from focal_plugin.losses.blockwise import Layout
+from focal_plugin.losses.focal import LabelLoss
 from focal_plugin.losses.formulas import Focal
 
 N, A, K, H, W = 2, 3, 4, 5, 6
@@ -29,11 +29,11 @@ def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
     assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous()
     assert flat.shape == ((N * A, K, H * W) if memory_format == torch.contiguous_format else (N * H * W * A, K, 1))
     assert torch.equal(layout.unflat(flat), logits)
-    # Rows and logits go the same way: row r of the one belongs to row r of the other.
+    # Labels and logits go the same way: label r of the one belongs to the logits r of the other.
     where = torch.arange(N * A * H * W).view(N, A, H, W)
-    rows = layout.flat_rows(where)
-    assert torch.equal(layout.unflat_rows(rows), where)
-    assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), rows.expand_as(flat))
+    labels = layout.flat_anchors(where)
+    assert torch.equal(layout.unflat_anchors(labels), where)
+    assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), labels.expand_as(flat))
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
 @pytest.mark.parametrize("kind", ["labels", "dense", "softmax"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, reduction):
-    """In particular no row's sum depends on how the work is split; the total's order of addition is fixed, too."""
+    """In particular no anchor's loss depends on how the work is split; the total's order of addition is fixed, too."""
     torch.manual_seed(1)
     labels = torch.randint(-1, K, (N, A, H, W))
     targets = torch.rand(N, A, K, H, W) if kind == "dense" else labels
     loss_function = softmax_focal_loss if kind == "softmax" else sigmoid_focal_loss
 
     def run(size):
-        monkeypatch.setattr(blocked, "_BLOCK", size)
+        monkeypatch.setattr(blockwise, "_BLOCK", size)
         x = conv_output(memory_format).requires_grad_()
         loss = loss_function(x.view(N, A, K, H, W), targets, 0.25, 2.0, reduction, class_dim=2)
         (0.3 * loss).sum().backward()
@@ -113,26 +113,28 @@ def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
         forward = reads.entries
         loss.backward()
         backward = reads.entries - forward
-    # The class of each row once more: 1/80.
+    # The class of each anchor once more: 1/80.
     assert forward == backward == x.numel() + labels.numel()
     assert x.grad.dtype == dtype and x.grad.stride() == x.stride()
 
 
-def test_rows_are_the_sums_over_the_classes():
+def test_an_anchors_loss_is_the_sum_over_its_classes():
     x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
-    rows = label_loss(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, "rows", 2)
-    want = sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2)
-    torch.testing.assert_close(rows, want)
-    assert rows.shape == labels.shape and not rows.requires_grad
+    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))(x, labels, class_dim=2)
+    torch.testing.assert_close(loss, sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2))
+    assert loss.shape == labels.shape
 
 
-def test_the_rows_beside_the_sum_have_no_gradient():
-    x, labels = torch.randn(3, 4, 5, requires_grad=True), torch.randint(-1, 5, (3, 4))
-    total, rows = label_loss_and_rows(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, -1)
-    assert total.requires_grad and not rows.requires_grad and rows.shape == labels.shape
-    torch.testing.assert_close(rows.sum(), total.detach())
-    want = torch.autograd.grad(sigmoid_focal_loss(x, labels, 0.25, 2.0, "sum"), x)
-    assert torch.equal(torch.autograd.grad(total + rows.sum(), x)[0], want[0])
+@pytest.mark.parametrize(
+    "weight", [torch.tensor(3.0).expand(3, 4), torch.rand(3, 4)], ids=["one for all", "each its own"]
+)
+def test_gradient_of_weighted_anchors(weight):
+    """One factor for all anchors takes a way of its own, and must give what any other does."""
+    x, labels = torch.randn(3, 4, 5, requires_grad=True), torch.randint(-1, 6, (3, 4))
+    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))(x, labels)
+    (got,) = torch.autograd.grad(loss, x, weight)
+    (want,) = torch.autograd.grad(sigmoid_focal_loss(x, labels, 0.25, 2.0), x, weight[..., None].expand_as(x).clone())
+    torch.testing.assert_close(got, want)
 
 
 def test_only_logits_and_labels_are_kept_for_the_backward_pass():
@@ -146,15 +148,15 @@ def test_only_logits_and_labels_are_kept_for_the_backward_pass():
 
 def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
     """Blocks on two threads, in which torch itself uses one; elsewhere it goes on with what it had."""
-    monkeypatch.setattr(blocked, "_BLOCK", 64)
+    monkeypatch.setattr(blockwise, "_BLOCK", 64)
     seen = []
-    formula = blocked.BlockedLoss.block_loss
+    block_loss = blockwise.BlockwiseLoss.block_loss
 
-    def spy(self, x, targets, buffers):
+    def spy(self, x, parts, buffers):
         seen.append((threading.get_ident(), torch.get_num_threads()))
-        return formula(self, x, targets, buffers)
+        return block_loss(self, x, parts, buffers)
 
-    monkeypatch.setattr(blocked.BlockedLoss, "block_loss", spy)
+    monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", spy)
     x, labels = torch.randn(200, 8), torch.randint(-1, 8, (200,))
     before = torch.get_num_threads()
     try:
@@ -167,7 +169,7 @@ def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
         assert torch.equal(softmax_focal_loss(x, labels), threaded)
         assert threading.get_ident() == seen[-1][0]
         torch.set_num_threads(2)
-        monkeypatch.setattr(blocked.BlockedLoss, "block_loss", lambda *args: 1 / 0)
+        monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             softmax_focal_loss(x, labels)
         assert torch.get_num_threads() == 2
@@ -177,7 +179,7 @@ def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_threads_take_over_the_callers_mode(monkeypatch, mode):
-    monkeypatch.setattr(blocked, "_BLOCK", 64)
+    monkeypatch.setattr(blockwise, "_BLOCK", 64)
     x, labels = torch.randn(200, 8, requires_grad=True), torch.randint(-1, 9, (200,))
     before = torch.get_num_threads()
     try:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from focal_plugin.losses import focal_triton, sigmoid_focal_loss, sigmoid_focal_loss_star
-from focal_plugin.losses.alpha import Weights, alpha_weights
-from focal_plugin.losses.blocked import BlockedLoss
-from focal_plugin.losses.focal import LabelLoss, small_labels
+from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, triton_kernels
+from focal_plugin.losses.args import Weights, alpha_weights
+from focal_plugin.losses.blockwise import BlockwiseLoss, small_labels
+from focal_plugin.losses.focal import LabelLoss
 from focal_plugin.losses.formulas import Focal, FocalStar
 
 triton = pytest.importorskip("triton")
@@ -24,7 +24,7 @@ runs_kernels = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason=
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda" or INTERPRETED, reason="no GPU")
 
 FORMULAS = [Focal(0.0), Focal(0.5), Focal(1.0), Focal(2.0), Focal(5.0), FocalStar(2.0, 1.0)]
-# Rows side by side as a convolution writes them, and classes side by side as channels_last does; one tile and several.
+# Anchors side by side as a convolution writes them, classes side by side as channels_last does; one tile and several.
 SHAPES = [
     (3, 1, 37),
     (2, 2, 5),
@@ -55,7 +55,7 @@ def test_kernels_equal_the_eager_path(formula, shape):
     torch.manual_seed(0)
     labels = torch.randint(-1, shape[1] + 1, (shape[0], 1, shape[2])).to(DEVICE)
     per_class = alpha_weights(torch.rand(shape[1]).to(DEVICE), shape[1], torch.zeros(1, device=DEVICE))
-    grad_loss = torch.tensor(3.0, device=DEVICE)
+    grad = torch.tensor(3.0, device=DEVICE).expand(shape[0], 1, shape[2])
     small = small_labels(labels, shape[1])
     for dtype, y, weights in (
         (torch.float32, small, Weights(0.25, 0.75)),
@@ -64,14 +64,14 @@ def test_kernels_equal_the_eager_path(formula, shape):
         (torch.bfloat16, small, per_class),
     ):
         x = (8 * torch.randn(shape)).to(DEVICE, dtype)
-        assert focal_triton.is_usable(x, formula)
+        assert triton_kernels.is_usable(x, formula)
         loss = LabelLoss(formula, weights)
-        rows = BlockedLoss.rows(loss, x, y)
-        torch.testing.assert_close(loss.rows(x, y), rows, rtol=1e-5, atol=1e-12)
-        gradient = loss.gradient(x, y, grad_loss)
+        want = BlockwiseLoss.loss(loss, x, y, True)
+        torch.testing.assert_close(loss.loss(x, y, True), want, rtol=1e-5, atol=1e-12)
+        gradient = loss.gradient(x, y, grad)
         assert gradient.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-        want = BlockedLoss.gradient(loss, x, y, grad_loss)
+        want = BlockwiseLoss.gradient(loss, x, y, grad)
         # Below float16's smallest normal number one unit is what rounding may differ by.
         torch.testing.assert_close(gradient, want, rtol=tolerance, atol=1e-7 if dtype == torch.float16 else 1e-12)
 
@@ -83,9 +83,9 @@ def test_accurate_and_finite_over_logits_of_200():
         for label in (0, 1):
             y = torch.full((len(x), 1, 1), label, dtype=torch.int8, device=DEVICE)
             loss = LabelLoss(Focal(gamma), Weights(0.25, 0.75))
-            one = torch.tensor(1.0, device=DEVICE)
+            one = torch.tensor(1.0, device=DEVICE).expand(len(x), 1, 1)
             for got, want in (
-                (loss.rows(x, y), loss.rows(x.double(), y)),
+                (loss.loss(x, y, True), loss.loss(x.double(), y, True)),
                 (loss.gradient(x, y, one), loss.gradient(x.double(), y, one.double())),
             ):
                 assert torch.isfinite(got).all()
@@ -94,13 +94,13 @@ def test_accurate_and_finite_over_logits_of_200():
 
 
 @runs_kernels
-def test_ignored_rows_give_nothing_not_even_nan():
+def test_ignored_anchors_give_nothing_not_even_nan():
     for shape in ((4, 3, 1), (1, 3, 4)):
         y = torch.tensor([0, -1, 3, -1], dtype=torch.int8, device=DEVICE).view(shape[0], 1, shape[2])
         x = torch.randn(shape, device=DEVICE).masked_fill(y == -1, float("nan"))
         loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))
-        gradient = loss.gradient(x, y, torch.tensor(1.0, device=DEVICE))
-        for result in (loss.rows(x, y).expand(shape), gradient):
+        gradient = loss.gradient(x, y, torch.tensor(1.0, device=DEVICE).expand(y.shape))
+        for result in (loss.loss(x, y, True).expand(shape), gradient):
             assert torch.isfinite(result).all() and (result.masked_select(y == -1) == 0).all()
         assert (gradient.masked_select(y != -1) != 0).all()
 
@@ -123,30 +123,31 @@ def test_through_the_public_function():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("kernel", ["_rows_kernel", "_gradient_kernel"])
-@pytest.mark.parametrize("rows_adjoin", [True, False], ids=["contiguous", "channels_last"])
-def test_compiles_for_a_gpu_with_wide_loads(kernel, rows_adjoin):
+@pytest.mark.parametrize("is_gradient", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("anchors_adjoin", [True, False], ids=["contiguous", "channels_last"])
+def test_compiles_for_a_gpu_with_wide_loads(is_gradient, anchors_adjoin):
     """Down to PTX, which takes no GPU: 16 bytes a load, where a pattern that Triton cannot follow gives 4 or 2."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(focal_triton, kernel)
-    rows, classes = focal_triton._tile(80, 15200 if rows_adjoin else 1)
-    constants = {"GAMMA": 2.0, "BETA": 0.0, "IS_STAR": False, "PER_CLASS": False, "ROWS_ADJOIN": rows_adjoin}
-    constants |= {"BLOCK_ROWS": rows, "BLOCK_CLASSES": classes, "EVEN": True}
-    if not rows_adjoin:
+    anchors, classes = triton_kernels._tile(80, 15200 if anchors_adjoin else 1)
+    constants = {"GAMMA": 2.0, "BETA": 0.0, "IS_STAR": False, "PER_CLASS": False, "ANCHORS_ADJOIN": anchors_adjoin}
+    constants |= {"IS_GRADIENT": is_gradient, "BLOCK_ANCHORS": anchors, "BLOCK_CLASSES": classes, "EVEN": True}
+    if not anchors_adjoin:
         constants["inner"] = 1
-    types = {"labels": "*i8", "grad_loss": "*fp32", "pos": "fp32", "neg": "fp32", "logits": "*bf16"}
-    types |= {"out": "*fp32" if "rows" in kernel.fn.__name__ else "*bf16"}
-    names = kernel.arg_names
+    types = {"labels": "*i8", "factor": "*fp32", "pos": "fp32", "neg": "fp32", "logits": "*bf16"}
+    types |= {"out": "*bf16" if is_gradient else "*fp32"}
+    names = triton_kernels._kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     divisible = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] in ("i32", "*bf16", "*i8")
     }
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, divisible)
+    source = ASTSource(
+        triton_kernels._kernel, signature, {(names.index(n),): v for n, v in constants.items()}, divisible
+    )
     ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
     assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx
-    if "gradient" in kernel.fn.__name__:
+    if is_gradient:
         assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx
 
 
@@ -167,19 +168,19 @@ def test_eager_path_on_the_gpu_where_the_kernels_are_switched_off(monkeypatch):
     x, y = torch.randn(50, 80, device="cuda"), torch.randint(-1, 81, (50,), device="cuda")
     with_kernels = sigmoid_focal_loss(x, y, reduction="sum")
     monkeypatch.setenv("FOCAL_PLUGIN_TRITON", "0")
-    assert not focal_triton.is_usable(x, Focal(2.0))
+    assert not triton_kernels.is_usable(x, Focal(2.0))
     torch.testing.assert_close(sigmoid_focal_loss(x, y, reduction="sum"), with_kernels)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the CPU is usable there")
 def test_cpu_tensors_and_float64_are_for_the_eager_path():
-    assert not focal_triton.is_usable(torch.zeros(1, 1, 1), Focal(2.0))
-    assert not focal_triton.is_usable(torch.zeros(1, 1, 1, dtype=torch.float64, device=DEVICE), Focal(2.0))
+    assert not triton_kernels.is_usable(torch.zeros(1, 1, 1), Focal(2.0))
+    assert not triton_kernels.is_usable(torch.zeros(1, 1, 1, dtype=torch.float64, device=DEVICE), Focal(2.0))
 
 
 def test_a_formula_that_the_kernels_do_not_know_is_left_to_the_blocks(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read here only, not by Triton, which has been imported
     monkeypatch.delenv("FOCAL_PLUGIN_TRITON", raising=False)
     x = torch.zeros(2, 3, 4)
-    assert focal_triton.is_usable(x, Focal(2.0)) and focal_triton.is_usable(x, FocalStar(2.0, 1.0))
-    assert not focal_triton.is_usable(x, (2.0,))
+    assert triton_kernels.is_usable(x, Focal(2.0)) and triton_kernels.is_usable(x, FocalStar(2.0, 1.0))
+    assert not triton_kernels.is_usable(x, (2.0,))
