@@ -12,7 +12,7 @@ MMDET  ?= .venv-mmdet
 # This checkout comes first, so that an environment of yours need not have the plugin installed.
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(VENV)/bin/python"
 DEMO_ROWS := ohem_128_nms0.7 ohem1to3_128_nms0.5 fl_gamma2_alpha0.25 ce_alpha0.75
-SOURCES := focal_plugin tools tests examples configs setup.py
+SOURCES := focal_plugin tools benchmark tests examples configs setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-mmdet bench lint wheel clean
@@ -37,8 +37,9 @@ test-mmdet: setup ## test focal_plugin.mmdet with MMDetection, which is put into
 	$(RUN) -m pip install -q --no-deps --target "$(MMDET).part" -r requirements/mmdet.txt && mv "$(MMDET).part" "$(MMDET)"; }
 	PYTHONPATH="$(CURDIR):$(MMDET)" "$(VENV)/bin/python" -m pytest tests/test_mmdet.py $(ARGS)
 
-bench: setup ## measure the losses beside fvcore's, torchvision's and stock RetinaNet's
+bench: setup ## measure a training step beside stock RetinaNet's, and the losses beside fvcore's and torchvision's
 	$(RUN) tools/benchmark_loss.py $(ARGS)
+	$(RUN) benchmark/step.py
 
 lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }

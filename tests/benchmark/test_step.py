@@ -1,0 +1,65 @@
+"""The measurement of a training step runs, on a small data set, and says what it measured."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from focal_plugin.data import make_digits, register_coco_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def step():
+    spec = importlib.util.spec_from_file_location("step", ROOT / "benchmark" / "step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_both_train_in_turns(step, tmp_path, capsys, monkeypatch, restore_catalogs):
+    scenes = make_digits(tmp_path / "scenes", num_train=6, num_val=2, image_size=96)
+    register_coco_json("t_train", scenes / "train.json", scenes / "train")
+    trained, folders = [], set()
+    original = step.Run.measure
+
+    def measure(run, num_steps):
+        done = run._done
+        milliseconds = original(run, num_steps)
+        name = f"{type(run._trainer).__name__}, {type(run._trainer.model).__name__}"
+        trained.append((name, run._done - done, milliseconds))
+        folders.add(Path(run._trainer.cfg.OUTPUT_DIR))
+        return milliseconds
+
+    monkeypatch.setattr(step.Run, "measure", measure)
+    logger = logging.getLogger("detectron2")
+    before = list(logger.handlers), logger.level
+    path = tmp_path / "step.json"
+    step.main(["--steps", "4", "--blocks", "2", "--json", str(path), "DATASETS.TRAIN", '("t_train",)'])
+
+    ours, stock = "FocalTrainer, FocalRetinaNet", "DefaultTrainer, RetinaNet"
+    assert [name for name, _, _ in trained] == [ours, stock, ours, stock, stock, ours]
+    assert [steps for _, steps, _ in trained[2:]] == [2, 2, 2, 2]
+    result = json.loads(path.read_text())
+    _, _, a, b, c, d = (milliseconds for _, _, milliseconds in trained)
+    assert result["milliseconds"] == {"focal_plugin": [a, d], "stock": [b, c]}
+    assert min(a, b, c, d) > 0
+    assert result["ratios"] == [a / b, d / c]
+    assert f"{(a / b + d / c) / 2:.3f}, quartiles" in capsys.readouterr().out
+    # Nothing is left behind.
+    assert len(folders) == 2
+    assert not any(folder.parent.exists() for folder in folders)
+    assert (logger.handlers, logger.level) == before
+
+
+@pytest.mark.parametrize("blocks", ["1", "5"])
+def test_a_ratio_needs_pairs_of_blocks(step, blocks, capsys):
+    with pytest.raises(SystemExit):
+        step.main(["--steps", "4", "--blocks", blocks])
+    assert f"--steps 4, got {blocks}" in capsys.readouterr().err
