@@ -14,19 +14,11 @@ from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data.loader import SKIPPED, too_many_bad_images
-from ..scalars import flush_scalars
 from .checkpoint import SafeCheckpointer, remove_old_checkpoints
 from .preemption import FinishedEarly, Preempted
 from .worker_state import gather_worker_states, preserve_rng, unwrap_ddp
 
 logger = logging.getLogger(__name__)
-
-
-class FlushScalars(HookBase):
-    """Hand on what the model has logged in this step, before the writers write it."""
-
-    def after_step(self) -> None:
-        flush_scalars()
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -205,12 +197,14 @@ class BadImages(HookBase):
     def __init__(self, limit: int):
         self._limit = limit
         self._reasons: dict[str, str] = {}
+        self._handle = None
 
     def before_train(self) -> None:
         self._handle = self.trainer.model.register_forward_pre_hook(self._look_at)
 
     def after_train(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def after_step(self) -> None:
         if self._reasons:
@@ -239,12 +233,14 @@ class TrainingPicture(HookBase):
     def __init__(self, period: int):
         self._period = period
         self._batch = []
+        self._handle = None
 
     def before_train(self) -> None:
         self._handle = self.trainer.model.register_forward_pre_hook(self._remember)
 
     def after_train(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _remember(self, model, args):
         if model.training and args:

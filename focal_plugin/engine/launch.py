@@ -52,12 +52,9 @@ def run(args: Namespace) -> int:
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if job.cfg.MODEL.DEVICE == "cpu":
-        # Detectron2's launch goes by the machine, not by what the config says, and would give CPU workers NCCL.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         with _stopping(job):
-            workers.launch(_worker, job)
+            workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
     except Preempted:
         return EXIT_PREEMPTED
     except (ConfigError, FloatingPointError) as e:

@@ -89,31 +89,33 @@ class Workers:
         """Whether this is the first process of its machine, which looks at the data and says things once."""
         return not self.local_rank
 
-    def launch(self, main: Callable, *args) -> None:
+    def launch(self, main: Callable, *args, on_cpu: bool) -> None:
         """Run ``main(*args)`` as the worker that this process is, or in as many processes as there shall be.
 
         Raises:
             torch.multiprocessing.ProcessExitedException, ProcessRaisedException: a worker that was started here failed.
         """
+        if on_cpu:
+            # Detectron2's launch goes by the machine, not by what the config says, and would give CPU workers NCCL.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if self.local_rank is None:
             launch(main, self.per_machine, self.num_machines, self.machine_rank, self.dist_url, args)
             return
         if self.count > 1:
-            self._join_process_group()
+            self._join_process_group(on_cpu)
         main(*args)
 
-    def _join_process_group(self) -> None:
+    def _join_process_group(self, on_cpu: bool) -> None:
         """Do what a worker of Detectron2's ``launch`` does before it runs ``main``."""
-        has_gpu = torch.cuda.is_available()
         store, rank, world_size = next(distributed.rendezvous(self.dist_url, timeout=DEFAULT_TIMEOUT))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps the store, in which the addresses of dead workers are (pytorch/pytorch#135712): a run that
             # is started again would wait for those. On several machines the counts differ: see torchrun.sh.
             store = distributed.PrefixStore(f"attempt {self.restarts}", store)
-        backend = "nccl" if has_gpu else "gloo"
+        backend = "gloo" if on_cpu else "nccl"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
         comm.create_local_process_group(self.per_machine)
-        if has_gpu:
+        if not on_cpu:
             torch.cuda.set_device(self.local_rank)
         comm.synchronize()
 

@@ -24,10 +24,11 @@ from torch import nn
 
 from ..config import unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
+from ..scalars import flush_scalars
 from .auto_scale import learning_rate_warning, scale_to_workers, start_banner
 from .checkpoint import SafeCheckpointer
 from .guard import DIVERGED, NonFiniteGuard
-from .hooks import BadImages, BestCheckpointer, EvalHook, FlushScalars, PeriodicCheckpointer, TrainingPicture
+from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
 from .preemption import FinishedEarly, Preempted, stop_requested
 from .worker_state import preserve_rng, restore_worker_state
 
@@ -188,7 +189,6 @@ class FocalTrainer(DefaultTrainer):
             patience = cfg.TEST.EARLY_STOP_PATIENCE
             best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg), patience)
         return [
-            FlushScalars(),  # before the writers
             BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
             TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 else None,
             hooks.IterationTimer(),
@@ -207,6 +207,7 @@ class FocalTrainer(DefaultTrainer):
     def after_step(self) -> None:
         if self._guard.looked_at != self.iter:
             self._guard.exchange()  # a subclass makes its steps in another way, without after_backward
+        flush_scalars()  # before the writers write
         super().after_step()
 
     def state_dict(self) -> dict:

@@ -8,7 +8,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 
-from focal_plugin.engine.hooks import FlushScalars, TrainingPicture
+from focal_plugin.engine.hooks import TrainingPicture
+from focal_plugin.scalars import flush_scalars
 
 OHEM = ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16")
 HEADS = {"focal": (), "ohem": OHEM, "ssd": ("MODEL.FOCAL.HEAD", "SSDHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0")}
@@ -74,13 +75,12 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
     model, batch = build(tiny_config(*OHEM)), make_batch([2, 1])
     writer = TensorboardXWriter(str(tmp_path))
     with EventStorage() as storage:
-        hooks = FlushScalars(), TrainingPicture(1)
-        for hook in hooks:
-            hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage)
-            hook.before_train()
+        hook = TrainingPicture(1)
+        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage)
+        hook.before_train()
         loss = model(batch)["loss_cls"].item()
-        for hook in hooks:
-            hook.after_step()
+        flush_scalars()
+        hook.after_step()
         storage.iter = 20
         writer.write()
     writer.close()
