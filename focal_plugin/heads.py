@@ -87,9 +87,17 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
+# Up to so many logits, a copy of all levels as one costs less than the calls for a loss of each.
+_ONE_LEVEL = 2**17
+
+
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield of each level's (N, A * num_outputs, Hi, Wi) and of the (N, R) labels what belongs together, uncopied:
-    (N, Hi, Wi, A, num_outputs) logits and (N, Hi, Wi, A) labels.
+    """Yield logits as (N, Hi, Wi, A, num_outputs) beside their labels as (N, Hi, Wi, A), level by level, uncopied.
+
+    Args:
+        pred_logits: one (N, A * num_outputs, Hi, Wi) per level.
+        labels: (N, R), of all levels.
+        num_outputs: logits of an anchor.
     """
     start = 0
     for x in pred_logits:
@@ -189,6 +197,8 @@ class FocalHead(Float32Buffers, RetinaNetHead):
 
     def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return the (N, R) :meth:`classification_loss` of all levels."""
+        if sum(x.numel() for x in pred_logits) <= _ONE_LEVEL:
+            pred_logits = [torch.cat([x.flatten(2) for x in pred_logits], dim=2)[..., None]]
         views = per_level_views(pred_logits, labels, self.num_outputs)
         return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from focal_plugin import get_config
@@ -31,6 +32,23 @@ def tiny_config():
         return get_config("digits/focal.yaml", ["MODEL.RETINANET.NUM_CLASSES", "3", *opts])
 
     return make
+
+
+@pytest.fixture
+def refused(tiny_config):
+    """refused("message", "KEY", "VALUE", ...): building the model of such a config fails, and says why."""
+
+    def check(message, *opts):
+        with pytest.raises(ValueError, match=message):
+            build_model(tiny_config(*opts))
+
+    return check
+
+
+@pytest.fixture(params=[0, 2**17], ids=["level by level", "levels as one"])
+def levels(request, monkeypatch):
+    """Computes the loss of each level by itself, as for large images, and of all levels at once, as for small ones."""
+    monkeypatch.setattr("focal_plugin.heads._ONE_LEVEL", request.param)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from focal_plugin.heads import AnchorTargets
 from focal_plugin.losses import sigmoid_focal_loss
 from focal_plugin.mining import mine_hard_examples
 
+pytestmark = pytest.mark.usefixtures("levels")
 K, A = 3, 2
 
 
@@ -144,10 +145,9 @@ def test_ohem_logs_what_it_kept():
         ("MODEL.OHEM.BOX_LOSS_ON", "all", "MODEL.OHEM.BOX_LOSS_ON must be one of selected, positives"),
     ],
 )
-def test_bad_values_name_their_key(tiny_config, key, value, message):
+def test_bad_values_name_their_key(refused, key, value, message):
     head = "OHEMHead" if ".OHEM." in key else "FocalHead"
-    with pytest.raises(ValueError, match=message):
-        build_model(tiny_config("MODEL.FOCAL.HEAD", head, key, value))
+    refused(message, "MODEL.FOCAL.HEAD", head, key, value)
 
 
 def test_ohem_on_a_focal_loss_warns(caplog):

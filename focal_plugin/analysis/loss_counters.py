@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,17 +188,28 @@ def count_traffic(step: Callable[[], Iterable[Tensor]], cache_size: int = 0) -> 
     See :class:`TrafficCounter`; ``cache_size`` is in bytes.
     """
     counter = TrafficCounter(cache_size)
-    with counter:
+    with _one_thread(), counter:
         kept = list(step())
     counter.keep(kept)
     return counter.traffic
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What listens to operations hears those of its own thread only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Runs ``step`` once: the most bytes that were allocated at a time beyond those before it, results included.
 
     Exact: on a GPU from the caching allocator's statistics, on a CPU from every recorded allocation and release.
-    While a profiler records, our own losses use one thread; each further one would add its scratch, less than 1 MB.
+    It runs in one thread; each further one of our own losses would add its scratch, less than 1 MB.
     """
     gc.collect()
     if device.type == "cuda":
@@ -210,7 +221,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # Otherwise the profiler prints its stages, and the lack of a GPU, to stderr. Read when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
