@@ -106,8 +106,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             whole = "The earlier checkpoints are whole" + (f", the last one is {last}" if last else "")
             raise OSError(
                 getattr(cause, "errno", None),
-                f"could not write {path} ({cause}). {whole}. Make room, or choose another OUTPUT_DIR, and type the same "
-                "command with --resume",
+                f"could not write {path} ({cause}). {whole}. Make room, or choose another OUTPUT_DIR, and type the "
+                "same command with --resume",
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
