@@ -1,4 +1,4 @@
-"""Upstream's RegNet within reach of a YAML config: a backbone small enough to train from scratch on a CPU."""
+"""Detectron2's RegNet within reach of a YAML config: a backbone small enough to train from scratch on a CPU."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.regnet import ResBottleneckBlock, SimpleStem
 
 @BACKBONE_REGISTRY.register()
 def build_regnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2 has RegNet and FPN, but no builder that puts the one under the other.
+    """Build an FPN over a RegNet, for which Detectron2 has no builder.
 
     Read from the config: ``MODEL.RESNETS.STEM_OUT_CHANNELS``, ``DEPTH`` (blocks in all), ``WIDTH_PER_GROUP`` (of the
     group convolutions; also w_0 and w_a of the width rule, whose w_m is 2), ``NORM`` and ``OUT_FEATURES`` ("s1" at

@@ -13,7 +13,7 @@ TEMPORARY = ".tmp"  # how the name of a file that is being written ends
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Opens a file for writing that takes the place of ``path`` when, and only when, the block ends well.
+    """Open a file for writing that takes the place of ``path`` when, and only when, the block ends well.
 
     Stopped at any moment, loss of power included, ``path`` is whole or as it was.
 
@@ -40,7 +40,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name, too, shall survive a loss of power; where folders cannot be synced, as on Windows, it may not."""
+    """Make the new name survive a loss of power, too, where folders can be synced (not on Windows)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
 """retina_focal.yaml as a Python config: FL, R-50-FPN 1x, for 8 GPUs and a batch of 16.
 
-Upstream's COCO-Detection/retinanet_R_50_FPN_1x.py with the plugin's classes. Where upstream's own YAML and Python forms
-of that recipe differ, this follows the YAML; tests/test_lazy.py compares the two. Unlike YAML this is code, and is run.
+Detectron2's COCO-Detection/retinanet_R_50_FPN_1x.py with the plugin's classes. Where its YAML and Python forms of that
+recipe differ, this follows the YAML; tests/test_lazy.py compares the two. Unlike YAML this is code, and is run.
 """
 
 from pathlib import Path
@@ -43,19 +43,15 @@ model.head.star_beta = 1.0
 model.head.class_alpha = []
 model.head.norm = ""
 
-# Upstream's matcher makes every anchor of IoU 0 a match of a box that no anchor touches.
+# Detectron2's matcher makes every anchor of IoU 0 a match of a box that no anchor touches.
 model.anchor_matcher = L(LowQualityMatcher)(thresholds=[0.4, 0.5], labels=[0, -1, 1], min_low_quality_iou=0.0)
 
-# ------------------------------ where upstream's Python form is not its YAML form
+# ------------------------------ where the Python form is not the YAML form
 
-# Of the one size there is, upstream's Python form draws from a range: the size is the same, the random numbers are not.
+# Of the one size there is, the Python form draws from a range: the size is the same, the random numbers are not.
 dataloader.test.mapper.augmentations[0].sample_style = "choice"
 # The evaluation is that of boxes, writes what was detected, and comes once, at the end.
 dataloader.evaluator.tasks = ["bbox"]
 dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 train.eval_period = 0
-
-# ------------------------------ of tools/lazyconfig_train_net.py
-
 train.seed = -1
-train.best_metric = "bbox/AP"  # with eval_period > 0: by which model_best.pth is kept; "": none

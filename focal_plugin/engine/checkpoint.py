@@ -102,7 +102,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             cause = error if isinstance(error, OSError) else error.__context__ or error
             if not isinstance(cause, OSError) and "write" not in str(error):
                 raise
-            last = _last(self.save_dir)
+            last = _read(self.save_dir)
             whole = "The earlier checkpoints are whole" + (f", the last one is {last}" if last else "")
             raise OSError(
                 getattr(cause, "errno", None),
@@ -126,7 +126,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Load as Detectron2 does, but resume from the newest checkpoint that can be read: a collective call.
+        """Resume from the newest checkpoint that can be read, or else load ``path``: a collective call.
 
         Raises:
             ValueError: there are checkpoints to resume from, and none can be read; or ``path`` is refused.
@@ -144,7 +144,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """Load as Detectron2 does.
+        """Load as DetectionCheckpointer does.
 
         Raises:
             ValueError: the file is damaged, would run code, or does not fit; the message names it.
@@ -181,7 +181,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         for leftover in folder.glob(f"*.pth{TEMPORARY}"):
             with suppress(OSError):
                 leftover.unlink()  # was being written when the run was killed
-        tag, named = folder / "last_checkpoint", _last(folder)
+        tag, named = folder / "last_checkpoint", _read(folder)
         candidates = _resumable(folder)
         first = folder / (named or "?")
         if named and os.path.basename(named) == named and os.path.isfile(first):
@@ -209,7 +209,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             check_weights(checkpoint, str(path))
             if not {"iteration", *self.checkpointables} <= checkpoint.keys():
                 raise ValueError(f"it holds weights only, no {' and no '.join(self.checkpointables)}")
-            if path.name != _last(self.save_dir) and _owner(self.save_dir) not in ("", checkpoint.get("run")):
+            if path.name != _read(self.save_dir) and _read(self.save_dir, _RUN) not in ("", checkpoint.get("run")):
                 raise ValueError(_EARLIER)
         except (OSError, ValueError) as error:
             return str(error)
@@ -278,50 +278,36 @@ def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
     ``model_final.pth``, ``model_best.pth`` and what a later step has left stay, and so does what ``last_checkpoint``
     names.
     """
-    last = _last(folder)
-    past = [path for path in _numbered(Path(folder)) if _iteration(path) <= iteration]
+    last = _read(folder)
+    past = [path for number, path in _numbered(Path(folder)) if number <= iteration]
     for path in past[: -keep or None]:
         if path.name != last:
             path.unlink(missing_ok=True)
 
 
-def _last(folder: str | os.PathLike) -> str:
-    """Return what ``last_checkpoint`` says; it may be of any length and content."""
-    tag = os.path.join(folder, "last_checkpoint")
-    if not os.path.isfile(tag):
-        return ""
-    with open(tag, encoding="utf-8", errors="replace") as file:
-        return file.read(1024).strip()
-
-
-def _owner(folder: str | os.PathLike) -> str:
-    """Return the run that a folder is of."""
-    path = os.path.join(folder, _RUN)
+def _read(folder: str | os.PathLike, name: str = "last_checkpoint") -> str:
+    """Return what a small file says, which may be of any length and content; empty if it is not there."""
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(100).strip()
+        return file.read(1024).strip()
 
 
-def _numbered(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    paths = [path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)]
-    return sorted(paths, key=_iteration)
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Return the numbered checkpoints of a folder with their iterations, oldest first."""
+    matches = [(_NUMBERED.fullmatch(path.name), path) for path in folder.glob("model_*.pth")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _resumable(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder that a run would go on from, newest first."""
-    paths, final = _numbered(folder)[::-1], folder / "model_final.pth"
+    paths, final = [path for _, path in _numbered(folder)[::-1]], folder / "model_final.pth"
     if final.is_file():
         # Where MAX_ITER was raised after it, later ones have been written since.
         is_newest = not paths or final.stat().st_mtime >= paths[0].stat().st_mtime
         paths.insert(0 if is_newest else len(paths), final)
     return paths
-
-
-def _iteration(path: Path) -> int:
-    return int(_NUMBERED.fullmatch(path.name)[1])
 
 
 def _listed(what: str, names: list[str], shown: int = 3) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import config_dir
+from ..config import config_dir, lookup
 from .naming import BOX_LOSSES
 
 _CE = ("0.10", "0.25", "0.50", "0.75", "0.90", "0.99", "0.999")
@@ -299,7 +299,7 @@ def _config_text(row: PaperRow) -> str:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        if _lookup(base, key) != value:
+        if lookup(base, key) != value:
             node[name] = value
     used = [f"{t} {r.key}" for t, rows in TABLES.items() for r in rows if r.recipe == row.recipe]
     lines = [f"# Written by python -m focal_plugin.experiments.paper. Tables and rows: {', '.join(used)}."]
@@ -329,12 +329,6 @@ def _yaml_lines(tree: dict[str, Any], indent: str = "") -> list[str]:
         else:
             lines.append(f"{indent}{name}: {value}")
     return lines
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def write_configs(folder: Path) -> list[Path]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config import lookup
 from .results import RunResult
 from .sections import Curves
-from .study import Outcome, Study, images_seen, lookup
+from .study import Outcome, Study, images_seen
 from .tables import examples_per_image, step_seconds
 from .verdict import Comparison
 

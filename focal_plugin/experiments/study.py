@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import lookup
 from .naming import kind_of
 from .paper import CAPTIONS, FL, Published
 from .results import RunResult, of_method
@@ -139,12 +140,6 @@ def images_seen(config: dict) -> int | None:
     """Images a run with this configuration is trained on, counted as often as it sees them."""
     steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
     return steps * batch if steps and batch else None
-
-
-def lookup(config: object, key: str) -> object:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _kind(line: Line, config: dict) -> str:
