@@ -46,12 +46,7 @@ class NonFiniteGuard(HookBase):
     """Look at every step's losses and gradients before the weights are changed, and at whether to stop.
 
     For the trainer that runs the steps (``DefaultTrainer._trainer``), on all workers: what one of them finds, all learn
-    in the same step, by one small tensor. Detectron2 looks on the main worker only, at the losses only, and says which
-    step.
-
-    Args:
-        cfg: of the run.
-        model: whose losses it looks at.
+    in the same step, by one small tensor. Detectron2 looks at the losses of the main worker and says which step.
 
     Attributes:
         stopping: whether a worker has been asked to stop; the same on all.
@@ -159,16 +154,11 @@ class NonFiniteGuard(HookBase):
 
         The norms' running statistics are those after its forward pass, which training does not read.
         """
-        state = {name: value.detach().cpu() for name, value in unwrap_ddp(self.trainer.model).state_dict().items()}
+        state = unwrap_ddp(self.trainer.model).state_dict()
         if self._normalizer is not None:
-            state["loss_normalizer"] = self._normalizer.cpu()
-        content = {
-            "model": state,
-            "batch": [_plain(image) for image in self._batch],
-            "facts": facts,
-            "iteration": self.trainer.iter,
-            "config": self.cfg.dump(),
-        }
+            state["loss_normalizer"] = self._normalizer
+        content = {"iteration": self.trainer.iter, "facts": facts, "config": self.cfg.dump()}
+        content.update(model=state, batch=[_plain(image) for image in self._batch])
         name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
         return self._write(name, "wb", lambda file: torch.save(content, file))
 
