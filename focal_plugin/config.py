@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode as CN
-from detectron2.config import downgrade_config, get_cfg, upgrade_config
+from detectron2.config import get_cfg
 
-from .config_yaml import check_text, read_config
-from .files import printable
+from .config_yaml import all_keys, lookup, merge_file, merge_overrides, unshare
 
-# What yacs raises for a key or value that cannot be, or one whose literal Python cannot parse.
-_YACS_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError, MemoryError)
 _EXTENSIONS: list[Callable[[CN], None]] = []
 
 
@@ -159,109 +153,9 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
             "same recipe"
         )
     if path:
-        content, default = read_config(path), cfg.OUTPUT_DIR
-        try:
-            _merge_content(cfg, content)
-        except _YACS_ERRORS as e:
-            raise ValueError(f"{path}: {_explain(cfg, e)}") from e
-        if default != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
-            _check_output_dir(cfg.OUTPUT_DIR, path)
-    _merge_opts(cfg, list(opts))
-    return cfg
-
-
-def _merge_content(cfg: CN, content: dict[str, Any]) -> None:
-    """Merge as ``CfgNode.merge_from_file`` does, which knows the names of early Detectron2 (version 1)."""
-    has_old_names = any(lookup(content, key) is not None for key in ("MODEL.WEIGHT", "TEST.AUG_ON"))
-    version = content.get("VERSION", 1 if has_old_names else cfg.VERSION)
-    if version not in (1, 2):
-        raise ValueError("VERSION must be 2, or 1 for a config with the names of early Detectron2")
-    if version == cfg.VERSION:
-        cfg.merge_from_other_cfg(CN(content))
-    else:
-        old = downgrade_config(cfg, to_version=version)
-        old.merge_from_other_cfg(CN(content))
-        cfg.clear()
-        cfg.update(upgrade_config(old))
-
-
-def _check_output_dir(folder: object, path: str) -> None:
-    """Refuse a folder outside of the working directory: a file from somebody else may choose one only inside."""
-    if not isinstance(folder, str):
-        raise ValueError(f"{path}: OUTPUT_DIR must be a path, got {printable(folder)}")
-    here = os.path.realpath(os.getcwd())
-    # Of what is there already symbolic links are followed, as they will be when it is written to.
-    there = os.path.realpath(os.path.join(here, folder))
-    if not os.path.isabs(folder) and os.path.commonpath([here, there]) != here:
-        raise ValueError(
-            f"{path}: OUTPUT_DIR {printable(folder)} leads out of the working directory, to {printable(there, 300)}: "
-            "give OUTPUT_DIR on the command line, or an absolute path"
-        )
-
-
-def _merge_opts(cfg: CN, opts: list[str]) -> None:
-    flags = [o for o in opts if isinstance(o, str) and o.startswith("--")]
-    if flags:
-        raise ValueError(f"{flags[0]:.100} comes after the first KEY VALUE pair; put all flags before them")
-    if len(opts) % 2:
-        words = " ".join(map(str, opts))
-        raise ValueError(f"overrides must be KEY VALUE pairs, got an odd number of words: {printable(words, 200)}")
-    for key, value in zip(opts[::2], opts[1::2]):
-        try:
-            _merge_override(cfg, key, value)
-        except _YACS_ERRORS as e:
-            words = printable(f"{key} {value}", 200)
-            raise ValueError(f"override {words}: {_explain(cfg, e)}") from e
-
-
-def _merge_override(cfg: CN, key: str, value: object) -> None:
-    # Not left to yacs, which would look for "cu" in the text "cuda" to see whether there is a MODEL.DEVICE.cu.
-    if key not in all_keys(cfg) and not isinstance(lookup(cfg, str(key)), CN):
-        raise KeyError(f"Non-existent key: {key}")
-    if isinstance(value, str):
-        check_text(value)
-        if isinstance(lookup(cfg, key), float):
-            with suppress(ValueError):  # FOCAL_LOSS_GAMMA 2 is no type error
-                value = float(value)
-    cfg.merge_from_list([key, value])
-
-
-def _explain(cfg: CN, error: Exception) -> str:
-    """Return yacs' error with the nearest existing key for an unknown one, and the spelling for a wrong type."""
-    if isinstance(error, (RecursionError, MemoryError)):
-        return "a value is nested too deeply"
-    message = str(error.args[0] if error.args else error)
-    unknown = re.search(r"^Non-existent.* key: (.*)", message, re.DOTALL)
-    if unknown:
-        near = difflib.get_close_matches(unknown[1][:200], all_keys(cfg), n=1, cutoff=0.6)
-        if near == [unknown[1]]:
-            return f"unknown config key {near[0]!r}: in a file it is written nested, one name a line"
-        return f"unknown config key {printable(unknown[1], 200)}" + (f"; did you mean {near[0]}?" if near else "")
-    # Not with the values, which may be of any length and content.
-    message = re.sub(r"^(Type mismatch \(.*?\)) with values .* for", r"\1 for", message, flags=re.DOTALL)
-    if ".CfgNode'> vs." in message:
-        key = message.rpartition(" ")[2]
-        return f"{key} is a group of keys, such as {key}.{next(iter(lookup(cfg, key) or ()), '...')}"
-    if "'float'> vs. <class 'int'" in message:
-        message += " (write a float with a point: 2.0)"
-    if "'tuple'> vs. <class 'str'" in message:
-        message += ' (write a tuple: ("name",))'
-    return message
-
-
-def all_keys(node: CN, prefix: str = "") -> list[str]:
-    """Return the full names of the keys of a config, groups left out."""
-    keys = []
-    for name, value in node.items():
-        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, CN) else [prefix + name]
-    return keys
-
-
-def lookup(config: Mapping, key: str) -> Any:
-    """Return what a dotted key, such as "MODEL.FOCAL.HEAD", names in a config or nested dicts; None where it is not."""
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return config
+        merge_file(cfg, path, may_leave="OUTPUT_DIR" in opts[::2])
+    merge_overrides(cfg, list(opts))
+    return unshare(cfg)
 
 
 def unknown_keys(cfg: CN) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import focal_plugin
-from focal_plugin.config import all_keys, load_config
+from focal_plugin import load_config
+from focal_plugin.config_yaml import all_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

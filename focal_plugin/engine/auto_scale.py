@@ -13,7 +13,7 @@ from fractions import Fraction
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from ..config import lookup
+from ..config_yaml import lookup
 
 logger = logging.getLogger(__name__)
 

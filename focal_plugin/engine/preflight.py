@@ -19,7 +19,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from ..config import find_config, load_config, lookup
+from ..config import find_config, load_config
+from ..config_yaml import lookup
 from ..data import check_coco, register_from_args
 from ..heads import build_retinanet_head
 from .auto_scale import check_scale

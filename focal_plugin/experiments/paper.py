@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import config_dir, lookup
+from ..config import config_dir
+from ..config_yaml import lookup
 from .naming import BOX_LOSSES
 
 _CE = ("0.10", "0.25", "0.50", "0.75", "0.90", "0.99", "0.999")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import lookup
+from ..config_yaml import lookup
 from .results import RunResult
 from .sections import Curves
 from .study import Outcome, Study, images_seen

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import lookup
+from ..config_yaml import lookup
 from .naming import kind_of
 from .paper import CAPTIONS, FL, Published
 from .results import RunResult, of_method

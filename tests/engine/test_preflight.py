@@ -7,7 +7,8 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_plugin import get_config
-from focal_plugin.config import config_dir, lookup
+from focal_plugin.config import config_dir
+from focal_plugin.config_yaml import lookup
 from focal_plugin.engine.preflight import _RULES, check_datasets, check_values
 
 WRONG = [

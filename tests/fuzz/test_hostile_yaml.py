@@ -9,7 +9,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from focal_plugin import get_config, load_config
-from focal_plugin.config import all_keys, config_dir
+from focal_plugin.config import config_dir
+from focal_plugin.config_yaml import all_keys
 
 SHIPPED = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))
 NUM_CASES = {"files": 300, "trees": 200, "overrides": 200}
