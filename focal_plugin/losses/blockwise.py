@@ -116,8 +116,9 @@ class BlockwiseLoss(ABC):
 
         def work(block: Block, logits: Tensor, buffers: list[Tensor]) -> None:
             part_of_grad = None if grad is None else grad[block]
-            out[block] = self.block_gradient(logits, [part[block] for part in parts], part_of_grad, buffers)
-            self._clear_ignored(out[block], target[block])
+            gradient = self.block_gradient(logits, [part[block] for part in parts], part_of_grad, buffers)
+            self._clear_ignored(gradient, target[block])
+            out[block] = gradient
 
         _for_each_block(x, work)
         return out

@@ -157,9 +157,7 @@ class LabelLoss(BlockwiseLoss):
         return super().loss(x, target, sum_classes)
 
     def gradient(self, x: Tensor, target: Tensor, grad: Optional[Tensor]) -> Tensor:
-        is_of_anchors = grad is not None and grad.shape[1] == 1
-        factor = repeated_number(grad) if is_of_anchors else None
-        if factor is None:
+        if grad is None or grad.shape[1] > 1 or (factor := repeated_number(grad)) is None:
             return super().gradient(x, target, grad)
         if triton_kernels.is_usable(x, self.formula):
             return triton_kernels.gradient(x, target, self.formula, self.weights, factor)
