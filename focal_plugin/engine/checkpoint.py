@@ -154,6 +154,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = os.fspath(path) if path else ""
         if path and "://" not in path:
             check_regular(path.partition("?")[0])  # behind the "?" there may be Detectron2's matching_heuristics
+        self._parsed_url_during_load = None  # which Detectron2 leaves behind after an error, and then stumbles over
         with refusing(path, "what it holds does not fit here"):
             return super().load(path, *args, **kwargs)
 

@@ -300,6 +300,16 @@ def test_parameters_that_were_skipped_are_told(tmp_path):
     assert len(checkpointer.skipped) == 2  # fvcore has the one of another shape among the missing ones, too
 
 
+def test_a_load_after_one_that_failed(tmp_path):
+    (tmp_path / "torn.pth").write_bytes(b"PK\3\4 and no end")
+    torch.save({"weight": torch.full((1, 1), 5.0), "bias": torch.ones(1)}, tmp_path / "w.pth")
+    checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"torn.pth is refused: "):
+        checkpointer.load(str(tmp_path / "torn.pth"))
+    checkpointer.load(str(tmp_path / "w.pth"))
+    assert checkpointer.model.weight.item() == 5
+
+
 def test_weights_that_cannot_be_fetched_are_named():
     """Without a network: urllib's error has neither a number nor the address."""
     want = r"^detectron2://x.pkl cannot be read \(<urlopen error Name or service not known>\); without a network"
