@@ -49,6 +49,7 @@ class NonFiniteGuard(HookBase):
     in the same step, by one small tensor. Detectron2 looks at the losses of the main worker and says which step.
 
     Attributes:
+        batch: what the model was trained on last.
         stopping: whether a worker has been asked to stop; the same on all.
         finish: set on any worker, ends training after the next step.
         finishing: whether it is set on any; the same on all.
@@ -57,7 +58,7 @@ class NonFiniteGuard(HookBase):
     def __init__(self, cfg: CfgNode, model: nn.Module):
         self.cfg, self.stopping, self.finish, self.finishing = cfg, False, False, False
         self.looked_at = -1  # the last step that it has looked at
-        self._batch: Sequence[dict] = ()
+        self.batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
         self._normalizer: Tensor | None = None
         model.register_forward_pre_hook(self._before_forward)
@@ -65,7 +66,7 @@ class NonFiniteGuard(HookBase):
 
     def _before_forward(self, model, args):
         if model.training:
-            self._batch = args[0] if args else ()
+            self.batch = args[0] if args else ()
             normalizer = getattr(unwrap_ddp(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None
@@ -92,7 +93,7 @@ class NonFiniteGuard(HookBase):
         if bad_loss or bad_gradient:
             # One worker's loss has broken the gradients of all.
             raise FloatingPointError(self._report(bool(broken[0 if bad_loss else 1]), loss_is_finite=not bad_loss))
-        self._batch, self._losses = (), {}
+        self._losses = {}
 
     def _gradient_norm(self, norm_type: float) -> Tensor:
         if isinstance(self.trainer, AMPTrainer) and self.trainer.grad_scaler.is_enabled():
@@ -122,8 +123,8 @@ class NonFiniteGuard(HookBase):
         facts = self._facts()
         path = self._save(facts) if is_mine else ""
         # On all workers, for norms over all of them.
-        facts["largest |logit|"] = largest_logit(self.trainer.model, self._batch)
-        workers = comm.all_gather((is_mine, facts, [image.get("file_name", "?") for image in self._batch], path))
+        facts["largest |logit|"] = largest_logit(self.trainer.model, self.batch)
+        workers = comm.all_gather((is_mine, facts, [image.get("file_name", "?") for image in self.batch], path))
         what = "Gradients, not the loss, are" if loss_is_finite else "Loss became"
         lines = [f"{what} infinite or NaN at iteration={self.trainer.iter}!"]
         for rank, (is_broken, facts, files, path) in enumerate(workers):
@@ -158,7 +159,7 @@ class NonFiniteGuard(HookBase):
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer
         content = {"iteration": self.trainer.iter, "facts": facts, "config": self.cfg.dump()}
-        content.update(model=state, batch=[_plain(image) for image in self._batch])
+        content.update(model=state, batch=[_plain(image) for image in self.batch])
         name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
         return self._write(name, "wb", lambda file: torch.save(content, file))
 

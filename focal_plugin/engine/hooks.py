@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """Save with each worker's own state; on all workers, and the place where a preempted run ends.
 
-    Args:
-        checkpointer, period: as Detectron2's.
-        keep: how many numbered checkpoints; 0: all. Detectron2's ``max_to_keep`` forgets those of before a resume.
+    Of the numbered checkpoints ``keep`` stay; 0: all. Detectron2's ``max_to_keep`` forgets those of before a resume.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int = 0):
@@ -71,11 +69,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 class BestCheckpointer(hooks.BestCheckpointer):
     """Keep the best model in ``model_best.pth``, from which no run resumes, and remember how good it was.
 
-    For the main worker, after :class:`EvalHook`.
-
-    Args:
-        eval_period, checkpointer, val_metric: as Detectron2's.
-        patience: evaluations in a row without a new best after which training ends; 0: it never does.
+    For the main worker, after :class:`EvalHook`. After ``patience`` evaluations in a row without a new best training
+    ends; 0: it does not.
     """
 
     def __init__(self, eval_period: int, checkpointer: SafeCheckpointer, val_metric: str, patience: int = 0):
@@ -117,8 +112,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self.trainer.finish()
 
     def _remember_file(self) -> None:
-        """Learn from the file: a run that is killed after an evaluation has a better model there than in its last
-        checkpoint."""
+        """Learn from the file, where a run that is killed after an evaluation has a better model than it has saved."""
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
         if not os.path.isfile(path):
             return
@@ -135,12 +129,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class EvalHook(hooks.EvalHook):
-    """Evaluate as Detectron2's hook; a run that is stopped in an evaluation makes up for it when it resumes.
-
-    Args:
-        eval_period, eval_function: as Detectron2's.
-        checkpoints: saves what is preempted while evaluating.
-    """
+    """Evaluate; a run that is stopped in an evaluation is saved by ``checkpoints``, and makes up for it on resuming."""
 
     def __init__(self, eval_period: int, eval_function: Callable[[], dict], checkpoints: PeriodicCheckpointer):
         super().__init__(eval_period, eval_function)
@@ -197,24 +186,10 @@ class BadImages(HookBase):
     def __init__(self, limit: int):
         self._limit = limit
         self._reasons: dict[str, str] = {}
-        self._handle = None
-
-    def before_train(self) -> None:
-        self._handle = self.trainer.model.register_forward_pre_hook(self._look_at)
-
-    def after_train(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
 
     def after_step(self) -> None:
-        if self._reasons:
-            self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
-
-    def _look_at(self, model, args):
-        for image in args[0] if model.training and args else ():
-            for name, reason in image.get(SKIPPED, ()):
-                if name in self._reasons:
-                    continue
+        for name, reason in (skipped for image in self.trainer.batch for skipped in image.get(SKIPPED, ())):
+            if name not in self._reasons:
                 self._reasons[name] = reason
                 logger.warning(
                     f"{name} cannot be read ({reason}); another image took its place. "
@@ -222,6 +197,8 @@ class BadImages(HookBase):
                 )
         if len(self._reasons) > self._limit:
             raise ValueError(too_many_bad_images(list(self._reasons.items()), self._limit))
+        if self._reasons:
+            self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
 
 
 class TrainingPicture(HookBase):
@@ -232,27 +209,15 @@ class TrainingPicture(HookBase):
 
     def __init__(self, period: int):
         self._period = period
-        self._batch = []
-        self._handle = None
-
-    def before_train(self) -> None:
-        self._handle = self.trainer.model.register_forward_pre_hook(self._remember)
-
-    def after_train(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _remember(self, model, args):
-        if model.training and args:
-            self._batch = list(args[0][:1])
 
     def after_step(self) -> None:
-        if self.trainer.iter % self._period or not self._batch:
+        if self.trainer.iter % self._period:
             return
-        model = unwrap_ddp(self.trainer.model)
-        with preserve_rng(), inference_context(model), torch.no_grad():  # the colours are drawn by lot
+        model, images = unwrap_ddp(self.trainer.model), self.trainer.batch[:1]
+        with preserve_rng(), inference_context(model), torch.no_grad():  # the colors are drawn by lot
             try:
-                found = model([{"image": image["image"]} for image in self._batch])
+                found = model([{"image": image["image"]} for image in images])
             except AssertionError:
                 return  # Detectron2's boxes are never infinite; that training has broken is not for a picture to say
-            model.visualize_training(self._batch, [result["instances"] for result in found])
+            if images:
+                model.visualize_training(images, [result["instances"] for result in found])

@@ -10,7 +10,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,23 +29,19 @@ from .torchrun import Workers
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers are given, all of it checked.
-
-    Attributes:
-        args: the command line as it was typed.
-        cfg: frozen; not yet scaled to the number of workers.
-        resume: whether to go on from a checkpoint.
-        thing_classes: the class names of the data sets that the command line registers.
-        sizes: images by data set name, where they are known.
-        warnings: what is wrong with the data and can be trained on.
-    """
+    """What the workers are given, all of it checked."""
 
     args: Namespace
+    """As typed."""
     cfg: CfgNode
+    """Frozen; not yet scaled to the number of workers."""
     resume: bool
     thing_classes: Mapping[str, Sequence[str]]
-    sizes: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    """The class names of the data sets that the command line registers."""
+    sizes: Mapping[str, int]
+    """Images by data set name, where they are known."""
+    warnings: Sequence[str]
+    """What is wrong with the data and can be trained on."""
 
 
 def preflight(args: Namespace, workers: Workers) -> Job:
@@ -76,9 +72,7 @@ def preflight(args: Namespace, workers: Workers) -> Job:
 def load_checked_config(args: Namespace, resume: bool | None = None) -> CfgNode:
     """Return the frozen config of a command line, its data sets registered; write nothing.
 
-    Args:
-        args: with ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
-        resume: whether to go on from a checkpoint; default: as ``args`` say.
+    ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be trained (with ``args.eval_only``: evaluated); the message says why.
@@ -133,12 +127,8 @@ def check_values(cfg: CfgNode) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_whole(low: int) -> Callable[[Any], bool]:
@@ -147,9 +137,8 @@ def _is_whole(low: int) -> Callable[[Any], bool]:
 
 def _all(is_valid: Callable[[Any], bool], least: int = 1, increasing: bool = False) -> Callable[[Any], bool]:
     def check(values: Any) -> bool:
-        if not isinstance(values, (list, tuple)) or len(values) < least or not all(map(is_valid, values)):
-            return False
-        return not increasing or all(a < b for a, b in zip(values, values[1:]))
+        is_list = isinstance(values, (list, tuple)) and len(values) >= least and all(map(is_valid, values))
+        return is_list and (not increasing or all(a < b for a, b in zip(values, values[1:])))
 
     return check
 
@@ -165,16 +154,10 @@ def _is_device(value: Any) -> bool:
         return False
 
 
-def _is_registered(registry: Any) -> Callable[[Any], bool]:
-    return lambda name: isinstance(name, str) and name in registry
-
-
 _SIZES = _all(_all(_is_positive))
 _DATASETS = (lambda value: isinstance(value, str) or _all(_is_name, 0)(value), 'names: ("name",)')
 _LEAST = {  # of whole numbers
     "MODEL.RETINANET.NUM_CLASSES": 1,
-    "MODEL.RETINANET.NUM_CONVS": 0,
-    "DATALOADER.NUM_WORKERS": 0,
     "DATALOADER.MAX_BAD_IMAGES": 0,
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
@@ -188,14 +171,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SEED": (lambda value: type(value) is int, "a whole number; negative: another one each time"),
     "MODEL.DEVICE": (_is_device, "cuda or cpu; it is no device"),
     "MODEL.META_ARCHITECTURE": (
-        _is_registered(META_ARCH_REGISTRY),
+        lambda name: name in META_ARCH_REGISTRY,
         "a registered meta-architecture; it is not registered, and FocalRetinaNet is this plugin's",
     ),
     "MODEL.BACKBONE.NAME": (
-        _is_registered(BACKBONE_REGISTRY),
+        lambda name: name in BACKBONE_REGISTRY,
         "a name in Detectron2's BACKBONE_REGISTRY, such as build_retinanet_resnet_fpn_backbone",
     ),
-    "MODEL.PIXEL_MEAN": (_all(_is_number), "a number for each channel"),
     "MODEL.PIXEL_STD": (_all(_is_positive), "a positive number for each channel"),
     "MODEL.ANCHOR_GENERATOR.SIZES": (_SIZES, "lists of positive numbers (pixels), one for each level"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (_SIZES, "lists of positive numbers, one for each level or one for all"),
@@ -223,10 +205,6 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
     """Check that every data set of a config is registered, on disk, and has as many classes as the model.
 
     A data set whose class names are known only after loading is not compared.
-
-    Args:
-        cfg: a Detectron2 config.
-        splits: which of DATASETS.TRAIN and DATASETS.TEST to check.
 
     Raises:
         ValueError: with one line per problem, each saying what to type.
@@ -293,15 +271,16 @@ def check_training_data(cfg: CfgNode) -> tuple[dict[str, int], list[str]]:
         json_file = meta.get("json_file")
         if not json_file or "://" in json_file or meta.get("evaluator_type") != "coco":
             continue  # Cityscapes, LVIS and others have a json of another form
-        report = check_coco(json_file, meta.get("image_root", ""), cfg, images="sample")
+        image_root = meta.get("image_root", "")
+        report = check_coco(json_file, image_root, cfg, images="sample")
         sizes[name] = report.summary["images"]
-        full = f"tools/check_dataset.py {json_file} {meta.get('image_root', '')}"
+        more = f"tools/check_dataset.py {json_file} {image_root}"
+        faults = [f"  {f.to_text()}" for f in report.findings if f.severity != "note" and not f.fatal]
         if report.fatal:
             lines = "\n".join(f"  {finding.to_text()}" for finding in report.fatal)
-            fatal.append(f"'{name}' cannot be trained on:\n{lines}\n  All that is wrong: {full}")
-        others = [f"  {f.to_text()}" for f in report.findings if f.severity != "note" and not f.fatal]
-        if others:
-            warnings.append("\n".join([f"'{name}' has faults ({full} says more):", *others]))
+            fatal.append(f"'{name}' cannot be trained on:\n{lines}\n  All that is wrong: {more}")
+        elif faults:
+            warnings.append("\n".join([f"'{name}' has faults ({more} says more):", *faults]))
     if fatal:
         raise ValueError("\n".join(fatal))
     return sizes, warnings

@@ -62,6 +62,11 @@ class FocalTrainer(DefaultTrainer):
         self._worker_states = None
 
     @property
+    def batch(self) -> Sequence[dict]:
+        """Return what this worker was trained on in the last step."""
+        return self._guard.batch
+
+    @property
     def stopping(self) -> bool:
         """Return whether training ends after this step, to be resumed later; the same on all workers."""
         return self._guard.stopping

@@ -25,12 +25,10 @@ def step(model, batch, iteration, *hooks):
     model.zero_grad()
     with EventStorage(iteration) as storage:
         for hook in hooks:
-            hook.trainer = SimpleNamespace(model=model, iter=iteration, storage=storage)
-            hook.before_train()
+            hook.trainer = SimpleNamespace(model=model, iter=iteration, storage=storage, batch=batch)
         sum(model(batch).values()).backward()
         for hook in hooks:
             hook.after_step()
-            hook.after_train()
         return [p.grad.clone() for p in model.parameters()], [picture for _, picture, _ in storage._vis_data]
 
 
@@ -76,8 +74,7 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
     writer = TensorboardXWriter(str(tmp_path))
     with EventStorage() as storage:
         hook = TrainingPicture(1)
-        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage)
-        hook.before_train()
+        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage, batch=batch)
         loss = model(batch)["loss_cls"].item()
         flush_scalars()
         hook.after_step()
