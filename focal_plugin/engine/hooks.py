@@ -211,13 +211,12 @@ class TrainingPicture(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        if self.trainer.iter % self._period:
-            return
         model, images = unwrap_ddp(self.trainer.model), self.trainer.batch[:1]
+        if self.trainer.iter % self._period or not images:
+            return
         with preserve_rng(), inference_context(model), torch.no_grad():  # the colors are drawn by lot
             try:
                 found = model([{"image": image["image"]} for image in images])
             except AssertionError:
                 return  # Detectron2's boxes are never infinite; that training has broken is not for a picture to say
-            if images:
-                model.visualize_training(images, [result["instances"] for result in found])
+            model.visualize_training(images, [result["instances"] for result in found])
