@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..files import printable
-from .coco_json import missing_lists, read_json
+from .coco_json import find_problem, read_lists
 
 _FORM = "--register name=annotations.json:image_dir"
 
@@ -46,20 +46,14 @@ def register_from_args(
     """
     thing_classes = {}
     for text in args or ():
-        name, json_file, image_root = parse_register_arg(text)
-        register_coco_json(name, json_file, image_root, (known or {}).get(name))
+        name, *paths = parse_register_arg(text)
+        register_coco_json(name, *paths, (known or {}).get(name))
         thing_classes[name] = MetadataCatalog.get(name).thing_classes
     return thing_classes
 
 
 def parse_register_arg(text: str) -> tuple[str, str, str]:
     """Split "name=annotations.json:image_dir" at the first "=" and at the last ":", without a look at the disk.
-
-    Args:
-        text: the argument of one `--register`.
-
-    Returns:
-        (name, json_file, image_root)
 
     Raises:
         ValueError: a part is missing, or there is white space in the name.
@@ -131,19 +125,19 @@ def register_coco_json(
 def _read_classes(json_file: Path) -> dict[int, str]:
     """Return the class names by category id, in the order of the ids, in which `load_coco_json` numbers them."""
     try:
-        content = read_json(json_file)
+        lists, missing = read_lists(json_file)
     except ValueError as error:
         raise ValueError(f"is not json ({error})") from error
-    if missing := missing_lists(content):
+    if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    if not content["categories"]:
+    categories = lists["categories"]
+    if not categories:
         raise ValueError("has no categories: there is nothing to learn")
-    names = {}
-    for category in content["categories"]:
-        # type(), because True is an int to isinstance.
-        if not (isinstance(category, dict) and type(category.get("id")) is int and type(category.get("name")) is str):
+    for category in categories:
+        is_object = type(category) is dict
+        if not is_object or any(find_problem("categories", key, category.get(key)) for key in ("id", "name")):
             raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
-        names[category["id"]] = category["name"]
-    if len(names) < len(content["categories"]):
+    names = {category["id"]: category["name"] for category in categories}
+    if len(names) < len(categories):
         raise ValueError("has two categories with the same id")
     return dict(sorted(names.items()))
