@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,47 +17,26 @@ from .dataset_report import DatasetReport
 SECTIONS = ("images", "annotations", "categories")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # and not isinstance, to which True is a number
-
-
-def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
-    problem = f"is no whole number from {low:,} to {high:,}"
-    return lambda value: low <= value <= high and value == int(value), problem
-
-
-# Rules of a value: (is it valid?, what is wrong if not), of which the first that it breaks counts.
-_NUMBER = _is_number, "is no number"
-_INT64, _SIDE = _whole(-(2**63), 2**63 - 1), _whole(1, 2**31 - 1)
-_BOX = (
-    lambda value: type(value) is list and len(value) == 4 and all(map(_is_number, value)),
-    "is no list of four numbers",
-)
-_RULES = {
-    "images": {
-        "id": (_NUMBER, _INT64),
-        "file_name": ((lambda value: type(value) is str and value, "is no text, or empty"),),
-        "width": (_NUMBER, _SIDE),
-        "height": (_NUMBER, _SIDE),
-    },
-    "annotations": {
-        "id": (_NUMBER, _INT64),
-        "image_id": (_NUMBER, _INT64),
-        "category_id": (_NUMBER, _INT64),
-        "bbox": (_BOX,),
-        "iscrowd": ((lambda value: value in (0, 1), "is neither 0 nor 1"),),
-        "ignore": ((lambda value: value == 0, "is not 0, which Detectron2 refuses"),),
-        "area": ((lambda value: _is_number(value) and 0 <= value < math.inf, "is no area"),),
-    },
-    "categories": {
-        # Not 1.0: this is the one id that --register and Detectron2 list and sort.
-        "id": (_NUMBER, (lambda value: type(value) is int, "is no whole number"), _INT64),
-        "name": ((lambda value: type(value) is str, "is no text"),),
-    },
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "area"),
+    "categories": ("id", "name"),
 }
-_OPTIONAL = {"iscrowd", "area", "ignore"}
-
-
+_OPTIONAL = ("iscrowd", "ignore", "area")
+_IDS = -(2**63), 2**63 - 1
+_SIDES = 1, 2**31 - 1
+_RANGES = {"id": _IDS, "image_id": _IDS, "category_id": _IDS, "width": _SIDES, "height": _SIDES}
+_RULES = {  # key -> (is a value valid?, what is wrong if not)
+    "file_name": (lambda value: type(value) is str and value, "is no text, or empty"),
+    "name": (lambda value: type(value) is str, "is no text"),
+    "bbox": (
+        lambda value: type(value) is list and len(value) == 4 and all(map(_is_number, value)),
+        "is no list of four numbers",
+    ),
+    "iscrowd": (lambda value: value in (0, 1), "is neither 0 nor 1"),
+    "ignore": (lambda value: value == 0, "is not 0, which Detectron2 refuses"),
+    "area": (lambda value: _is_number(value) and 0 <= value < math.inf, "is no area"),
+}
 _IMAGE = [("id", "i8"), ("width", "i8"), ("height", "i8"), ("file_name", object)]
 _ANNOTATION = [("id", "i8"), ("image_id", "i8"), ("category_id", "i8"), ("bbox", "f8", 4), ("iscrowd", bool)]
 _CATEGORY = [("id", "i8"), ("name", object)]
@@ -97,9 +76,22 @@ def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]
     return {**lists, **{section: [] for section in missing}}, missing
 
 
-def find_problem(section: str, key: str, value: Any) -> str | None:
-    """Return what is wrong with the value that an element of a section has under a key."""
-    return next((problem for is_valid, problem in _RULES[section][key] if not is_valid(value)), None)
+def find_problem(section: str, key: str, value: Any) -> str:
+    """Return what is wrong with the value that an element of a section has under a key, or nothing."""
+    if key in _RULES:
+        is_valid, problem = _RULES[key]
+        return "" if is_valid(value) else problem
+    if not _is_number(value):
+        return "is no number"
+    if section == "categories" and type(value) is float:  # 1.0: --register and Detectron2 list and sort these ids
+        return "is no whole number"
+    low, high = _RANGES[key]
+    is_whole = low <= value <= high and value == int(value)
+    return "" if is_whole else f"is no whole number from {low:,} to {high:,}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # and not isinstance, to which True is a number
 
 
 def read_tables(report: DatasetReport, lists: dict[str, list]) -> Tables:
@@ -137,7 +129,7 @@ def _complete_rows(report: DatasetReport, section: str, elements: list) -> list[
     others = [place for place, element in enumerate(elements) if type(element) is not dict]
     report.add("wrong_type", len(others), examples(others), problem=f"an element of {section} is no object")
     incomplete = set(others)
-    for key in _RULES[section]:
+    for key in _KEYS[section]:
         lacking, wrong = [], defaultdict(list)
         for place, row in enumerate(elements):
             if type(row) is not dict:
