@@ -20,17 +20,11 @@ _MAX_LEFT = 0.7  # and the part of the unmatched boxes that they may leave
 
 
 class AnchorGrid(NamedTuple):
-    """The anchors of a config; all lengths in pixels of the resized image.
+    """The anchors of a config; all lengths in pixels of the resized image."""
 
-    Attributes:
-        cells: for each level, float64 (S, 4): the XYXY anchors of one cell, around its reference point.
-        strides: for each level.
-        offset: of the first reference point from the image's corner, in strides.
-    """
-
-    cells: list[np.ndarray]
-    strides: list[int]
-    offset: float
+    cells: list[np.ndarray]  # for each level, float64 (S, 4): the XYXY anchors around a reference point
+    strides: list[int]  # for each level
+    offset: float  # of the first reference point from the image's corner, in strides
 
 
 def anchor_grid(cfg: CfgNode) -> AnchorGrid:
@@ -73,15 +67,12 @@ def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
 
 
 def best_ious(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> np.ndarray:
-    """Return each box's IoU with its best anchor, over all levels, shapes and positions.
+    """Return each box's IoU with its best anchor, over all levels, shapes and positions: float64, (N,).
 
     Args:
         boxes: float64, (N, 4), XYXY inside their images.
         sizes: (N, 2), width and height of the box's image before padding.
         grid: the anchors.
-
-    Returns:
-        float64, (N,), in [0, 1].
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     areas = (high - low).prod(axis=1)

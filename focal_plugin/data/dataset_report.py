@@ -78,23 +78,14 @@ _LEVELS = {code: level for level, texts in FINDINGS.items() for code in texts}
 
 @dataclass
 class Finding:
-    """One kind of fault, however often it occurs.
+    """One kind of fault, however often it occurs."""
 
-    Attributes:
-        code: a stable name for programs, such as "duplicate_image_ids".
-        severity: "error", "warning" or "note".
-        message: one or two sentences for people.
-        count: elements (annotations, images, ...) that have it.
-        examples: a few of them, in words.
-        fatal: training would crash or learn something wrong; always an error.
-    """
-
-    code: str
-    severity: str
-    message: str
-    count: int = 1
-    examples: list[str] = field(default_factory=list)
-    fatal: bool = False
+    code: str  # a stable name for programs, such as "duplicate_image_ids"
+    severity: str  # "error", "warning" or "note"
+    message: str  # one or two sentences for people
+    count: int  # elements (annotations, images, ...) that have it
+    examples: list[str]  # a few of them, in words
+    fatal: bool  # training would crash or learn something wrong; always an error
 
     def to_text(self) -> str:
         """Return a line, and one with the examples."""
@@ -131,14 +122,10 @@ class DatasetReport:
     def add(
         self, code: str, count: int = 1, examples: Iterable[str] = (), total: int = 0, level: str = "", **values
     ) -> None:
-        """Add a finding unless its count is 0.
+        """Add a finding of ``FINDINGS`` unless its count is 0.
 
-        Args:
-            code: one of ``FINDINGS``.
-            count: elements that have it, of ``total``, if that is worth saying.
-            examples: of those elements, in words; the first few are kept.
-            level: one of ``FINDINGS``, if not the one that lists the code.
-            values: what else the text names in braces.
+        Of the examples the first few are kept; ``level`` replaces the one of ``FINDINGS``; ``values`` are what the text
+        names in braces beside the count (which reads "count of total" where there is a total).
         """
         if count:
             level, text = level or _LEVELS[code], FINDINGS[_LEVELS[code]][code]
@@ -191,13 +178,12 @@ def _class_table(classes: list[dict]) -> str:
 def _anchors(anchors: dict) -> str:
     if not anchors["boxes"]:
         return ""
-    text = (
+    lines = [
         f"Anchors: of {anchors['boxes']:,} boxes, {anchors['unmatched']:,} ({anchors['share']:.1%}) have an IoU < .5 "
         f"with their best anchor; mean best IoU {anchors['mean_best_iou']:.2f}"
-    )
+    ]
     if anchors["unmatched_sizes"]:
         low, middle, high = anchors["unmatched_sizes"]
-        text += (
-            f"\n  size of those in the resized image: median {middle:.0f} pixels, 10 % to 90 %: {low:.0f} to {high:.0f}"
-        )
-    return text  # the hints are in a finding
+        spread = f"10 % to 90 %: {low:.0f} to {high:.0f}"
+        lines.append(f"  size of those in the resized image: median {middle:.0f} pixels, {spread}")
+    return "\n".join(lines)  # the hints are in a finding

@@ -116,13 +116,7 @@ def _warp(rng, source):
 def draw_scene(
     split: str, index: int, *, image_size: int = 128, seed: int = 0
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
-    """Draw one scene. It depends on the arguments alone, not on how many other scenes there are.
-
-    Args:
-        split: "train" or "val".
-        index: which scene, from 0.
-        image_size: side of the square image, pixels, at least 64.
-        seed: seed of the data set.
+    """Draw scene ``index`` (from 0) of a split, which depends on the arguments alone.
 
     Returns:
         The (image_size, image_size, 3) uint8 RGB image; 0 to 6 XYWH boxes in whole pixels, tight to the ink; as many
@@ -148,7 +142,7 @@ def draw_scene(
 
 
 def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
-    """Return the digits that a scene gets if there is room (see `draw_scene` for the arguments).
+    """Return the digits that a scene gets if there is room.
 
     Over consecutive scenes the counts and the classes run evenly through their distributions (a Kronecker sequence
     instead of independent draws), so that chance takes no rare class out of a small split.
@@ -217,7 +211,7 @@ _CLUTTER = (_draw_line, _draw_arc, _draw_zigzag, _draw_blob, _draw_patch)
 
 
 def _find_place(rng, width, height, size, taken):
-    """Return a free XYWH box, which shares at most a tenth of the smaller with any taken one, or None."""
+    """Return an XYWH box that shares at most a tenth of the smaller with any taken one, or None."""
     for x, y in rng.integers(0, (size - width + 1, size - height + 1), (40, 2)).tolist():
         box = (x, y, width, height)
         if all(10 * _intersection(box, other) <= min(width * height, other[2] * other[3]) for other in taken):
@@ -265,14 +259,13 @@ def make_digits(
             f"make_digits needs num_train >= 1, num_val >= 1, image_size >= {MIN_IMAGE_SIZE} and seed >= 0, "
             f"not {num_train}, {num_val}, {image_size} and {seed}"
         )
-    counts = {"train": num_train, "val": num_val}
-    folder = _folder(root, num_train, num_val, image_size, seed)
+    counts, folder = {"train": num_train, "val": num_val}, _folder(root, num_train, num_val, image_size, seed)
     if _is_complete(folder, counts):  # asked first without the lock: the data may lie where nothing can be written
         return folder
-    draft, lock = (folder.with_name(f".{folder.name}.{purpose}") for purpose in ("draft", "lock"))
+    draft = folder.with_name(f".{folder.name}.draft")
     _load_handwriting()  # raises where there is none, before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with FileLock(draft.with_suffix(".lock")):
         if not _is_complete(folder, counts):
             logger.warning(f"Drawing, once, {num_train} + {num_val} scenes of digits into {folder}")
             for leftover in (draft, folder):  # of a killed run; a damaged data set

@@ -7,7 +7,6 @@ number of data workers, and gives the images that an uninterrupted run would hav
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -19,12 +18,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.utils.data
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ _MAX_TRIES = 1000  # images, to find one that can be trained on
 SKIPPED = "skipped"  # key of an image's dict: the files that it replaces
 
 
-class TrainingStream(torch.utils.data.Sampler):
+class TrainingStream(Sampler):
     """Choose the images that this process trains on, batch after batch, from any batch on.
 
     Yields (index, position): an image, and its place in the stream that all processes share. Images are grouped by
@@ -48,11 +47,7 @@ class TrainingStream(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self,
-        make_sampler: Callable[[int], torch.utils.data.Sampler],
-        batch_size: int,
-        seed: int,
-        groups: Sequence[int] | None = None,
+        self, make_sampler: Callable[[int], Sampler], batch_size: int, seed: int, groups: Sequence[int] | None = None
     ):
         self._make_sampler, self.batch_size, self._groups = make_sampler, batch_size, groups
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
@@ -82,7 +77,7 @@ class TrainingStream(torch.utils.data.Sampler):
         return {"seed": self.seed}  # all that a spawned data worker needs
 
 
-class SeededDataset(torch.utils.data.Dataset):
+class SeededDataset(Dataset):
     """Map images with random numbers that depend on their place in the stream only.
 
     An image that cannot be read is replaced by another, drawn by the same rule, which lists it under :data:`SKIPPED`.
@@ -113,10 +108,8 @@ class SeededDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: more images cannot be read than may be passed over; names them.
         """
-        index, position = sample
-        seed = self._stream.seed
+        (index, position), seed, skipped = sample, self._stream.seed, []
         others = None  # made when first needed: seeding it from a text takes a while
-        skipped = []
         for _ in range(_MAX_TRIES):
             _seed(seed, position)
             image, reason = _read(self._mapper, self._dataset[index])
@@ -158,8 +151,7 @@ def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
         except MemoryError:
             raise
         except Exception as error:
-            message = " ".join(str(error).split())
-            return image, f"{type(error).__name__}: {message}"
+            return image, f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise
 
 
@@ -172,7 +164,7 @@ def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
     )
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> torch.utils.data.DataLoader:
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> DataLoader:
     """Build a loader of Detectron2's training data from whose :func:`stream_of` training can be resumed.
 
     Args:
@@ -200,14 +192,14 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     dataset = DatasetFromList(dicts, copy=False)
     del dicts  # packed by now, and much smaller
 
-    def make_sampler(seed: int) -> torch.utils.data.Sampler:
+    def make_sampler(seed: int) -> Sampler:
         # Detectron2's own choice by name. Samplers that take no seed draw one from NumPy's generator.
         with seeded(seed):
             return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)["sampler"]
 
     seed = comm.shared_random_seed()
     stream = TrainingStream(make_sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, groups)
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         SeededDataset(dataset, mapper, stream, cfg.DATALOADER.MAX_BAD_IMAGES),
         batch_size=stream.batch_size,
         sampler=stream,
@@ -250,7 +242,7 @@ def _seed(*entropy: int) -> None:
     torch.default_generator.manual_seed(int(words[2]))
 
 
-def ignore_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+def ignore_sigterm(loader: DataLoader) -> DataLoader:
     """Make the data workers of a loader ignore SIGTERM unless it comes from the process that started them.
 
     A scheduler sends it to every process, and means the trainer, which needs living data workers to save a checkpoint.
@@ -258,11 +250,11 @@ def ignore_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.Data
     """
     if loader.num_workers and hasattr(signal, "sigwaitinfo"):
         loader.__class__ = _SigtermIgnoringLoader
-        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
+        loader.worker_init_fn = _init_worker
     return loader
 
 
-class _SigtermIgnoringLoader(torch.utils.data.DataLoader):
+class _SigtermIgnoringLoader(DataLoader):
     def __iter__(self):
         # The workers inherit the mask: there is no moment at which they could die of the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -272,10 +264,8 @@ class _SigtermIgnoringLoader(torch.utils.data.DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _init_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+def _init_worker(worker_id: int) -> None:
     threading.Thread(target=_obey_parent, daemon=True).start()
-    if then is not None:
-        then(worker_id)
 
 
 def _obey_parent() -> None:
