@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import printable
-from .dataset_report import DatasetReport
+from .dataset_report import MAX_EXAMPLES, DatasetReport
 
 SECTIONS = ("images", "annotations", "categories")
 
@@ -76,8 +76,20 @@ def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]
     return {**lists, **{section: [] for section in missing}}, missing
 
 
-def find_problem(section: str, key: str, value: Any) -> str:
-    """Return what is wrong with the value that an element of a section has under a key, or nothing."""
+def find_faults(section: str, element: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield what is wrong with an element of a section: (code of the finding, key or nothing, problem in words)."""
+    if type(element) is not dict:
+        yield "wrong_type", "", f"an element of {section} is no object"
+        return
+    for key in _KEYS[section]:
+        if key not in element:
+            if key != "ignore":
+                yield f"missing_{key}" if key in _OPTIONAL else "missing_key", key, ""
+        elif problem := _find_problem(section, key, element[key]):
+            yield "bad_area" if key == "area" else "wrong_type", key, f'"{key}" of {section} {problem}'
+
+
+def _find_problem(section: str, key: str, value: Any) -> str:
     if key in _RULES:
         is_valid, problem = _RULES[key]
         return "" if is_valid(value) else problem
@@ -98,18 +110,15 @@ def read_tables(report: DatasetReport, lists: dict[str, list]) -> Tables:
     """Return the complete rows, and report what is wrong with the others."""
     images, annotations, categories = (_complete_rows(report, section, lists[section]) for section in SECTIONS)
     sizes, no_size = {row["id"]: (row["width"], row["height"]) for row in images}, (math.nan, math.nan)
-    boxes = (
-        (
-            *(row[key] for key in ("id", "image_id", "category_id")),
-            [_to_float(number) for number in row["bbox"]],
-            bool(row.get("iscrowd")),
-            sizes.get(row["image_id"], no_size),
-        )
-        for row in annotations
-    )
+
+    def fields(row: dict) -> tuple:
+        box = [_to_float(number) for number in row["bbox"]]
+        ids = row["id"], row["image_id"], row["category_id"]
+        return (*ids, box, bool(row.get("iscrowd")), sizes.get(row["image_id"], no_size))
+
     return Tables(
         np.array([(row["id"], row["width"], row["height"], row["file_name"]) for row in images], _IMAGE),
-        np.array(list(boxes), [*_ANNOTATION, ("image_size", "f8", 2)]),
+        np.array(list(map(fields, annotations)), [*_ANNOTATION, ("image_size", "f8", 2)]),
         np.array([(row["id"], row["name"]) for row in categories], _CATEGORY),
     )
 
@@ -122,28 +131,17 @@ def _to_float(number: float) -> float:
 
 
 def _complete_rows(report: DatasetReport, section: str, elements: list) -> list[dict]:
-    def examples(places: list[int], key: str | None = None) -> Iterator[str]:
-        for place in places:
-            yield f"{section}[{place}] = {printable(elements[place][key] if key else elements[place])}"
-
-    others = [place for place, element in enumerate(elements) if type(element) is not dict]
-    report.add("wrong_type", len(others), examples(others), problem=f"an element of {section} is no object")
-    incomplete = set(others)
-    for key in _KEYS[section]:
-        lacking, wrong = [], defaultdict(list)
-        for place, row in enumerate(elements):
-            if type(row) is not dict:
-                continue
-            if key not in row:
-                lacking.append(place)
-            elif problem := find_problem(section, key, row[key]):
-                wrong[problem].append(place)
-        for problem, places in wrong.items():
-            code = "bad_area" if key == "area" else "wrong_type"
-            report.add(code, len(places), examples(places, key), problem=f'"{key}" of {section} {problem}')
-        if key not in _OPTIONAL:
-            incomplete.update(lacking, *wrong.values())
-        if key != "ignore":
-            code = f"missing_{key}" if key in _OPTIONAL else "missing_key"
-            report.add(code, len(lacking), (f"{section}[{place}]" for place in lacking), section=section, key=key)
-    return [row for place, row in enumerate(elements) if place not in incomplete]
+    places, rows = defaultdict(list), []
+    for place, element in enumerate(elements):
+        faults = list(find_faults(section, element))
+        for fault in faults:
+            places[fault].append(place)
+        if all(code not in ("wrong_type", "missing_key") for code, _, _ in faults):
+            rows.append(element)
+    for (code, key, problem), where in places.items():
+        examples = [f"{section}[{place}]" for place in where[:MAX_EXAMPLES]]
+        if not code.startswith("missing"):
+            values = [elements[place][key] if key else elements[place] for place in where[:MAX_EXAMPLES]]
+            examples = [f"{example} = {printable(value)}" for example, value in zip(examples, values)]
+        report.add(code, len(where), examples, section=section, key=key, problem=problem)
+    return rows

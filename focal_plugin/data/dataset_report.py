@@ -11,7 +11,7 @@ from tabulate import tabulate
 from ..files import printable
 
 SEVERITIES = ("error", "warning", "note")
-_MAX_EXAMPLES = 5
+MAX_EXAMPLES = 5
 _MAX_CLASSES = 100  # rows of the class table
 _REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
 FINDINGS = {  # level -> code -> text
@@ -131,7 +131,7 @@ class DatasetReport:
             level, text = level or _LEVELS[code], FINDINGS[_LEVELS[code]][code]
             message = text.format(count=f"{count:,}" + (f" of {total:,}" if total else ""), **values).strip()
             severity = "error" if level == "fatal" else level
-            first = list(islice(examples, _MAX_EXAMPLES))
+            first = list(islice(examples, MAX_EXAMPLES))
             self.findings.append(Finding(code, severity, message, int(count), first, level == "fatal"))
 
     def to_dict(self) -> dict:

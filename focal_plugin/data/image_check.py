@@ -24,17 +24,12 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 
 
 def check_images(report: DatasetReport, table: np.ndarray, image_root: str, images: str, max_workers: int) -> int:
-    """Look at the image files, and at all their names in any case.
+    """Look at all file names and, as :func:`~focal_plugin.data.check_coco` says, at image files; return at how many.
 
     Args:
         report: takes the findings.
         table: the images of :class:`~focal_plugin.data.coco_json.Tables`.
-        image_root: folder that the file names start from.
-        images: "all" (decodes each), "sample" (the header of at most ``SAMPLE_SIZE``, evenly spaced) or "none".
-        max_workers: threads.
-
-    Returns:
-        The number of images looked at.
+        image_root, images, max_workers: as ``check_coco``'s.
     """
     faults, seen, rows = defaultdict(list), set(), []  # code -> examples in words
     for row, name in enumerate(table["file_name"]):

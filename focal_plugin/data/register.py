@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..files import printable
-from .coco_json import find_problem, read_lists
+from .coco_json import find_faults, read_lists
 
 _FORM = "--register name=annotations.json:image_dir"
 
@@ -126,8 +126,7 @@ def _read_classes(json_file: str) -> dict[int, str]:
     if not categories:
         raise ValueError("has no categories: there is nothing to learn")
     for category in categories:
-        is_object = type(category) is dict
-        if not is_object or any(find_problem("categories", key, category.get(key)) for key in ("id", "name")):
+        if any(find_faults("categories", category)):
             raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
     names = {category["id"]: category["name"] for category in categories}
     if len(names) < len(categories):
