@@ -51,5 +51,5 @@ wheel: setup ## build the wheel into dist/
 	$(RUN) -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 clean: ## remove build products and caches; VENV, output/ and report/ stay
-	rm -rf build dist focal_plugin.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist focal_plugin.egg-info .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -19,26 +19,19 @@ _MIN_GAIN = 0.02  # share of all boxes by which other sizes must help to be wort
 _MAX_LEFT = 0.7  # and the part of the unmatched boxes that they may leave
 
 
-@dataclass
-class AnchorGrid:
-    """The anchors of a config; all lengths in pixels of the resized image.
+class AnchorGrid(NamedTuple):
+    """The anchors of a config; all lengths in pixels of the resized image."""
 
-    Attributes:
-        cells: for each level, float64 (S, 4): the XYXY anchors of one cell, around its reference point.
-        strides: for each level.
-        offset: of the first reference point from the image's corner, in strides.
-    """
-
-    cells: list[np.ndarray]
-    strides: list[int]
-    offset: float
+    cells: list[np.ndarray]  # for each level, float64 (S, 4): the XYXY anchors around a reference point
+    strides: list[int]  # for each level
+    offset: float  # of the first reference point from the image's corner, in strides
 
 
 def anchor_grid(cfg: CfgNode) -> AnchorGrid:
     """Return the anchors of a config, from Detectron2's own generator.
 
     Raises:
-        ValueError: the anchors cannot be compared: they are rotated, or on levels other than p3, p4, ...
+        ValueError: the anchors are rotated, or on levels other than p3, p4, ...
     """
     levels = [re.fullmatch(r"p(\d)", name) for name in cfg.MODEL.RETINANET.IN_FEATURES]
     if not levels or not all(levels):
@@ -54,72 +47,57 @@ def anchor_grid(cfg: CfgNode) -> AnchorGrid:
     return AnchorGrid(cells, strides, float(generator.offset))
 
 
-def resized_sizes(widths: np.ndarray, heights: np.ndarray, cfg: CfgNode) -> tuple[np.ndarray, np.ndarray]:
-    """Return image sizes after Detectron2's ResizeShortestEdge with the median of INPUT.MIN_SIZE_TRAIN.
+def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
+    """Return image sizes, (N, 2) widths and heights in pixels, as training's ResizeShortestEdge makes them.
 
-    Args:
-        widths, heights: (N,), in pixels, > 0.
-
-    Returns:
-        The same, resized; float64, at least 1.
+    Of INPUT.MIN_SIZE_TRAIN the median is taken. Returns float64, at least 1.
 
     Raises:
         ValueError: INPUT.MIN_SIZE_TRAIN is empty.
     """
     if not np.size(cfg.INPUT.MIN_SIZE_TRAIN):
         raise ValueError("INPUT.MIN_SIZE_TRAIN is empty")
-    min_size, sizes = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), np.stack([heights, widths], axis=1)
+    min_size = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN))
     if min_size > 0:  # to Detectron2, 0 means no resizing
         different, rows = np.unique(sizes, axis=0, return_inverse=True)
         resize = ResizeShortestEdge.get_output_shape
-        resized = [resize(height, width, min_size, cfg.INPUT.MAX_SIZE_TRAIN) for height, width in different.tolist()]
-        sizes = np.reshape(resized, (-1, 2))[rows.ravel()].clip(min=1)
-    new_heights, new_widths = sizes.astype(np.float64).T
-    return new_widths, new_heights
+        resized = [resize(height, width, min_size, cfg.INPUT.MAX_SIZE_TRAIN) for width, height in different.tolist()]
+        sizes = np.reshape(resized, (-1, 2))[rows.ravel(), ::-1].clip(min=1)
+    return sizes.astype(np.float64)
 
 
-def best_ious(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, grid: AnchorGrid) -> np.ndarray:
-    """Return each box's IoU with its best anchor, over all levels, shapes and positions.
+def best_ious(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> np.ndarray:
+    """Return each box's IoU with its best anchor, over all levels, shapes and positions: float64, (N,).
 
     Args:
         boxes: float64, (N, 4), XYXY inside their images.
-        widths, heights: (N,), of the box's image before padding.
+        sizes: (N, 2), width and height of the box's image before padding.
         grid: the anchors.
-
-    Returns:
-        float64, (N,), in [0, 1].
     """
-    x1, y1, x2, y2 = boxes.T
-    areas = (x2 - x1) * (y2 - y1)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    areas = (high - low).prod(axis=1)
+    padded = np.ceil(sizes / _DIVISIBILITY) * _DIVISIBILITY
     best = np.zeros(len(boxes))
     for cells, stride in zip(grid.cells, grid.strides):
-        for left, top, right, bottom in cells:
+        last = np.ceil(padded / stride) - 1  # reference point, in x and in y
+        for cell_low, cell_high in cells.reshape(-1, 2, 2):
             # The IoU with one shape grows with the overlap in x and in y, and each is largest where the centers are
             # nearest: so the best of all positions is found without trying them.
-            x = _nearest((x1 + x2 - left - right) / 2, widths, stride, grid.offset)
-            y = _nearest((y1 + y2 - top - bottom) / 2, heights, stride, grid.offset)
-            overlap = (np.minimum(x2, x + right) - np.maximum(x1, x + left)).clip(min=0)
-            overlap *= (np.minimum(y2, y + bottom) - np.maximum(y1, y + top)).clip(min=0)
-            union = areas + (right - left) * (bottom - top) - overlap
+            centers = (low + high - cell_low - cell_high) / 2
+            points = (np.rint(centers / stride - grid.offset).clip(min=0, max=last) + grid.offset) * stride
+            overlaps = np.minimum(high, points + cell_high) - np.maximum(low, points + cell_low)
+            overlap = overlaps.clip(min=0).prod(axis=1)
+            union = areas + (cell_high - cell_low).prod() - overlap
             np.maximum(best, overlap / np.maximum(union, np.finfo(np.float64).tiny), out=best)
     return best
 
 
-def _nearest(centers: np.ndarray, sides: np.ndarray, stride: int, offset: float) -> np.ndarray:
-    """Return the reference points of a level, along one axis, that are nearest to ``centers``."""
-    padded = np.ceil(sides / _DIVISIBILITY) * _DIVISIBILITY
-    last = np.ceil(padded / stride) - 1
-    return (np.rint(centers / stride - offset).clip(min=0).clip(max=last) + offset) * stride
-
-
-def check_coverage(
-    boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg: CfgNode, max_boxes: int | None
-) -> dict:
+def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes: int | None) -> dict:
     """Compute what share of the boxes no anchor of a config matches, and what would help.
 
     Args:
         boxes: float64, (N, 4), XYWH in pixels of the images as they are on disk; finite, with w, h > 0.
-        widths, heights: (N,), of the box's image.
+        sizes: (N, 2), width and height of the box's image.
         cfg: a Detectron2 config: its anchors, INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN.
         max_boxes: look at that many evenly spaced boxes only; None for all.
 
@@ -132,24 +110,17 @@ def check_coverage(
         ValueError: see :func:`anchor_grid` and :func:`resized_sizes`.
     """
     grid = anchor_grid(cfg)
-    boxes, widths, heights = _resize(*_thin_out(max_boxes, boxes, widths, heights), cfg)
+    boxes, sizes = _resize(*_thin_out(max_boxes, boxes, sizes), cfg)
     if not len(boxes):
         return {"boxes": 0}
-    ious = best_ious(boxes, widths, heights, grid)
+    ious = best_ious(boxes, sizes, grid)
     unmatched = boxes[ious < MATCH_IOU]
-    result = {
-        "boxes": len(boxes),
-        "unmatched": len(unmatched),
-        "share": len(unmatched) / len(boxes),
-        "mean_best_iou": float(ious.mean()),
-        "unmatched_sizes": None,
-        "hints": [],
-        "sizes": None,
-    }
+    result = {"boxes": len(boxes), "unmatched": len(unmatched), "share": len(unmatched) / len(boxes)}
+    result.update(mean_best_iou=float(ious.mean()), unmatched_sizes=None, hints=[], sizes=None)
     if len(unmatched):
         sides = np.sqrt((unmatched[:, 2:] - unmatched[:, :2]).prod(axis=1))
         result["unmatched_sizes"] = np.quantile(sides, (0.1, 0.5, 0.9)).tolist()
-        result.update(_suggest_sizes(*_thin_out(_MAX_TRIED, boxes, widths, heights), grid, cfg))
+        result.update(_suggest_sizes(*_thin_out(_MAX_TRIED, boxes, sizes), grid, cfg))
     return result
 
 
@@ -161,27 +132,24 @@ def _thin_out(count: int | None, *columns: np.ndarray) -> list[np.ndarray]:
     return [column[rows] for column in columns]
 
 
-def _resize(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, cfg: CfgNode) -> tuple:
-    """Return XYXY boxes cut to the resized image, and its sizes; boxes of which nothing is left are dropped."""
-    new_widths, new_heights = resized_sizes(widths, heights, cfg)
-    scale_x, scale_y = new_widths / widths, new_heights / heights
+def _resize(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> tuple[np.ndarray, np.ndarray]:
+    """Return XYXY boxes cut to the resized image, and its size; boxes of which nothing is left are dropped."""
+    new_sizes = resized_sizes(sizes, cfg)
+    scale = new_sizes / sizes
     with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
-        x1, y1 = boxes[:, 0] * scale_x, boxes[:, 1] * scale_y
-        x2, y2 = x1 + boxes[:, 2] * scale_x, y1 + boxes[:, 3] * scale_y
-    corners = x1.clip(min=0), y1.clip(min=0), np.minimum(x2, new_widths), np.minimum(y2, new_heights)
-    boxes = np.stack(corners, axis=1)
-    left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    return boxes[left], new_widths[left], new_heights[left]
+        low = boxes[:, :2] * scale
+        high = np.minimum(low + boxes[:, 2:] * scale, new_sizes)
+    low = low.clip(min=0)
+    left = (high > low).all(axis=1)
+    return np.hstack([low, high])[left], new_sizes[left]
 
 
-def _suggest_sizes(
-    boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray, grid: AnchorGrid, cfg: CfgNode
-) -> dict[str, list]:
+def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid, cfg: CfgNode) -> dict[str, list]:
     """Return ``sizes`` and a hint about them, or nothing if no factor of all sizes helps enough."""
     shares = {}
     for factor in FACTORS:
-        scaled = AnchorGrid([cells * factor for cells in grid.cells], grid.strides, grid.offset)
-        shares[factor] = float((best_ious(boxes, widths, heights, scaled) < MATCH_IOU).mean())
+        scaled = grid._replace(cells=[cells * factor for cells in grid.cells])
+        shares[factor] = float((best_ious(boxes, sizes, scaled) < MATCH_IOU).mean())
     best, now = min(FACTORS, key=lambda factor: (shares[factor], abs(np.log(factor)))), shares[1.0]
     if shares[best] > now - _MIN_GAIN or shares[best] > now * _MAX_LEFT:
         return {}

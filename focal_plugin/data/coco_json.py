@@ -1,13 +1,13 @@
-"""Read a COCO json as training reads it, and turn its rows into NumPy columns."""
+"""Read a COCO json as training reads it, and turn its rows into NumPy tables."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,45 @@ from .dataset_report import MAX_EXAMPLES, DatasetReport
 SECTIONS = ("images", "annotations", "categories")
 
 
-def read_json(json_file: str | os.PathLike) -> Any:
-    """Return the content of a json file.
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "area"),
+    "categories": ("id", "name"),
+}
+_OPTIONAL = ("iscrowd", "ignore", "area")
+_IDS = -(2**63), 2**63 - 1
+_SIDES = 1, 2**31 - 1
+_RANGES = {"id": _IDS, "image_id": _IDS, "category_id": _IDS, "width": _SIDES, "height": _SIDES}
+_RULES = {  # key -> (is a value valid?, what is wrong if not)
+    "file_name": (lambda value: type(value) is str and value, "is no text, or empty"),
+    "name": (lambda value: type(value) is str, "is no text"),
+    "bbox": (
+        lambda value: type(value) is list and len(value) == 4 and all(map(_is_number, value)),
+        "is no list of four numbers",
+    ),
+    "iscrowd": (lambda value: value in (0, 1), "is neither 0 nor 1"),
+    "ignore": (lambda value: value == 0, "is not 0, which Detectron2 refuses"),
+    "area": (lambda value: _is_number(value) and 0 <= value < math.inf, "is no area"),
+}
+_IMAGE = [("id", "i8"), ("width", "i8"), ("height", "i8"), ("file_name", object)]
+_ANNOTATION = [("id", "i8"), ("image_id", "i8"), ("category_id", "i8"), ("bbox", "f8", 4), ("iscrowd", bool)]
+_CATEGORY = [("id", "i8"), ("name", object)]
+
+
+class Tables(NamedTuple):
+    """The complete rows of a COCO json, in the file's order: structured arrays, whose fields are named as in the json.
+
+    Beside these an annotation has "image_size": float64, (A, 2), width and height in pixels; NaN where there is no
+    image. Its "bbox" is float64, (A, 4), XYWH in pixels; may be NaN or infinite.
+    """
+
+    images: np.ndarray
+    annotations: np.ndarray
+    categories: np.ndarray
+
+
+def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]]:
+    """Return the lists of a COCO json by section, and the sections that it has no list of (here, an empty one).
 
     Raises:
         OSError: the file cannot be read.
@@ -31,167 +68,80 @@ def read_json(json_file: str | os.PathLike) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("byte order mark at character 0: save the file as UTF-8 without one")
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    lists = {section: content.get(section) if type(content) is dict else None for section in SECTIONS}
+    missing = [section for section in SECTIONS if type(lists[section]) is not list]
+    return {**lists, **{section: [] for section in missing}}, missing
 
 
-def missing_lists(content: Any) -> list[str]:
-    """Return which of ``SECTIONS`` the content of a json has no list of."""
-    content = content if isinstance(content, dict) else {}
-    return [section for section in SECTIONS if not isinstance(content.get(section), list)]
+def find_faults(section: str, element: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield what is wrong with an element of a section: (code of the finding, key or nothing, problem in words)."""
+    if type(element) is not dict:
+        yield "wrong_type", "", f"an element of {section} is no object"
+        return
+    for key in _KEYS[section]:
+        if key not in element:
+            if key != "ignore":
+                yield f"missing_{key}" if key in _OPTIONAL else "missing_key", key, ""
+        elif problem := _find_problem(section, key, element[key]):
+            yield "bad_area" if key == "area" else "wrong_type", key, f'"{key}" of {section} {problem}'
 
 
-def _whole(low: int, high: int) -> Callable[[Any], str]:
-    def problem(value):
-        if type(value) not in (int, float):  # and not isinstance, to which True is a number
-            return "is no number"
-        is_valid = low <= value <= high and value == int(value)
-        return "" if is_valid else f"is no whole number from {low:,} to {high:,}"
-
-    return problem
-
-
-def _unless(is_valid: Callable[[Any], bool], problem: str) -> Callable[[Any], str]:
-    return lambda value: "" if is_valid(value) else problem
-
-
-_INT64, _SIDE = _whole(-(2**63), 2**63 - 1), _whole(1, 2**31 - 1)
-_NUMBERS = {int, float}
-_KEYS = {  # section -> key -> a function that says what is wrong with a value, or nothing
-    "images": {
-        "id": _INT64,
-        "file_name": _unless(lambda value: type(value) is str and value, "is no text, or empty"),
-        "width": _SIDE,
-        "height": _SIDE,
-    },
-    "annotations": {
-        "id": _INT64,
-        "image_id": _INT64,
-        "category_id": _INT64,
-        "bbox": _unless(
-            lambda value: type(value) is list and len(value) == 4 and _NUMBERS.issuperset(map(type, value)),
-            "is no list of four numbers",
-        ),
-        "iscrowd": _unless(lambda value: value in (0, 1), "is neither 0 nor 1"),
-        "ignore": _unless(lambda value: value == 0, "is not 0, which Detectron2 refuses"),
-    },
-    "categories": {
-        # Not 1.0: this is the one id that --register and Detectron2 list and sort.
-        "id": lambda value: "is no whole number" if type(value) is float else _INT64(value),
-        "name": _unless(lambda value: type(value) is str, "is no text"),
-    },
-}
-_OPTIONAL = {"iscrowd", "ignore"}
+def _find_problem(section: str, key: str, value: Any) -> str:
+    if key in _RULES:
+        is_valid, problem = _RULES[key]
+        return "" if is_valid(value) else problem
+    if not _is_number(value):
+        return "is no number"
+    if section == "categories" and type(value) is float:  # 1.0: --register and Detectron2 list and sort these ids
+        return "is no whole number"
+    low, high = _RANGES[key]
+    is_whole = low <= value <= high and value == int(value)
+    return "" if is_whole else f"is no whole number from {low:,} to {high:,}"
 
 
-@dataclass
-class Columns:
-    """The complete rows of a COCO json, in the file's order.
-
-    Attributes:
-        image_ids: int64, (I,).
-        sizes: int64, (I, 2), width and height in pixels.
-        file_names: I strings, as in the file.
-        annotation_ids, box_image_ids, box_category_ids: int64, (A,).
-        boxes: float64, (A, 4), XYWH in pixels; may be NaN or infinite.
-        crowd: bool, (A,).
-        category_ids: int64, (C,).
-        category_names: C strings.
-    """
-
-    image_ids: np.ndarray
-    sizes: np.ndarray
-    file_names: list[str]
-    annotation_ids: np.ndarray
-    box_image_ids: np.ndarray
-    box_category_ids: np.ndarray
-    boxes: np.ndarray
-    crowd: np.ndarray
-    category_ids: np.ndarray
-    category_names: list[str]
-
-    def box_image_sizes(self) -> np.ndarray:
-        """Return width and height of each box's image: float64, (A, 2), in pixels; NaN where there is no image."""
-        rows, known = rows_of(self.box_image_ids, self.image_ids)
-        sizes = np.full((len(rows), 2), np.nan)
-        sizes[known] = self.sizes[rows[known]]
-        return sizes
-
-    def object_image_ids(self) -> np.ndarray:
-        """Return the ids of the images with an object that is no crowd, as Detectron2 counts them; int64, sorted."""
-        return np.unique(self.box_image_ids[~self.crowd])
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # and not isinstance, to which True is a number
 
 
-def read_columns(report: DatasetReport, lists: dict[str, list]) -> Columns:
+def read_tables(report: DatasetReport, lists: dict[str, list]) -> Tables:
     """Return the complete rows, and report what is wrong with the others."""
     images, annotations, categories = (_complete_rows(report, section, lists[section]) for section in SECTIONS)
-    try:
-        boxes = np.array([row["bbox"] for row in annotations], dtype=np.float64)
-    except OverflowError:  # an integer beyond 1e308: infinity
-        boxes = np.array([[float(str(number)) for number in row["bbox"]] for row in annotations])
-    return Columns(
-        *_integers(images, "id").T,
-        _integers(images, "width", "height"),
-        [row["file_name"] for row in images],
-        *_integers(annotations, "id", "image_id", "category_id").T,
-        boxes.reshape(-1, 4),
-        np.array([bool(row.get("iscrowd")) for row in annotations], dtype=bool),
-        *_integers(categories, "id").T,
-        [row["name"] for row in categories],
+    sizes, no_size = {row["id"]: (row["width"], row["height"]) for row in images}, (math.nan, math.nan)
+
+    def fields(row: dict) -> tuple:
+        box = [_to_float(number) for number in row["bbox"]]
+        ids = row["id"], row["image_id"], row["category_id"]
+        return (*ids, box, bool(row.get("iscrowd")), sizes.get(row["image_id"], no_size))
+
+    return Tables(
+        np.array([(row["id"], row["width"], row["height"], row["file_name"]) for row in images], _IMAGE),
+        np.array(list(map(fields, annotations)), [*_ANNOTATION, ("image_size", "f8", 2)]),
+        np.array([(row["id"], row["name"]) for row in categories], _CATEGORY),
     )
 
 
-def _integers(rows: list[dict], *names: str) -> np.ndarray:
-    return np.array([[row[name] for name in names] for row in rows], dtype=np.int64).reshape(-1, len(names))
+def _to_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond 1e308
+        return math.inf
 
 
 def _complete_rows(report: DatasetReport, section: str, elements: list) -> list[dict]:
-    def add(level: str, code: str, message: str, places: list[int], name: str | None = None) -> None:
-        """Add a finding about the elements at some places, which shows their values under a key."""
-        examples = [f"{section}[{place}]" for place in places[:MAX_EXAMPLES]]
-        if code in ("wrong_type", "bad_area"):
-            values = [elements[place][name] if name else elements[place] for place in places[:MAX_EXAMPLES]]
+    places, rows = defaultdict(list), []
+    for place, element in enumerate(elements):
+        faults = list(find_faults(section, element))
+        for fault in faults:
+            places[fault].append(place)
+        if all(code not in ("wrong_type", "missing_key") for code, _, _ in faults):
+            rows.append(element)
+    for (code, key, problem), where in places.items():
+        examples = [f"{section}[{place}]" for place in where[:MAX_EXAMPLES]]
+        if not code.startswith("missing"):
+            values = [elements[place][key] if key else elements[place] for place in where[:MAX_EXAMPLES]]
             examples = [f"{example} = {printable(value)}" for example, value in zip(examples, values)]
-        report.add(level, code, f"{message}: {len(places):,} times", len(places), examples)
-
-    rows = [place for place, element in enumerate(elements) if type(element) is dict]
-    no_objects = [place for place, element in enumerate(elements) if type(element) is not dict]
-    add("fatal", "wrong_type", f"an element of {section} is no object", no_objects)
-    incomplete = set()
-    for name, find_problem in _KEYS[section].items():
-        lacking, wrong = [], defaultdict(list)
-        for place in rows:
-            if name not in elements[place]:
-                lacking.append(place)
-            elif problem := find_problem(elements[place][name]):
-                wrong[problem].append(place)
-        for problem, places in wrong.items():
-            add("fatal", "wrong_type", f'"{name}" of {section} {problem}', places, name)
-        if name not in _OPTIONAL:
-            add("fatal", "missing_key", f'{section} without "{name}"', lacking)
-            incomplete.update(lacking, *wrong.values())
-    if section == "annotations":
-        lacking = [place for place in rows if "iscrowd" not in elements[place]]
-        message = (
-            'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
-            "stops with a KeyError; write 0)"
-        )
-        add("warning", "missing_iscrowd", message, lacking)
-        lacking = [place for place in rows if "area" not in elements[place]]
-        message = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-        add("error", "missing_area", message, lacking)
-        areas = ((place, elements[place].get("area", 0)) for place in rows)
-        wrong = [place for place, area in areas if type(area) not in (int, float) or not 0 <= area < float("inf")]
-        message = 'annotations whose "area" is no number >= 0, which evaluation compares with'
-        add("error", "bad_area", message, wrong, "area")
-    return [elements[place] for place in rows if place not in incomplete]
-
-
-def rows_of(ids: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where in ``table`` each of ``ids`` is: (rows, known); a row means something only where known is True."""
-    if not len(table):
-        return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
-    order = np.argsort(table, kind="stable")
-    rows = order[np.searchsorted(table, ids, sorter=order).clip(max=len(table) - 1)]
-    return rows, table[rows] == ids
+        report.add(code, len(where), examples, section=section, key=key, problem=problem)
+    return rows

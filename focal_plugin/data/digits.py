@@ -46,42 +46,31 @@ _SOURCE = (
 )
 
 
-# --- the handwriting ---
-
-
 @functools.lru_cache(maxsize=1)
 def _load_handwriting():
     """Return scikit-learn's digits: (1797, 8, 8) uint8 ink of 0..255, and (1797,) labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits data set is made from scikit-learn's handwriting: pip install scikit-learn"
-        ) from error
+        message = "the digits data set is made from scikit-learn's handwriting: pip install scikit-learn"
+        raise ImportError(message) from error
     digits = load_digits()
     return (digits.images * 255 // 16).astype(np.uint8), digits.target
 
 
 @functools.lru_cache(maxsize=len(SPLITS))
 def source_indices(split: str) -> list[np.ndarray]:
-    """Return which of scikit-learn's digit images a split draws from.
+    """Return the indices into `load_digits()` that a split draws from, an array per class; the splits share none.
 
     Every class is cut once, in the source's order and for all seeds. A random cut would make the task easier:
     neighbors in that order look alike (a nearest neighbor errs on 4 % of `val`, or on none).
-
-    Args:
-        split: "train" or "val".
-
-    Returns:
-        One array of indices into `load_digits()` per class; no index is in both splits.
 
     Raises:
         ImportError: scikit-learn is missing.
     """
     labels = _load_handwriting()[1]
     per_class = [np.flatnonzero(labels == digit) for digit in range(len(CLASS_NAMES))]
-    parts = [np.split(indices, [int(len(indices) * TRAIN_SHARE)]) for indices in per_class]
-    return [part[SPLITS.index(split)] for part in parts]
+    return [np.split(indices, [int(len(indices) * TRAIN_SHARE)])[SPLITS.index(split)] for indices in per_class]
 
 
 def _draw_source(rng, split, label):
@@ -99,17 +88,13 @@ def _draw_scrambled_source(rng, split):
 
 
 def _render_glyph(rng, source):
-    """Warp (8, 8) uint8 ink and scale it to its size in a scene.
-
-    Returns:
-        (h, w) uint8 opacity, cropped to the ink; the longer side is log-uniform in [MIN_SIDE, MAX_SIDE].
-    """
-    ink = _warp(rng, source)
-    box = Image.fromarray(ink).point(lambda opacity: opacity > 127).getbbox()
-    side = MIN_SIDE * (MAX_SIDE / MIN_SIDE) ** rng.random()
-    scale = side / max(box[2] - box[0], box[3] - box[1])
-    size = max(1, round(scale * (box[2] - box[0]))), max(1, round(scale * (box[3] - box[1])))
-    return np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BILINEAR, box=box))
+    """Warp (8, 8) uint8 ink, crop it, and scale its longer side to log-uniform in [MIN_SIDE, MAX_SIDE] pixels."""
+    ink = Image.fromarray(_warp(rng, source))
+    box = ink.point(lambda opacity: opacity > 127).getbbox()
+    sides = box[2] - box[0], box[3] - box[1]
+    scale = MIN_SIDE * (MAX_SIDE / MIN_SIDE) ** rng.random() / max(sides)
+    size = tuple(max(1, round(scale * side)) for side in sides)
+    return np.asarray(ink.resize(size, Image.Resampling.BILINEAR, box=box))
 
 
 def _warp(rng, source):
@@ -128,19 +113,10 @@ def _warp(rng, source):
     return np.clip((np.asarray(blurred).astype(np.int32) - threshold) * 4 + 128, 0, 255).astype(np.uint8)
 
 
-# --- the scene ---
-
-
 def draw_scene(
     split: str, index: int, *, image_size: int = 128, seed: int = 0
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
-    """Draw one scene. It depends on the arguments alone, not on how many other scenes there are.
-
-    Args:
-        split: "train" or "val".
-        index: which scene, from 0.
-        image_size: side of the square image, pixels, at least 64.
-        seed: seed of the data set.
+    """Draw scene ``index`` (from 0) of a split, which depends on the arguments alone.
 
     Returns:
         The (image_size, image_size, 3) uint8 RGB image; 0 to 6 XYWH boxes in whole pixels, tight to the ink; as many
@@ -166,7 +142,7 @@ def draw_scene(
 
 
 def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
-    """Return the digits that a scene gets if there is room (see `draw_scene` for the arguments).
+    """Return the digits that a scene gets if there is room.
 
     Over consecutive scenes the counts and the classes run evenly through their distributions (a Kronecker sequence
     instead of independent draws), so that chance takes no rare class out of a small split.
@@ -235,7 +211,7 @@ _CLUTTER = (_draw_line, _draw_arc, _draw_zigzag, _draw_blob, _draw_patch)
 
 
 def _find_place(rng, width, height, size, taken):
-    """Return a free XYWH box, which shares at most a tenth of the smaller with any taken one, or None."""
+    """Return an XYWH box that shares at most a tenth of the smaller with any taken one, or None."""
     for x, y in rng.integers(0, (size - width + 1, size - height + 1), (40, 2)).tolist():
         box = (x, y, width, height)
         if all(10 * _intersection(box, other) <= min(width * height, other[2] * other[3]) for other in taken):
@@ -257,9 +233,6 @@ def _lay_ink(rng, image, glyph, box):
     region += (color - region) * glyph[..., None].astype(np.int32) // 255
 
 
-# --- the files ---
-
-
 def make_digits(
     root: str | os.PathLike, *, num_train: int = 4000, num_val: int = 300, image_size: int = 128, seed: int = 0
 ) -> Path:
@@ -270,8 +243,7 @@ def make_digits(
 
     Args:
         root: folder that holds the data sets; created when missing.
-        num_train: images in `train`, at least 1.
-        num_val: images in `val`, at least 1.
+        num_train, num_val: images in `train` and in `val`, at least 1.
         image_size: side of the square images, pixels, at least 64.
         seed: non-negative; another seed gives other scenes from the same handwriting.
 
@@ -287,14 +259,13 @@ def make_digits(
             f"make_digits needs num_train >= 1, num_val >= 1, image_size >= {MIN_IMAGE_SIZE} and seed >= 0, "
             f"not {num_train}, {num_val}, {image_size} and {seed}"
         )
-    counts = {"train": num_train, "val": num_val}
-    folder = _folder(root, num_train, num_val, image_size, seed)
+    counts, folder = {"train": num_train, "val": num_val}, _folder(root, num_train, num_val, image_size, seed)
     if _is_complete(folder, counts):  # asked first without the lock: the data may lie where nothing can be written
         return folder
-    draft, lock = (folder.with_name(f".{folder.name}.{purpose}") for purpose in ("draft", "lock"))
+    draft = folder.with_name(f".{folder.name}.draft")
     _load_handwriting()  # raises where there is none, before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with FileLock(draft.with_suffix(".lock")):
         if not _is_complete(folder, counts):
             logger.warning(f"Drawing, once, {num_train} + {num_val} scenes of digits into {folder}")
             for leftover in (draft, folder):  # of a killed run; a damaged data set
@@ -347,9 +318,6 @@ def _write_split(folder, split, count, image_size, seed):
     (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-# --- the catalog ---
-
-
 def register_digits() -> None:
     """Register `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
 
@@ -358,33 +326,27 @@ def register_digits() -> None:
     harmless and follows a variable that has changed since, as does loading a data set.
     """
     for size, split in itertools.product(REGISTERED_SIZES, SPLITS):
-        name = _name(split, size)
+        name = f"digits_{split}" if size == REGISTERED_SIZES[0] else f"digits_{size}px_{split}"
         if name not in DatasetCatalog:
-            DatasetCatalog.register(name, functools.partial(_load_registered, split, size))
+            DatasetCatalog.register(name, functools.partial(_load_registered, name, split, size))
         elif getattr(DatasetCatalog[name], "func", None) is not _load_registered:
             logger.warning(f"'{name}' is registered already, and not by focal_plugin: left as it is")
             continue
-        _set_metadata(split, size)
+        _set_metadata(name, split, size)
 
 
-def _name(split, size):
-    return f"digits_{split}" if size == REGISTERED_SIZES[0] else f"digits_{size}px_{split}"
+def _load_registered(name, split, size):
+    make_digits(_registered_root(), image_size=size)
+    meta = _set_metadata(name, split, size)
+    return load_coco_json(meta.json_file, meta.image_root, name)
 
 
-def _root():
+def _registered_root():
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digits"
 
 
-def _load_registered(split, size):
-    make_digits(_root(), image_size=size)
-    meta = _set_metadata(split, size)
-    return load_coco_json(meta.json_file, meta.image_root, meta.name)
-
-
-def _set_metadata(split, size):
-    """Point the metadata to where `_load_registered` draws and reads."""
-    meta = MetadataCatalog.get(_name(split, size))
-    folder = _folder(_root(), image_size=size)
+def _set_metadata(name, split, size):
+    meta, folder = MetadataCatalog.get(name), _folder(_registered_root(), image_size=size)
     for key in ("json_file", "image_root"):  # Metadata refuses to change an attribute, but not to lose it
         meta.__dict__.pop(key, None)
     return meta.set(

@@ -1,13 +1,12 @@
 """Training data as a stream in which the n-th image, augmentation included, depends on the seed and on n alone.
 
-Detectron2's samplers have no start, and its data workers draw random numbers in the order in which they happen to be
-asked: a resumed run sees the beginning of the data again, augmented differently. This stream can begin at any batch,
-with any number of data workers, and gives the images that an uninterrupted run would have seen.
+Detectron2's samplers have no start, and its data workers draw random numbers in the order in which they are asked: a
+resumed run sees the beginning of the data again, augmented differently. This stream can begin at any batch, with any
+number of data workers, and gives the images that an uninterrupted run would have seen.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -19,11 +18,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.utils.data
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
+from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _MAX_TRIES = 1000  # images, to find one that can be trained on
 SKIPPED = "skipped"  # key of an image's dict: the files that it replaces
 
 
-class TrainingStream(torch.utils.data.Sampler):
+class TrainingStream(Sampler):
     """Choose the images that this process trains on, batch after batch, from any batch on.
 
     Yields (index, position): an image, and its place in the stream that all processes share. Images are grouped by
@@ -47,11 +47,7 @@ class TrainingStream(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self,
-        make_sampler: Callable[[int], torch.utils.data.Sampler],
-        batch_size: int,
-        seed: int,
-        groups: Sequence[int] | None = None,
+        self, make_sampler: Callable[[int], Sampler], batch_size: int, seed: int, groups: Sequence[int] | None = None
     ):
         self._make_sampler, self.batch_size, self._groups = make_sampler, batch_size, groups
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
@@ -78,15 +74,13 @@ class TrainingStream(torch.utils.data.Sampler):
                 bucket.clear()
 
     def __getstate__(self):
-        # For spawned data workers: only the trainer makes new samplers, and the function may not be picklable.
-        return {**self.__dict__, "_make_sampler": None}
+        return {"seed": self.seed}  # all that a spawned data worker needs
 
 
-class SeededDataset(torch.utils.data.Dataset):
+class SeededDataset(Dataset):
     """Map images with random numbers that depend on their place in the stream only.
 
     An image that cannot be read is replaced by another, drawn by the same rule, which lists it under :data:`SKIPPED`.
-    The global random number generators are left seeded: whoever shares a process with this keeps their state.
 
     Args:
         dataset: dicts in Detectron2's format.
@@ -103,16 +97,19 @@ class SeededDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def __getitems__(self, samples: list[tuple[int, int]]) -> list[dict]:
+        """Return a batch, as torch's loader asks for one: the generators' states are kept once for all its images."""
+        with seeded():  # without data workers, the model draws from the same generators
+            return [self[sample] for sample in samples]
+
     def __getitem__(self, sample: tuple[int, int]) -> dict:
-        """Return the mapped image of a sample of the stream, or of its replacement.
+        """Return the mapped image of a sample of the stream, or of its replacement; leaves the generators seeded.
 
         Raises:
             ValueError: more images cannot be read than may be passed over; names them.
         """
-        index, position = sample
-        seed = self._stream.seed
+        (index, position), seed, skipped = sample, self._stream.seed, []
         others = None  # made when first needed: seeding it from a text takes a while
-        skipped = []
         for _ in range(_MAX_TRIES):
             _seed(seed, position)
             image, reason = _read(self._mapper, self._dataset[index])
@@ -128,11 +125,7 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 class NamingMapper:
-    """Map images for evaluation, where none can be left out: its errors name the file.
-
-    Args:
-        mapper: one of Detectron2's.
-    """
+    """Map images with one of Detectron2's mappers for evaluation, where none can be left out: errors name the file."""
 
     def __init__(self, mapper: Callable[[dict], dict]):
         self._mapper = mapper
@@ -152,24 +145,18 @@ def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
     try:
         return mapper(image), ""
     except Exception:
-        # The file's fault, or the mapper's? Pillow raises all kinds of errors, and none names the file.
+        # The file's fault, or the mapper's? Pillow raises all kinds of errors, and does not name the file.
         try:
             utils.check_image_size(dict(image), utils.read_image(image["file_name"], format="BGR"))
         except MemoryError:
             raise
         except Exception as error:
-            message = " ".join(str(error).split())
-            return image, f"{type(error).__name__}: {message}"
+            return image, f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise
 
 
 def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
-    """Return an error message that names the files and says what to do.
-
-    Args:
-        skipped: (file name, reason) each.
-        limit: how many may be passed over.
-    """
+    """Return an error message that names the files, given as (file name, reason), and says what to do."""
     files = "\n".join(f"  {name}: {reason}" for name, reason in skipped)
     return (
         f"{len(skipped)} image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {limit}:\n{files}\n"
@@ -177,8 +164,8 @@ def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
     )
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> Iterable[list[dict]]:
-    """Build Detectron2's training loader over a stream from which training can be resumed: see :func:`stream_of`.
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> DataLoader:
+    """Build a loader of Detectron2's training data from whose :func:`stream_of` training can be resumed.
 
     Args:
         cfg: a Detectron2 config with the plugin's keys; ``DATALOADER.SAMPLER_TRAIN`` names the sampler.
@@ -196,41 +183,38 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
         ) from error
     groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING and not all("width" in image and "height" in image for image in dicts):
-        logger.warning("images are not grouped by aspect ratio: the data set does not say how wide and high they are")
-    elif cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        if all("width" in image and "height" in image for image in dicts):
+            groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
+        else:
+            lacking = "the data set does not say how wide and high they are"
+            logger.warning(f"images are not grouped by aspect ratio: {lacking}")
     dataset = DatasetFromList(dicts, copy=False)
     del dicts  # packed by now, and much smaller
 
-    def make_sampler(seed: int) -> torch.utils.data.Sampler:
+    def make_sampler(seed: int) -> Sampler:
         # Detectron2's own choice by name. Samplers that take no seed draw one from NumPy's generator.
         with seeded(seed):
             return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)["sampler"]
 
     seed = comm.shared_random_seed()
     stream = TrainingStream(make_sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, groups)
-    loader = build_detection_train_loader(
+    loader = DataLoader(
         SeededDataset(dataset, mapper, stream, cfg.DATALOADER.MAX_BAD_IMAGES),
-        mapper=None,
+        batch_size=stream.batch_size,
         sampler=stream,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,  # of the data workers; without one they would draw it from the model's generator
+        collate_fn=trivial_batch_collator,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(seed),  # without one it would draw from the model's
     )
-    if not loader.num_workers:
-        loader.__class__ = _InProcessLoader
     return ignore_sigterm(loader)
 
 
 def stream_of(loader: Iterable[list[dict]]) -> TrainingStream | None:
     """Return the stream that a loader of :func:`build_train_loader` reads; None for another loader."""
-    sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
+    sampler = getattr(loader, "sampler", None)
     return sampler if isinstance(sampler, TrainingStream) else None
-
-
-# --- random numbers ---
 
 
 @contextmanager
@@ -240,9 +224,14 @@ def seeded(*entropy: int) -> Iterator[None]:
     Args:
         entropy: non-negative integers, any number of them; others give unrelated random numbers.
     """
-    with _kept():
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
         _seed(*entropy)
         yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
 
 def _seed(*entropy: int) -> None:
@@ -253,50 +242,19 @@ def _seed(*entropy: int) -> None:
     torch.default_generator.manual_seed(int(words[2]))
 
 
-@contextmanager
-def _kept() -> Iterator[None]:
-    """Put the CPU generators back after the block."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-
-
-class _InProcessLoader(torch.utils.data.DataLoader):
-    """Load images in the process of the model, whose random numbers they must not touch.
-
-    The generators are kept once a batch, not once an image: for NumPy's that takes 60 microseconds.
-    """
-
-    def __iter__(self):
-        batches = super().__iter__()
-        while True:
-            with _kept():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-
-# --- SIGTERM ---
-
-
-def ignore_sigterm(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+def ignore_sigterm(loader: DataLoader) -> DataLoader:
     """Make the data workers of a loader ignore SIGTERM unless it comes from the process that started them.
 
-    A scheduler sends it to every process. It is meant for the trainer, which saves a checkpoint and needs living data
-    workers for that. Where signals cannot be waited for (not on Linux) nothing changes.
+    A scheduler sends it to every process, and means the trainer, which needs living data workers to save a checkpoint.
+    Where signals cannot be waited for (not on Linux) nothing changes.
     """
     if loader.num_workers and hasattr(signal, "sigwaitinfo"):
         loader.__class__ = _SigtermIgnoringLoader
-        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
+        loader.worker_init_fn = _init_worker
     return loader
 
 
-class _SigtermIgnoringLoader(torch.utils.data.DataLoader):
+class _SigtermIgnoringLoader(DataLoader):
     def __iter__(self):
         # The workers inherit the mask: there is no moment at which they could die of the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -306,10 +264,8 @@ class _SigtermIgnoringLoader(torch.utils.data.DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _init_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+def _init_worker(worker_id: int) -> None:
     threading.Thread(target=_obey_parent, daemon=True).start()
-    if then is not None:
-        then(worker_id)
 
 
 def _obey_parent() -> None:

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..files import printable
-from .coco_json import missing_lists, read_json
+from .coco_json import find_faults, read_lists
 
 _FORM = "--register name=annotations.json:image_dir"
 
@@ -31,35 +31,25 @@ def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
 def register_from_args(
     args: Sequence[str] | None, known: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, list[str]]:
-    """Register every data set of a repeatable `--register` flag.
+    """Register every data set of a repeatable `--register` flag, and return the class names by data set name.
 
     Args:
         args: list of "name=annotations.json:image_dir", or None if the flag was not given.
         known: what an earlier call returned, perhaps in another process: spares reading the annotations again.
 
-    Returns:
-        The class names by data set name.
-
     Raises:
-        FileNotFoundError: a json file or an image directory does not exist.
-        ValueError: an argument is malformed, its file is no COCO json, or its name is taken.
+        FileNotFoundError, ValueError: as :func:`parse_register_arg` and :func:`register_coco_json`.
     """
     thing_classes = {}
     for text in args or ():
-        name, json_file, image_root = parse_register_arg(text)
-        register_coco_json(name, json_file, image_root, (known or {}).get(name))
+        name, *paths = parse_register_arg(text)
+        register_coco_json(name, *paths, (known or {}).get(name))
         thing_classes[name] = MetadataCatalog.get(name).thing_classes
     return thing_classes
 
 
 def parse_register_arg(text: str) -> tuple[str, str, str]:
     """Split "name=annotations.json:image_dir" at the first "=" and at the last ":", without a look at the disk.
-
-    Args:
-        text: the argument of one `--register`.
-
-    Returns:
-        (name, json_file, image_root)
 
     Raises:
         ValueError: a part is missing, or there is white space in the name.
@@ -79,71 +69,66 @@ def register_coco_json(
 ) -> None:
     """Register a data set in COCO format, class names included.
 
-    Registering the same three again does nothing, so that every spawned worker may do it.
+    Registering the same three again does nothing, so that every spawned worker may do it. "~" is expanded in paths.
 
     Args:
         name: what DATASETS.TRAIN or DATASETS.TEST calls it.
-        json_file: path of the annotations; "~" is expanded.
-        image_root: directory that the json's file names start from; "~" is expanded.
+        json_file: the annotations.
+        image_root: directory that the json's file names start from.
         thing_classes: the class names by category id, if they are known; None reads them from the json.
 
     Raises:
         FileNotFoundError: the json file or the image directory does not exist.
-        ValueError: the file is no COCO json with categories, or the name belongs to another data set or cannot be
-            part of a file name.
+        ValueError: the file is no COCO json with categories, or the name is taken or cannot be part of a file name.
     """
-    argument = f"--register {name}={json_file}:{image_root}"
+    argument, form = f"--register {name}={json_file}:{image_root}", f"the form is {_FORM}"
     # Detectron2 writes files called after the data set, such as OUTPUT_DIR/inference/NAME_coco_format.json.
     bad = [repr(part) for part in ("/", "\\", "..", "\0") if part in name] + ["'-' in front"] * name.startswith("-")
     if bad:
-        raise ValueError(
-            f"{argument!r}: the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}; "
-            f"the form is {_FORM}"
-        )
+        problem = f"the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}"
+        raise ValueError(f"{argument!r}: {problem}; {form}")
     # os.path's functions and not Path's, which raise for an unknown "~user" and for names that are too long.
-    json_file, image_root = (Path(os.path.expanduser(path)).absolute() for path in (json_file, image_root))
+    json_file, image_root = (str(Path(os.path.expanduser(path)).absolute()) for path in (json_file, image_root))
     # Metadata cannot be overwritten either, and some built-in names have nothing else but their "name".
     meta = MetadataCatalog[name].as_dict() if name in MetadataCatalog else {}
     if name in DatasetCatalog or meta.keys() > {"name"}:
-        same = meta.get("json_file") == str(json_file) and meta.get("image_root") == str(image_root)
-        if name in DatasetCatalog and same:
+        if name in DatasetCatalog and [meta.get("json_file"), meta.get("image_root")] == [json_file, image_root]:
             return
         raise ValueError(
             f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
             f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
         )
     if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{argument}: there is no file {json_file}; the form is {_FORM}")
+        raise FileNotFoundError(f"{argument}: there is no file {json_file}; {form}")
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{argument}: there is no directory {image_root}; the form is {_FORM}")
+        raise FileNotFoundError(f"{argument}: there is no directory {image_root}; {form}")
     metadata = {"thing_classes": thing_classes}
     if not thing_classes:
         try:
             names = _read_classes(json_file)
         except ValueError as error:
-            raise ValueError(f"{argument}: {json_file} {error}; the form is {_FORM}") from error
+            raise ValueError(f"{argument}: {json_file} {error}; {form}") from error
         # As load_coco_json will set them again, for whoever has to know before the data set is loaded.
         ids = {category: place for place, category in enumerate(names)}
         metadata = {"thing_classes": list(names.values()), "thing_dataset_id_to_contiguous_id": ids}
-    register_coco_instances(name, metadata, str(json_file), str(image_root))
+    register_coco_instances(name, metadata, json_file, image_root)
 
 
-def _read_classes(json_file: Path) -> dict[int, str]:
+def _read_classes(json_file: str) -> dict[int, str]:
     """Return the class names by category id, in the order of the ids, in which `load_coco_json` numbers them."""
     try:
-        content = read_json(json_file)
+        lists, missing = read_lists(json_file)
     except ValueError as error:
         raise ValueError(f"is not json ({error})") from error
-    if missing := missing_lists(content):
+    if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    if not content["categories"]:
+    categories = lists["categories"]
+    if not categories:
         raise ValueError("has no categories: there is nothing to learn")
-    names = {}
-    for category in content["categories"]:
-        # type(), because True is an int to isinstance.
-        if not (isinstance(category, dict) and type(category.get("id")) is int and type(category.get("name")) is str):
+    for category in categories:
+        if any(find_faults("categories", category)):
             raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
-        names[category["id"]] = category["name"]
-    if len(names) < len(content["categories"]):
+    names = {category["id"]: category["name"] for category in categories}
+    if len(names) < len(categories):
         raise ValueError("has two categories with the same id")
     return dict(sorted(names.items()))

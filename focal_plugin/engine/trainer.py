@@ -111,7 +111,7 @@ class FocalTrainer(DefaultTrainer):
         """
         cfg, stream, sizes = self.cfg, stream_of(self.data_loader), dict(sizes)
         if stream is not None and len(cfg.DATASETS.TRAIN) == 1:
-            sizes[cfg.DATASETS.TRAIN[0]] = len(self.data_loader.dataset.dataset)  # without those that are left out
+            sizes[cfg.DATASETS.TRAIN[0]] = len(self.data_loader.dataset)  # without those that are left out
         start = describe_start(self.checkpointer, cfg, self.start_iter)
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
         text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, sizes=sizes, classes=classes)

@@ -42,28 +42,25 @@ def test_best_iou_is_that_of_brute_force(opts, width, height):
     corners[:30, :, 0] = 0, width  # as wide as the image
     corners[30:60, 1] = width, height  # in its corner
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-    sizes = np.full(len(boxes), float(width)), np.full(len(boxes), float(height))
-    best = best_ious(boxes, *sizes, anchor_grid(cfg))
+    best = best_ious(boxes, np.full((len(boxes), 2), (width, height)), anchor_grid(cfg))
     assert best.min() >= 0 and best.max() <= 1 and best.std() > 0.02
     np.testing.assert_allclose(best, brute_force(boxes, width, height, cfg), atol=2e-5)
 
 
 def test_sizes_are_those_of_resize_shortest_edge():
     cfg, rng = config("INPUT.MAX_SIZE_TRAIN", "1000"), np.random.default_rng(0)
-    widths, heights = rng.integers(1, 3000, (2, 500))
-    new_widths, new_heights = resized_sizes(widths, heights, cfg)
-    for width, height, new_width, new_height in zip(widths, heights, new_widths, new_heights):
-        expected = ResizeShortestEdge.get_output_shape(int(height), int(width), 720, 1000)
+    sizes = rng.integers(1, 3000, (500, 2))
+    for (width, height), (new_width, new_height) in zip(sizes.tolist(), resized_sizes(sizes, cfg)):
+        expected = ResizeShortestEdge.get_output_shape(height, width, 720, 1000)
         assert (new_height, new_width) == tuple(max(side, 1) for side in expected)
-    no_resizing = config("INPUT.MIN_SIZE_TRAIN", "(0,)")
-    assert resized_sizes(widths, heights, no_resizing)[0].tolist() == widths.tolist()
+    assert (resized_sizes(sizes, config("INPUT.MIN_SIZE_TRAIN", "(0,)")) == sizes).all()
 
 
 def boxes_of(width, height, count=300, image=(800, 800)):
     rng = np.random.default_rng(0)
     xy = rng.uniform(0, 1, (count, 2)) * (image[0] - width, image[1] - height)
     boxes = np.concatenate([xy, np.tile([width, height], (count, 1))], axis=1).astype(float)
-    return boxes, np.full(count, float(image[0])), np.full(count, float(image[1]))
+    return boxes, np.full((count, 2), image)
 
 
 AS_IS = "INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333"
@@ -103,7 +100,7 @@ def test_no_size_helps_long_boxes():
 def test_few_boxes_stand_for_many():
     result = check_coverage(*boxes_of(14, 14, count=1000), config(*AS_IS), 50)
     assert result["boxes"] == 50 and result["share"] > 0.9
-    nothing = check_coverage(np.zeros((0, 4)), np.zeros(0), np.zeros(0), config(), None)
+    nothing = check_coverage(np.zeros((0, 4)), np.zeros((0, 2)), config(), None)
     assert nothing == {"boxes": 0}
 
 

@@ -64,6 +64,9 @@ def test_two_roots_hold_the_same_bytes(tmp_path):
     first, second = (make_digits(tmp_path / root, **SMALL) for root in ("a", "b"))
     assert len(read_bytes(first)) == 12 + 6 + 2
     assert read_bytes(first) == read_bytes(second)
+    times = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert make_digits(tmp_path / "a", **SMALL) == first  # and rewrites nothing
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == times
 
 
 def test_hash_seed_and_threads_change_nothing():
@@ -83,14 +86,6 @@ def test_seeds_splits_and_scenes_differ():
         for split, index, seed in itertools.product(("train", "val"), (0, 1), (0, 1))
     ]
     assert len(set(images)) == len(images)
-
-
-def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path, folder):
-    few = make_digits(tmp_path, num_train=10, num_val=1)
-    names = [f"train/{index:06d}.png" for index in range(10)]
-    assert [(few / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
-    many = [a for a in read_json(folder, "train")["annotations"] if a["image_id"] <= 10]
-    assert read_json(few, "train")["annotations"] == many
 
 
 # --- what the scenes hold ---
@@ -116,13 +111,9 @@ def test_every_class_is_in_both_splits_with_a_long_tail(seed):
         assert set(map(len, labels)) == set(range(7))
 
 
-def test_scenes_get_the_digits_they_want():
-    for index, (_, _, labels) in enumerate(scenes()):
-        assert labels == draw_labels("train", index)
-
-
 def test_boxes_are_inside_small_and_apart():
-    for image, boxes, labels in scenes():
+    for index, (image, boxes, labels) in enumerate(scenes()):
+        assert labels == draw_labels("train", index)
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
         assert len(boxes) == len(labels) <= 6
         for x, y, width, height in boxes:
@@ -170,22 +161,15 @@ def test_json_is_valid_coco(folder):
         assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
         assert content["categories"] == [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
         assert "CC BY 4.0" in content["info"]["source"]
-        for image in content["images"]:
-            with Image.open(folder / split / image["file_name"]) as file:
-                assert file.size == (image["width"], image["height"]) == (128, 128)
-                assert file.mode == "RGB"
-
-
-def test_files_hold_the_scenes(folder):
-    content = read_json(folder, "val")
-    for index in range(10):
-        image, boxes, labels = draw_scene("val", index)
-        own = [a for a in content["annotations"] if a["image_id"] == index + 1]
-        with Image.open(folder / "val" / content["images"][index]["file_name"]) as file:
-            assert (np.asarray(file) == image).all()
-        assert [tuple(a["bbox"]) for a in own] == boxes
-        assert [a["category_id"] - 1 for a in own] == labels
-        assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in own)
+        for index, row in enumerate(content["images"]):  # each file is its scene, however many others there are
+            image, boxes, labels = draw_scene(split, index)
+            own = [a for a in content["annotations"] if a["image_id"] == index + 1]
+            with Image.open(folder / split / row["file_name"]) as file:
+                assert file.size == (row["width"], row["height"]) == (128, 128)
+                assert file.mode == "RGB" and (np.asarray(file) == image).all()
+            assert [tuple(a["bbox"]) for a in own] == boxes
+            assert [a["category_id"] - 1 for a in own] == labels
+            assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in own)
 
 
 def test_detectron2_and_the_coco_api_read_it(folder):
@@ -199,12 +183,6 @@ def test_detectron2_and_the_coco_api_read_it(folder):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(folder / "train.json"))
         assert len(coco.loadRes(content["annotations"]).getAnnIds()) == len(content["annotations"])
-
-
-def test_other_image_sizes(tmp_path):
-    folder = make_digits(tmp_path, num_train=1, num_val=1, image_size=64)
-    assert read_json(folder, "train")["images"][0]["width"] == 64
-    assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 32}, {"seed": -1}])
@@ -226,17 +204,12 @@ def test_missing_scikit_learn_says_what_to_type(tmp_path, monkeypatch):
 # --- once, and whole ---
 
 
-def test_second_call_rewrites_nothing(tmp_path):
-    first = make_digits(tmp_path, **SMALL)
-    times = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    assert make_digits(tmp_path, **SMALL) == first
-    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == times
-
-
 def test_parameters_do_not_share_a_folder(tmp_path):
     folders = {make_digits(tmp_path, num_train=1, num_val=1, seed=seed) for seed in (0, 1)}
-    folders.add(make_digits(tmp_path, num_train=1, num_val=1, image_size=64))
-    assert len(folders) == 3
+    small = make_digits(tmp_path, num_train=1, num_val=1, image_size=64)
+    assert len({*folders, small}) == 3
+    assert read_json(small, "train")["images"][0]["width"] == 64
+    assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -269,20 +242,16 @@ def test_a_damaged_folder_is_replaced(tmp_path, lost):
     assert written(tmp_path) == [folder]
 
 
-def _make_at_once(root, barrier):
+def _make_at_once(queue, root, barrier):
     digits._load_handwriting()
     barrier.wait(60)
-    return read_bytes(make_digits(root, **SMALL))
-
-
-def _put(queue, root, barrier):
-    queue.put(_make_at_once(root, barrier))
+    queue.put(read_bytes(make_digits(root, **SMALL)))
 
 
 def test_two_processes_at_once_both_end_with_a_whole_set(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=_put, args=(queue, tmp_path, barrier)) for _ in range(2)]
+    workers = [context.Process(target=_make_at_once, args=(queue, tmp_path, barrier)) for _ in range(2)]
     for worker in workers:
         worker.start()
     results = [queue.get(timeout=60) for _ in workers]
@@ -300,7 +269,8 @@ def test_registering_draws_nothing_until_the_first_load(registered):
     meta = MetadataCatalog.get("digits_val")
     assert meta.thing_classes == [str(digit) for digit in range(10)] and meta.evaluator_type == "coco"
     assert len(DatasetCatalog.get("digits_train")) == 12
-    assert len(DatasetCatalog.get("digits_val")) == 6
+    register_digits()  # again is harmless
+    assert len(DatasetCatalog.get("digits_val")) == len(DatasetCatalog.get("digits_val")) == 6
     assert os.path.isfile(meta.json_file) and os.path.isdir(meta.image_root)
     assert registered in digits.Path(meta.json_file).parents
     assert meta.thing_dataset_id_to_contiguous_id == {digit + 1: digit for digit in range(10)}
@@ -311,11 +281,6 @@ def test_larger_scenes_have_names_and_folders_of_their_own():
     assert [name in DatasetCatalog for name in ("digits_192px_train", "digits_256px_train")] == [True, True]
     assert [f"size{size}-" in meta.json_file for size, meta in zip((128, 192, 256), metas)] == [True] * 3
     assert all(meta.lazily_generated for meta in metas)
-
-
-def test_registering_again_is_harmless(registered):
-    register_digits()
-    assert len(DatasetCatalog.get("digits_val")) == len(DatasetCatalog.get("digits_val")) == 6
 
 
 def test_metadata_follows_the_variable(registered, monkeypatch, tmp_path):

@@ -109,7 +109,7 @@ def test_data_workers_change_nothing_not_even_the_models_random_numbers(config):
 def test_images_are_seeded_by_their_place(config):
     """The same image, at another place of the stream, is augmented in another way."""
     loader = build_train_loader(config())
-    dataset = loader.dataset.dataset
+    dataset = loader.dataset
     assert torch.equal(dataset[3, 7]["image"], dataset[3, 7]["image"])
     shapes = {tuple(dataset[3, place]["image"].shape) for place in range(8)}
     assert len(shapes) > 1
@@ -129,7 +129,7 @@ def test_a_fault_of_the_mapper_is_not_the_images(config):
 
     loader = build_train_loader(config(), mapper)
     with pytest.raises(KeyError, match="my own fault"):
-        loader.dataset.dataset[0, 0]
+        loader.dataset[0, 0]
 
 
 def test_a_data_set_that_does_not_say_how_wide_its_images_are(config, caplog, monkeypatch):
