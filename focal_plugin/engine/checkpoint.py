@@ -25,7 +25,6 @@ from .safe_load import check_regular, check_weights, load_plain, load_zoo, refus
 logger = logging.getLogger(__name__)
 
 _RUN = "run_id"
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -49,8 +48,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     def begin_run(self, run: str | None = None) -> None:
         """Make the folder that of one run: what another one has left there is not fallen back on any more.
 
-        The files of an earlier run stay until they are overwritten; but ``last_checkpoint`` goes, so that a new run
-        that is stopped before its first checkpoint is not taken for the old one.
+        Its files stay until they are overwritten; ``last_checkpoint`` goes, so that a new run that is stopped before
+        its first checkpoint is not taken for the old one.
 
         Args:
             run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
@@ -76,7 +75,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Args:
             name: of the file, without ".pth".
-            tag: whether ``last_checkpoint`` shall name it, so that the run resumes from it.
+            tag: whether ``last_checkpoint`` shall name it.
             kwargs: tensors, numbers, strings and containers of them.
 
         Raises:
@@ -137,15 +136,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Return the file that all workers resume from, as the main one finds it; empty if there is none."""
         if "://" in self.save_dir:
             return self.get_checkpoint_file()
-        found, error = "", None
-        if comm.is_main_process():
-            try:
-                found = newest_resumable(self.save_dir, {"iteration", *self.checkpointables})
-            except ValueError as e:
-                error = e
-        found, error = comm.all_gather((found, error))[0]
-        if error:
-            raise error
+        keys = {"iteration", *self.checkpointables}
+        answer = newest_resumable(Path(self.save_dir), keys) if comm.is_main_process() else None
+        found, why_none = comm.all_gather(answer)[0]
+        if why_none:
+            raise ValueError(why_none)
         seen = comm.all_gather(not found or os.path.isfile(found))
         if not all(seen):
             raise FileNotFoundError(
@@ -222,19 +217,15 @@ def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
     return model
 
 
-def newest_resumable(save_dir: str, keys: Set[str]) -> str:
-    """Return the checkpoint that a run goes on from: what ``last_checkpoint`` names, or else the newest good one.
+def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
+    """Return the checkpoint to go on from, what ``last_checkpoint`` names or else the newest good one; or why none is.
 
     What a killed save has left behind is removed, and what cannot be resumed from is logged.
 
     Args:
-        save_dir: the folder of the checkpoints.
+        folder: of the checkpoints.
         keys: what a checkpoint of a run holds beyond the weights.
-
-    Raises:
-        ValueError: there are checkpoints, and none is good: torn, of weights only, or refused.
     """
-    folder = Path(save_dir)
     for leftover in folder.glob(f"*.pth{TEMPORARY}"):
         with suppress(OSError):
             leftover.unlink()
@@ -257,14 +248,14 @@ def newest_resumable(save_dir: str, keys: Set[str]) -> str:
             problems.append(f"\n  {path}: {error}")
             continue
         if path.name == named or run in ("", checkpoint.get("run")):
-            return str(path)
+            return str(path), ""
         logger.warning(f"cannot resume from {path}: it is of an earlier run in that folder")
-    if problems:
-        raise ValueError(
-            f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
-            "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
-        )
-    return ""
+    if not problems:
+        return "", ""
+    return "", (
+        f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
+        "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
+    )
 
 
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
@@ -281,17 +272,14 @@ def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
 
 
 def _read(folder: str | os.PathLike, name: str = "last_checkpoint") -> str:
-    """Return what a small file says, which may be of any length and content; empty if it is not there."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(1024).strip()
+    """Return what a small file says, whatever its content is; empty if it is not there."""
+    path = Path(folder, name)
+    return path.read_text(encoding="utf-8", errors="replace")[:1024].strip() if path.is_file() else ""
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Return the numbered checkpoints of a folder with their iterations, oldest first."""
-    matches = [(_NUMBERED.fullmatch(path.name), path) for path in folder.glob("model_*.pth")]
+    matches = [(re.fullmatch(r"model_(\d+)\.pth", path.name), path) for path in folder.glob("model_*.pth")]
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 

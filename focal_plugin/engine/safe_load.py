@@ -40,7 +40,6 @@ def load_zoo(path: str) -> dict[str, Any]:
         ValueError: it is damaged, or holds anything but arrays, numbers, strings and containers of them.
         OSError: it cannot be read.
     """
-    check_regular(path)
     with refusing(path):
         if path.endswith(".pyth"):
             weights, author = load_plain(path)["model_state"], "pycls"
@@ -133,10 +132,6 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _frombuffer(data: bytes, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
-    return np.ndarray(shape, dtype.dtype, bytearray(data), order=order)
-
-
 def _scalar(dtype: _DType, data: bytes | str) -> np.generic:
     return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
 
@@ -149,5 +144,7 @@ _ALLOWED = {
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),
     "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: np.ndarray(
+        shape, dtype.dtype, bytearray(data), order=order
+    ),
 }
