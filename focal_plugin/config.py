@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from .config_yaml import all_keys, lookup, merge_file, merge_overrides, unshare
+from .config_yaml import all_keys, did_you_mean, lookup, merge_file, merge_overrides, unshare
+from .files import printable
 
 _EXTENSIONS: list[Callable[[CN], None]] = []
 
@@ -87,51 +87,15 @@ def extend_config(add_keys: Callable[[CN], None]) -> Callable[[CN], None]:
     return add_keys
 
 
-def get_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
     """Load a config that came with focal_plugin (``"retina_focal.yaml"``), or any other YAML file, over the defaults.
-
-    Args:
-        config_file: a path, or a name under the installed ``configs`` folder; a path that exists goes first.
-        opts: ``["KEY", "VALUE", ...]`` overrides.
-
-    Raises:
-        FileNotFoundError: no such file; the message lists the configs that there are.
-        ValueError: see :func:`load_config`.
-    """
-    return load_config(find_config(config_file), opts)
-
-
-def find_config(config_file: str) -> Path:
-    """Return the path of a config file, looked up as :func:`get_config` does."""
-    folder = config_dir()
-    for path in (Path(config_file), folder / config_file):
-        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
-            return path
-    shipped = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
-    near = difflib.get_close_matches(str(config_file)[-100:], shipped, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    tables = [name for name in shipped if name.startswith("paper/")]
-    names = ", ".join(name for name in shipped if name not in tables)
-    raise FileNotFoundError(
-        f"no config file {str(config_file)!r}{hint or ';'} focal_plugin has: {names}, and the {len(tables)} of paper/"
-    )
-
-
-def config_dir() -> Path:
-    """Return the folder of the YAML files: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-
-
-def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
-    """Load a YAML file over the defaults of Detectron2 and of the plugin.
 
     YAML is loaded safely: Detectron2 runs ``!!python`` tags in a config and fetches a ``_BASE_`` over the network; this
     refuses both. It also refuses what Detectron2 takes in silence: a key given twice, and an ``OUTPUT_DIR`` from a file
     that leads out of the working directory (on the command line it may).
 
     Args:
-        config_file: a path; empty for the defaults alone.
+        config_file: as :func:`find_config` takes it; empty for the defaults alone.
         opts: ``["KEY", "VALUE", ...]`` overrides.
 
     Returns:
@@ -146,7 +110,7 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
     add_focal_config(cfg)
     for add_keys in _EXTENSIONS:
         add_keys(cfg)
-    path = os.fspath(config_file)
+    path = os.fspath(config_file) and str(find_config(config_file))
     if path.endswith(".py"):
         raise ValueError(
             f"{path} is a Python config, which tools/lazyconfig_train_net.py takes; here give the YAML file of the "
@@ -156,6 +120,33 @@ def load_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
         merge_file(cfg, path, may_leave="OUTPUT_DIR" in opts[::2])
     merge_overrides(cfg, list(opts))
     return unshare(cfg)
+
+
+load_config = get_config  # for what does not come with focal_plugin, it reads better
+
+
+def find_config(config_file: str | os.PathLike) -> Path:
+    """Return the path of a config file: one that exists, or one under the installed ``configs`` folder.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the configs that there are.
+    """
+    folder = config_dir()
+    for path in (Path(config_file), folder / config_file):
+        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
+            return path
+    shipped = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    names = ", ".join(name for name in shipped if not name.startswith("paper/"))
+    hint = did_you_mean(str(config_file), shipped) or ";"
+    raise FileNotFoundError(
+        f"no config file {printable(str(config_file), 300)}{hint} focal_plugin has: {names}, and those of paper/"
+    )
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
 def unknown_keys(cfg: CN) -> list[str]:
@@ -171,7 +162,6 @@ def unknown_keys(cfg: CN) -> list[str]:
         # COMPUTED_ is Detectron2's own prefix for values that code puts into a config.
         if key in names or name.startswith("COMPUTED_") or not isinstance(lookup(known, group) if group else known, CN):
             continue
-        near = difflib.get_close_matches(key.upper(), names, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(key.upper(), names)
         lines.append(f"{key}: no such key in Detectron2 or focal_plugin, nothing of theirs reads it{hint}")
     return lines

@@ -55,29 +55,21 @@ def plain(value):
     return type(value).__qualname__, plain(getattr(value, "__dict__", {}))
 
 
-def test_models_have_equal_parameters(pair):
-    _, yaml_model, _, lazy_model = pair
-    ours, theirs = lazy_model.state_dict(), yaml_model.state_dict()
-    assert list(ours) == list(theirs)
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    trained = [[(n, p.requires_grad) for n, p in m.named_parameters()] for m in (lazy_model, yaml_model)]
-    assert trained[0] == trained[1]
-    assert not all(requires_grad for _, requires_grad in trained[0])  # the first stages are frozen
-
-
-def test_models_have_equal_attributes(pair):
+def test_models_have_equal_parameters_and_attributes(pair):
     """Of every module: anchors, matcher, thresholds, normalizer, pixel mean, the keys of OHEM, strides and paddings."""
     _, yaml_model, _, lazy_model = pair
-    modules = list(zip(yaml_model.named_modules(), lazy_model.named_modules()))
-    for (name, theirs), (same_name, ours) in modules:
+    for kind in ("named_parameters", "named_buffers"):
+        theirs, ours = (dict(getattr(model, kind)()) for model in (yaml_model, lazy_model))
+        assert list(theirs) == list(ours)
+        for name, value in theirs.items():
+            assert torch.equal(value, ours[name]) and value.requires_grad == ours[name].requires_grad, name
+    assert list(yaml_model.state_dict()) == list(lazy_model.state_dict())
+    assert not all(parameter.requires_grad for parameter in lazy_model.parameters())  # the first stages are frozen
+    hidden = vars(torch.nn.Module()).keys() | {"_forward_pre_hooks"}
+    for (name, theirs), (same_name, ours) in zip(yaml_model.named_modules(), lazy_model.named_modules()):
         assert (name, type(theirs)) == (same_name, type(ours))
-        hidden = vars(torch.nn.Module()).keys() | {"_forward_pre_hooks"}
         attributes = [{k: plain(v) for k, v in vars(m).items() if k not in hidden} for m in (theirs, ours)]
         assert attributes[0] == attributes[1], name
-        buffers = [dict(m.named_buffers(recurse=False)) for m in (theirs, ours)]
-        assert buffers[0].keys() == buffers[1].keys()
-        assert all(torch.equal(buffers[0][key], buffers[1][key]) for key in buffers[0]), name
     assert {"test_nms_thresh", "anchor_matcher", "normalizer", "smooth_l1_beta"} <= vars(lazy_model).keys()
 
 
@@ -100,66 +92,45 @@ def test_models_give_equal_losses_and_gradients(pair, make_batch):
 # ------------------------------ the solver
 
 
-def optimizers(pair):
+def test_optimizers_and_learning_rates_are_equal(pair):
     cfg, yaml_model, lazy, lazy_model = pair
     lazy = copy.deepcopy(lazy)
     lazy.optimizer.params.model = lazy_model
-    return FocalTrainer.build_optimizer(cfg, yaml_model), instantiate(lazy.optimizer)
+    theirs, ours = FocalTrainer.build_optimizer(cfg, yaml_model), instantiate(lazy.optimizer)
+    settings = []
+    for optimizer, model in ((theirs, yaml_model), (ours, lazy_model)):
+        assert isinstance(optimizer, torch.optim.SGD)
+        names = {id(p): name for name, p in model.named_parameters()}
+        keys = ("lr", "weight_decay", "momentum", "nesterov", "dampening")
+        groups = optimizer.param_groups
+        settings.append({names[id(p)]: [group[key] for key in keys] for group in groups for p in group["params"]})
+    assert settings[0] == settings[1]
+    assert settings[1].keys() == {name for name, p in lazy_model.named_parameters() if p.requires_grad}
 
-
-def by_parameter(optimizer, model):
-    names = {id(p): name for name, p in model.named_parameters()}
-    keys = ("lr", "weight_decay", "momentum", "nesterov", "dampening")
-    groups = optimizer.param_groups
-    return {names[id(p)]: {key: group[key] for key in keys} for group in groups for p in group["params"]}
-
-
-def test_optimizers_are_equal(pair):
-    theirs, ours = optimizers(pair)
-    assert isinstance(ours, torch.optim.SGD) and isinstance(theirs, torch.optim.SGD)
-    settings = by_parameter(ours, pair[3])
-    assert settings == by_parameter(theirs, pair[1])
-    assert settings.keys() == {name for name, p in pair[3].named_parameters() if p.requires_grad}
-
-
-def test_learning_rates_are_equal_at_every_step(pair):
-    cfg, _, lazy, _ = pair
-    theirs, ours = optimizers(pair)
     assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER
-    schedule = build_lr_scheduler(cfg, theirs)
     hook = hooks.LRScheduler(ours, instantiate(lazy.lr_multiplier))
     hook.trainer = SimpleNamespace(iter=0, max_iter=lazy.train.max_iter)
     hook.before_train()
-    steps = [*range(0, 1010, 7), *range(1010, 90000, 997), 999, 1000, 59999, 60000, 79999, 80000, 89999]
-    for step in sorted(steps):
-        rates = []
-        for scheduler in (schedule, hook.scheduler):
-            scheduler.last_epoch = step
-            rates.append(scheduler.get_lr())
-        assert rates[1] == pytest.approx(rates[0], rel=1e-12), step
+    schedule = build_lr_scheduler(cfg, theirs)
+    for step in (*range(0, 1010, 7), 999, 1000, *range(1010, 90000, 997), 59999, 60000, 79999, 80000, 89999):
+        schedule.last_epoch = hook.scheduler.last_epoch = step
+        assert hook.scheduler.get_lr() == pytest.approx(schedule.get_lr(), rel=1e-12), step
 
 
 # ------------------------------ data, evaluation, the rest of the run
 
 
-@pytest.mark.parametrize("is_train", [True, False])
-def test_mappers_are_equal(pair, is_train):
+def test_mappers_and_evaluators_are_equal(pair, tmp_path, restore_catalogs):
     cfg, _, lazy, _ = pair
-    theirs, ours = DatasetMapper(cfg, is_train), instantiate(lazy.dataloader["train" if is_train else "test"].mapper)
-    assert plain(theirs) == plain(ours)
-    assert "ResizeShortestEdge" in str(plain(ours))
-
-
-def test_evaluators_are_equal(pair, tmp_path, restore_catalogs):
-    cfg, _, lazy, _ = pair
+    lazy = copy.deepcopy(lazy)
+    for split in ("train", "test"):
+        theirs, ours = DatasetMapper(cfg, split == "train"), instantiate(lazy.dataloader[split].mapper)
+        assert plain(theirs) == plain(ours) and "ResizeShortestEdge" in str(plain(ours))
     scenes = make_digits(tmp_path / "scenes", num_train=1, num_val=1, image_size=64)
     register_coco_json("lazy_val", str(scenes / "val.json"), str(scenes / "val"))
-    lazy = copy.deepcopy(lazy)
     lazy.dataloader.test.dataset.names = "lazy_val"
-    ours = instantiate(lazy.dataloader.evaluator)
-    theirs = FocalTrainer.build_evaluator(cfg, "lazy_val")
-    assert isinstance(theirs, type(ours))
-    assert list(ours._tasks) == list(theirs._tasks)
+    theirs, ours = FocalTrainer.build_evaluator(cfg, "lazy_val"), instantiate(lazy.dataloader.evaluator)
+    assert isinstance(theirs, type(ours)) and list(ours._tasks) == list(theirs._tasks)
     assert Path(ours._output_dir) == Path(theirs._output_dir)
 
 
@@ -211,24 +182,21 @@ def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
     for split in ("train", "val"):
         command += ["--register", f"lazy_{split}={scenes / f'{split}.json'}:{scenes / split}"]
     names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_val"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(*flags_and_overrides):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *flags_and_overrides], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+    def run(*flags, out="out", **train):
+        overrides = [*names, f"train.output_dir={out}", *(f"train.{key}={value}" for key, value in train.items())]
+        argv = [*command, *flags, *overrides]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout, [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
 
-    run("--num-gpus", "2", *names, "train.output_dir=out", "train.max_iter=2", "train.eval_period=1")
-    metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    _, metrics = run("--num-gpus", "2", max_iter=2, eval_period=1)
     assert {"loss_cls", "loss_box_reg", "lr", "loss_normalizer", "ohem/num_pos", "bbox/AP"} <= set().union(*metrics)
     before = torch.load(out / "model_final.pth", weights_only=True)
     assert before["iteration"] == 1 and before["model"]["loss_normalizer"] != 100
 
-    run("--resume", *names, "train.output_dir=out", "train.max_iter=3")
-    metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    _, metrics = run("--resume", max_iter=3)
     steps = [line["iteration"] for line in metrics if "total_loss" in line]
     assert steps.count(0) == 1 and sorted(set(steps)) == [0, 1, 2]  # and not from 0 again
-    weights = out / "model_final.pth"
-    assert "AP50" in run("--eval-only", *names, "train.output_dir=evaluated", f"train.init_checkpoint={weights}")
+    assert "AP50" in run("--eval-only", out="evaluated", init_checkpoint=out / "model_final.pth")[0]

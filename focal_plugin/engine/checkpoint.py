@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,17 +17,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
-from torch import nn
 
 from ..files import TEMPORARY, atomic_write
 from ..retinanet import FocalRetinaNet
-from .safe_load import check_regular, check_weights, load_plain, load_pycls, load_zoo, refusing
+from .safe_load import check_regular, check_weights, load_plain, load_zoo, refusing
 
 logger = logging.getLogger(__name__)
 
 _RUN = "run_id"
-_EARLIER = "it is of an earlier run in that folder"
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -43,19 +41,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         skipped: the same in words, with what the file has and the model has not: a line for each kind.
     """
 
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **checkpointables: object
-    ):
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self.resumed_from = self.run = ""
-        self.unfilled: list[str] = []
-        self.skipped: list[str] = []
+    resumed_from = run = ""
+    unfilled: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     def begin_run(self, run: str | None = None) -> None:
         """Make the folder that of one run: what another one has left there is not fallen back on any more.
 
-        The files of an earlier run stay until they are overwritten; but ``last_checkpoint`` goes, so that a new run
-        that is stopped before its first checkpoint is not taken for the old one.
+        Its files stay until they are overwritten; ``last_checkpoint`` goes, so that a new run that is stopped before
+        its first checkpoint is not taken for the old one.
 
         Args:
             run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
@@ -63,17 +57,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.run = uuid.uuid4().hex if run is None else run
         if not self.save_to_disk or not self.save_dir or "://" in self.save_dir:
             return
-        os.makedirs(self.save_dir, exist_ok=True)
+        folder = Path(self.save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         if run is None:
-            earlier = _resumable(Path(self.save_dir))
-            if earlier:
+            for earlier in _resumable(folder)[:1]:
                 logger.warning(
-                    f"{self.save_dir} has checkpoints of an earlier run, such as {earlier[0].name}: this one starts "
-                    "afresh and overwrites them as it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
+                    f"{folder} has checkpoints of an earlier run, such as {earlier.name}: this one starts afresh and "
+                    "overwrites them as it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
                 )
-            Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
+            (folder / "last_checkpoint").unlink(missing_ok=True)
         if self.run:
-            with atomic_write(Path(self.save_dir, _RUN)) as file:
+            with atomic_write(folder / _RUN) as file:
                 file.write(self.run)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
@@ -81,7 +75,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Args:
             name: of the file, without ".pth".
-            tag: whether ``last_checkpoint`` shall name it, so that the run resumes from it.
+            tag: whether ``last_checkpoint`` shall name it.
             kwargs: tensors, numbers, strings and containers of them.
 
         Raises:
@@ -90,24 +84,23 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
-        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **states, **kwargs, **({"run": self.run} if self.run else {})}
+        states = {key: value.state_dict() for key, value in {"model": self.model, **self.checkpointables}.items()}
+        run = {"run": self.run} if self.run else {}
         logger.info(f"Saving checkpoint to {path}")
         try:
             with self._open_to_write(path, "wb") as file:
-                torch.save(content, file)
+                torch.save({**states, **kwargs, **run}, file)
             if tag:
                 self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the disk's error
             cause = error if isinstance(error, OSError) else error.__context__ or error
             if not isinstance(cause, OSError) and "write" not in str(error):
                 raise
-            last = _read(self.save_dir)
-            whole = "The earlier checkpoints are whole" + (f", the last one is {last}" if last else "")
             raise OSError(
                 getattr(cause, "errno", None),
-                f"could not write {path} ({cause}). {whole}. Make room, or choose another OUTPUT_DIR, and type the "
-                "same command with --resume",
+                f"could not write {path} ({cause}). The earlier checkpoints are whole, the last one is "
+                f"{_read(self.save_dir) or 'none'}. Make room, or choose another OUTPUT_DIR, and type the same command "
+                "with --resume",
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -132,16 +125,28 @@ class SafeCheckpointer(DetectionCheckpointer):
             ValueError: there are checkpoints to resume from, and none can be read; or ``path`` is refused.
             FileNotFoundError: a worker does not see the checkpoint that the first one resumes from.
         """
-        self.resumed_from = ""
-        if resume and "://" in self.save_dir:
-            self.resumed_from = self.get_checkpoint_file() if self.has_checkpoint() else ""
-        elif resume:
-            self.resumed_from = self._find_resumable()
+        self.resumed_from = self._newest_for_all() if resume else ""
         if self.resumed_from:
             return self.load(self.resumed_from)
         if resume:
             logger.warning(f"--resume: {self.save_dir} has no checkpoint to resume from; starting afresh")
         return self.load(path, checkpointables=[])
+
+    def _newest_for_all(self) -> str:
+        """Return the file that all workers resume from, as the main one finds it; empty if there is none."""
+        if "://" in self.save_dir:
+            return self.get_checkpoint_file()
+        keys = {"iteration", *self.checkpointables}
+        answer = newest_resumable(Path(self.save_dir), keys) if comm.is_main_process() else None
+        found, why_none = comm.all_gather(answer)[0]
+        if why_none:
+            raise ValueError(why_none)
+        seen = comm.all_gather(not found or os.path.isfile(found))
+        if not all(seen):
+            raise FileNotFoundError(
+                f"worker {seen.index(False)} does not see {found}: OUTPUT_DIR must be on a disk that all machines share"
+            )
+        return found
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """Load as DetectionCheckpointer does.
@@ -158,78 +163,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         with refusing(path, "what it holds does not fit here"):
             return super().load(path, *args, **kwargs)
 
-    def _find_resumable(self) -> str:
-        """Return the file that all workers resume from; empty if there is none."""
-        found, error = "", None
-        if comm.is_main_process():
-            try:
-                found = self._newest_readable()
-            except ValueError as e:
-                error = e
-        answers = comm.all_gather((found, str(error or "")))
-        if answers[0][1]:
-            raise error or ValueError(answers[0][1])
-        found = answers[0][0]
-        seen = comm.all_gather(not found or os.path.isfile(found))
-        if not all(seen):
-            raise FileNotFoundError(
-                f"worker {seen.index(False)} does not see {found}: OUTPUT_DIR must be on a disk that all machines share"
-            )
-        return found
-
-    def _newest_readable(self) -> str:
-        folder = Path(self.save_dir)
-        for leftover in folder.glob(f"*.pth{TEMPORARY}"):
-            with suppress(OSError):
-                leftover.unlink()  # was being written when the run was killed
-        tag, named = folder / "last_checkpoint", _read(folder)
-        candidates = _resumable(folder)
-        first = folder / (named or "?")
-        if named and os.path.basename(named) == named and os.path.isfile(first):
-            candidates = [first, *(path for path in candidates if path != first)]
-        elif candidates or os.path.isfile(tag):
-            what = f"names no checkpoint of that folder ({named!r})" if os.path.isfile(tag) else "is not there"
-            logger.warning(f"{tag} {what}; looking for the newest one")
-        problems = []
-        for path in candidates:
-            problem = self._why_not_resumable(path)
-            if not problem:
-                return str(path)
-            logger.warning(f"cannot resume from {path}: {problem}")
-            problems.append(f"\n  {path}: {problem}")
-        if any(not problem.endswith(_EARLIER) for problem in problems):
-            raise ValueError(
-                f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
-                "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
-            )
-        return ""
-
-    def _why_not_resumable(self, path: Path) -> str:
-        try:
-            checkpoint = load_plain(str(path))
-            check_weights(checkpoint, str(path))
-            if not {"iteration", *self.checkpointables} <= checkpoint.keys():
-                raise ValueError(f"it holds weights only, no {' and no '.join(self.checkpointables)}")
-            if path.name != _read(self.save_dir) and _read(self.save_dir, _RUN) not in ("", checkpoint.get("run")):
-                raise ValueError(_EARLIER)
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
+    def _load_file(self, filename):
+        # Detectron2 would unpickle .pkl and .pyth files without looking.
+        is_zoo = filename.endswith((".pkl", ".pyth"))
+        checkpoint = load_zoo(filename) if is_zoo else super()._load_file(filename)
+        check_weights(checkpoint, filename)
+        return checkpoint
 
     def _torch_load(self, f):
         return load_plain(f)
-
-    def _load_file(self, filename):
-        with refusing(filename):
-            # Detectron2 would unpickle .pkl and .pyth files without looking.
-            if filename.endswith(".pkl"):
-                checkpoint = load_zoo(filename)
-            elif filename.endswith(".pyth"):
-                checkpoint = load_pycls(filename)
-            else:
-                checkpoint = super()._load_file(filename)
-        check_weights(checkpoint, filename)
-        return checkpoint
 
     def _log_incompatible_keys(self, incompatible) -> None:
         super()._log_incompatible_keys(incompatible)
@@ -242,7 +184,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             "not in the file": missing,
             "not in the model": incompatible.unexpected_keys,
         }
-        self.skipped = [_listed(what, names) for what, names in kinds.items() if names]
+        for what, names in kinds.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.skipped += [f"{len(names)} {what} ({', '.join(names[:3])}{more})"] if names else []
 
 
 def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
@@ -273,6 +217,47 @@ def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
     return model
 
 
+def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
+    """Return the checkpoint to go on from, what ``last_checkpoint`` names or else the newest good one; or why none is.
+
+    What a killed save has left behind is removed, and what cannot be resumed from is logged.
+
+    Args:
+        folder: of the checkpoints.
+        keys: what a checkpoint of a run holds beyond the weights.
+    """
+    for leftover in folder.glob(f"*.pth{TEMPORARY}"):
+        with suppress(OSError):
+            leftover.unlink()
+    named, run, candidates = _read(folder), _read(folder, _RUN), _resumable(folder)
+    tag, first = folder / "last_checkpoint", folder / (named or "?")
+    if named and os.path.basename(named) == named and os.path.isfile(first):
+        candidates = [first, *(path for path in candidates if path != first)]
+    elif candidates or os.path.isfile(tag):
+        what = f"names no checkpoint of that folder ({named!r})" if os.path.isfile(tag) else "is not there"
+        logger.warning(f"{tag} {what}; looking for the newest one")
+    problems = []
+    for path in candidates:
+        try:
+            checkpoint = load_plain(str(path))
+            check_weights(checkpoint, str(path))
+            if not keys <= checkpoint.keys():
+                raise ValueError(f"it holds weights only, no {' and no '.join(sorted(keys - checkpoint.keys()))}")
+        except (OSError, ValueError) as error:
+            logger.warning(f"cannot resume from {path}: {error}")
+            problems.append(f"\n  {path}: {error}")
+            continue
+        if path.name == named or run in ("", checkpoint.get("run")):
+            return str(path), ""
+        logger.warning(f"cannot resume from {path}: it is of an earlier run in that folder")
+    if not problems:
+        return "", ""
+    return "", (
+        f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
+        "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
+    )
+
+
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
     """Remove all but the ``keep`` newest numbered checkpoints up to ``iteration``.
 
@@ -287,17 +272,14 @@ def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
 
 
 def _read(folder: str | os.PathLike, name: str = "last_checkpoint") -> str:
-    """Return what a small file says, which may be of any length and content; empty if it is not there."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(1024).strip()
+    """Return what a small file says, whatever its content is; empty if it is not there."""
+    path = Path(folder, name)
+    return path.read_text(encoding="utf-8", errors="replace")[:1024].strip() if path.is_file() else ""
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Return the numbered checkpoints of a folder with their iterations, oldest first."""
-    matches = [(_NUMBERED.fullmatch(path.name), path) for path in folder.glob("model_*.pth")]
+    matches = [(re.fullmatch(r"model_(\d+)\.pth", path.name), path) for path in folder.glob("model_*.pth")]
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
@@ -309,8 +291,3 @@ def _resumable(folder: Path) -> list[Path]:
         is_newest = not paths or final.stat().st_mtime >= paths[0].stat().st_mtime
         paths.insert(0 if is_newest else len(paths), final)
     return paths
-
-
-def _listed(what: str, names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{len(names)} {what} ({', '.join(names[:shown])}{more})"

@@ -81,57 +81,43 @@ def fail_together() -> Iterator[None]:
     if comm.get_world_size() == 1:
         yield
         return
-    watch = _Watch()
-    watch.start()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    # A connection of its own: one that the main thread waits on would be locked.
+    store = store.clone() if hasattr(store, "clone") else store
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(store, ended), name="focal_plugin watch", daemon=True).start()
     try:
         yield
     except Preempted:
-        watch.wait_for_the_main_worker()
+        # The first worker to leave takes the others with it: they wait for the main one, which saves.
+        with suppress(Exception):
+            if comm.is_main_process():
+                store.set(_LEFT, "1")
+            deadline = time.monotonic() + _SAVING
+            while not store.check([_LEFT]) and time.monotonic() < deadline:
+                time.sleep(_PERIOD)
         raise
     except Exception as error:
-        watch.tell_failure(f"{type(error).__name__}: {error}")
+        with suppress(Exception):  # the store may be gone, with the main worker
+            store.compare_set(_FAILED, "", f"worker {comm.get_rank()} has failed: {type(error).__name__}: {error}")
         time.sleep(_LINGER)
         raise
     finally:
-        watch.ended.set()
+        ended.set()
 
 
-class _Watch(threading.Thread):
-    def __init__(self):
-        super().__init__(name="focal_plugin watch", daemon=True)
-        self.ended = threading.Event()
-        store = torch.distributed.distributed_c10d._get_default_store()
-        # A connection of its own: one that the main thread waits on would be locked.
-        self._store = store.clone() if hasattr(store, "clone") else store
-
-    def tell_failure(self, why: str) -> None:
-        """Tell all other workers, unless one has told them before."""
-        with suppress(Exception):  # the store may be gone, with the main worker
-            self._store.compare_set(_FAILED, "", f"worker {comm.get_rank()} has failed: {why}")
-
-    def wait_for_the_main_worker(self) -> None:
-        """Wait until it has saved: the first worker to leave takes the others with it."""
-        with suppress(Exception):
-            if comm.is_main_process():
-                self._store.set(_LEFT, "1")
-            deadline = time.monotonic() + _SAVING
-            while not self._store.check([_LEFT]) and time.monotonic() < deadline:
-                time.sleep(_PERIOD)
-
-    def run(self) -> None:
-        while not self.ended.wait(_PERIOD):
-            try:
-                failed = self._look(_FAILED)
-                if stop_requested():
-                    self._store.set(_PREEMPTED, "1")
-                elif self._look(_PREEMPTED):
-                    _requested.set()
-            except Exception:
-                failed = "the main worker is gone"
-            if failed and not self.ended.wait(_GRACE):
-                # The main thread is stuck in a collective that will never end.
-                print(f"worker {comm.get_rank()} stops: {failed}", file=sys.stderr, flush=True)
-                os._exit(1)
-
-    def _look(self, key: str) -> str:
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+def _watch(store: torch.distributed.Store, ended: threading.Event) -> None:
+    """Look into the store until this worker has ended: hand preemption on, and stop when another has failed."""
+    while not ended.wait(_PERIOD):
+        try:
+            failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+            if stop_requested():
+                store.set(_PREEMPTED, "1")
+            elif store.check([_PREEMPTED]):
+                _requested.set()
+        except Exception:
+            failed = "the main worker is gone"
+        if failed and not ended.wait(_GRACE):
+            # The main thread is stuck in a collective that will never end.
+            print(f"worker {comm.get_rank()} stops: {failed}", file=sys.stderr, flush=True)
+            os._exit(1)

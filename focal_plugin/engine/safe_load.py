@@ -34,28 +34,24 @@ def load_plain(path: str) -> Any:
 
 
 def load_zoo(path: str) -> dict[str, Any]:
-    """Return a ``.pkl`` of Detectron2's model zoo, or of Detectron's and Caffe2's, as DetectionCheckpointer reads it.
+    """Return a ``.pkl`` of Detectron2's or Caffe2's zoo, or a ``.pyth`` of pycls, as DetectionCheckpointer reads it.
 
     Raises:
         ValueError: it is damaged, or holds anything but arrays, numbers, strings and containers of them.
         OSError: it cannot be read.
     """
-    check_regular(path)
-    with refusing(path), open(path, "rb") as file:
-        data = _ArrayUnpickler(file, encoding="latin1").load()
-        if "model" in data and "__author__" in data:
-            return data
-        blobs = data.get("blobs", data)
-        model = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
-        return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def load_pycls(path: str) -> dict[str, Any]:
-    """Return a ``.pyth`` of pycls as DetectionCheckpointer reads it; raises as :func:`load_plain`."""
-    data = load_plain(path)
     with refusing(path):
-        model = {name: value for name, value in data["model_state"].items() if not name.endswith("num_batches_tracked")}
-        return {"model": model, "__author__": "pycls", "matching_heuristics": True}
+        if path.endswith(".pyth"):
+            weights, author = load_plain(path)["model_state"], "pycls"
+        else:
+            with open(path, "rb") as file:
+                data = _ArrayUnpickler(file, encoding="latin1").load()
+            if "model" in data and "__author__" in data:
+                return data
+            weights, author = data.get("blobs", data), "Caffe2"
+        # Momentum and counts are of no use for a model.
+        model = {k: v for k, v in weights.items() if not k.endswith(("_momentum", "num_batches_tracked"))}
+        return {"model": model, "__author__": author, "matching_heuristics": True}
 
 
 def check_weights(checkpoint: Any, filename: str) -> None:
@@ -136,10 +132,6 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _frombuffer(data: bytes, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
-    return np.ndarray(shape, dtype.dtype, bytearray(data), order=order)
-
-
 def _scalar(dtype: _DType, data: bytes | str) -> np.generic:
     return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
 
@@ -152,5 +144,7 @@ _ALLOWED = {
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),
     "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: np.ndarray(
+        shape, dtype.dtype, bytearray(data), order=order
+    ),
 }

@@ -28,11 +28,10 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
     # Stock RetinaNet's is a plain number, which no state_dict has.
     normalizer = normalizer if isinstance(normalizer, (int, float)) else None
     states = comm.gather({"rng": get_rng_state(), "buffers": buffers, "normalizer": normalizer})
-    for state in states[1:]:
-        # Frozen statistics and the like are equal everywhere and in the checkpoint already.
+    # What is equal to the main worker's, such as frozen statistics, is in the checkpoint already: its own, the last
+    # to be looked at, are.
+    for state in states[::-1]:
         state["buffers"] = {k: v for k, v in state["buffers"].items() if not torch.equal(v, states[0]["buffers"][k])}
-    if states:
-        states[0]["buffers"] = {}
     return states
 
 
@@ -67,13 +66,12 @@ def unwrap_ddp(model: nn.Module) -> nn.Module:
 
 
 def get_rng_state() -> dict:
-    """Return the state of Python's, NumPy's and torch's generators (of the current GPU too), in types that any
-    checkpoint may hold: tensors, numbers and strings."""
+    """Return the states of Python's, NumPy's and torch's generators (of the current GPU too), as plain values."""
     version, words, gauss_next = random.getstate()
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, *rest = np.random.get_state()
     state = {
         "python": (version, torch.tensor(words), gauss_next),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():

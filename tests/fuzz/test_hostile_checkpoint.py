@@ -14,15 +14,8 @@ from torch import nn
 
 from focal_plugin.engine import SafeCheckpointer
 
-NUM_CASES = {"bytes": 300, "resume": 150}
-WORDS = [
-    b"cos\nsystem\n(S'touch canary'\ntR.",
-    b"cbuiltins\nexec\n",
-    b"\x8c\x02os\x8c\x06system\x93",
-    b"R",
-    b"b",
-    b"0.",
-]
+SYSTEM_CALL = b"cos\nsystem\n(S'touch canary'\ntR."
+WORDS = [SYSTEM_CALL, b"cbuiltins\nexec\n", b"\x8c\x02os\x8c\x06system\x93", b"R", b"b", b"0."]
 
 
 class Call:
@@ -38,24 +31,12 @@ class Call:
 SYSTEM = Call(os.system, ("touch canary",))
 
 
-class Trainer:
-    """What FocalTrainer has: an optimizer and the number of the step."""
-
-    def __init__(self, model):
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        model(torch.ones(3, 4)).sum().backward()
-        self.optimizer.step()
-
-    def state_dict(self):
-        return {"iteration": 0, "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
 def make_checkpointer(folder=""):
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-    return SafeCheckpointer(model, str(folder), trainer=Trainer(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    return SafeCheckpointer(model, str(folder), optimizer=optimizer)
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +55,13 @@ def state(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(state):
+def arrays(state):
+    return {name: value.numpy() for name, value in state["model"].items()}
+
+
+@pytest.fixture(scope="module")
+def files(state, arrays):
     """Return real files of each format by name."""
-    arrays = {name: value.numpy() for name, value in state["model"].items()}
     zoo = {"model": arrays, "__author__": "zoo", "matching_heuristics": True, "lr": np.float32(3)}
     return {
         "new.pth": saved(state),
@@ -99,15 +84,15 @@ def loads(name, content: bytes) -> bool:
         file.write(content)
     checkpointer = make_checkpointer()
     shapes = {key: value.shape for key, value in checkpointer.model.state_dict().items()}
+    accepted = True
     try:
         checkpointer.load(name)
-        return True
     except (OSError, ValueError) as error:
+        accepted = False
         assert name in str(error) and len(str(error)) < 5_000
         assert isinstance(error, OSError) or f"{name} is refused: " in str(error)
-    finally:
-        assert {key: value.shape for key, value in checkpointer.model.state_dict().items()} == shapes
-    return False
+    assert {key: value.shape for key, value in checkpointer.model.state_dict().items()} == shapes
+    return accepted
 
 
 @pytest.fixture
@@ -130,7 +115,7 @@ def test_mutants_of_real_files(fuzz, mutate, files):
         name = rng.choice(list(files))
         return loads(name, mutate.bytes(rng, files[name], WORDS))
 
-    fuzz.run("bytes", NUM_CASES["bytes"], case)
+    fuzz.run("bytes", 300, case)
 
 
 def test_resume_goes_back_to_a_good_one(fuzz, mutate, state, tmp_path):
@@ -148,7 +133,7 @@ def test_resume_goes_back_to_a_good_one(fuzz, mutate, state, tmp_path):
         assert (checkpointer.resumed_from, rest["iteration"]) in ((str(older), 1), (str(newest), 3))
         return checkpointer.resumed_from == str(newest)
 
-    fuzz.run("resume", NUM_CASES["resume"], case)
+    fuzz.run("resume", 150, case)
 
 
 @pytest.mark.parametrize("attack", [SYSTEM, Call(exec, ("open('canary', 'w')",))])
@@ -165,7 +150,7 @@ def test_code(guard, state, attack):
 @pytest.mark.parametrize(
     "opcodes",
     [
-        b"cos\nsystem\n(S'touch canary'\ntR.",
+        SYSTEM_CALL,
         b"(S'touch canary'\nios\nsystem\n.",
         b"(cos\nsystem\nS'touch canary'\no.",
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ctouch canary\x85R.",
@@ -207,8 +192,8 @@ def test_arrays(guard):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_zoo_pickles_load_bit_for_bit(protocol, state):
-    arrays = {name: value.numpy() for name, value in state["model"].items()}
+def test_zoo_pickles_load_bit_for_bit(protocol, state, arrays):
+    arrays = dict(arrays)
     if protocol < 5:  # in which numpy turns the bytes around itself
         arrays["0.weight"] = np.asfortranarray(arrays["0.weight"]).astype(">f4")
     with open("zoo.pkl", "wb") as file:
@@ -286,4 +271,4 @@ def test_what_last_checkpoint_may_say_and_what_else_may_lie_there(guard, state, 
 
 
 def test_as_many_cases_as_promised(fuzz):
-    fuzz.assert_ran(set(NUM_CASES), 450)
+    fuzz.assert_ran({"bytes", "resume"}, 450)

@@ -13,20 +13,11 @@ from focal_plugin.config import config_dir
 from focal_plugin.config_yaml import all_keys
 
 SHIPPED = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))
-NUM_CASES = {"files": 300, "trees": 200, "overrides": 200}
 CODE = b"!!python/object/apply:os.system ['touch canary']"
 WORDS = [CODE, b"&a [*a, *a]", b"*a", b"<<: *a\n", b"_BASE_: mutant.yaml\n", b"_BASE_: https://localhost:1/x.yaml\n"]
-WORDS += [
-    b"[" * 200,
-    b"{a: " * 60,
-    b"- " * 200,
-    b"2001-01-01",
-    b"!!binary aGk=",
-    b"VERSION: 1\n",
-    b"OUTPUT_DIR: ../x\n",
-]
-WORDS += [b'"\\ud800"', b"|\n", b"---\n", b"null", b"\n  ", b": ", b"'", b"0x" + b"f" * 90, b"1:1:1:1:1:1:1:1:1"]
-LITERALS = ["(1, 2", "[" * 300, "-" * 2900 + "1", "a" + ".b" * 1400, "{1: 2}", "b'x'", "1j", "__import__('os')"]
+WORDS += [b"[" * 200, b"{a: " * 60, b"- " * 200, b"2001-01-01", b"!!binary aGk=", b"VERSION: 1\n", b"null", b": ", b"'"]
+WORDS += [b'"\\ud800"', b"|\n", b"---\n", b"\n  ", b"0x" + b"f" * 90, b"1:1:1:1:1:1:1:1:1", b"OUTPUT_DIR: ../x\n"]
+LITERALS = ["(1, 2", "[" * 300, "-" * 250_000 + "1", "a" + ".b" * 90_000, "{1: 2}", "b'x'", "1j", "__import__('os')"]
 
 
 @pytest.fixture
@@ -50,25 +41,18 @@ def loads(path, opts=()) -> bool:
     return True
 
 
-def test_mutants_of_the_configs(fuzz, mutate, configs):
+@pytest.mark.parametrize("name, num_cases", [("files", 300), ("trees", 200)])
+def test_mutants_of_the_configs(fuzz, mutate, configs, name, num_cases):
     def case(rng):
         real = configs / rng.choice(SHIPPED)
         mutant = real.parent / "mutant.yaml"
-        mutant.write_bytes(mutate.bytes(rng, real.read_bytes(), WORDS))
+        if name == "files":
+            mutant.write_bytes(mutate.bytes(rng, real.read_bytes(), WORDS))
+        else:  # other values, written as json, which is YAML too and can have a key twice
+            mutant.write_text(json.dumps(mutate.tree(rng, yaml.safe_load(real.read_text()), [*LITERALS, "\x1b[2J"])))
         return loads(mutant)
 
-    fuzz.run("files", NUM_CASES["files"], case)
-
-
-def test_configs_with_other_values(fuzz, mutate, configs):
-    def case(rng):
-        real = configs / rng.choice(SHIPPED)
-        mutant = real.parent / "mutant.yaml"
-        # Written as json, which is YAML too and can have a key twice.
-        mutant.write_text(json.dumps(mutate.tree(rng, yaml.safe_load(real.read_text()), [*LITERALS, "\x1b[2J"])))
-        return loads(mutant)
-
-    fuzz.run("trees", NUM_CASES["trees"], case)
+    fuzz.run(name, num_cases, case)
 
 
 def test_overrides(fuzz, mutate, configs):
@@ -80,14 +64,13 @@ def test_overrides(fuzz, mutate, configs):
             key = mutate.bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
         return loads("", [key, str(mutate.junk(rng, [*LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
 
-    fuzz.run("overrides", NUM_CASES["overrides"], case)
+    fuzz.run("overrides", 200, case)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (f"SOLVER:\n  STEPS: {CODE.decode()}", r"line 2\)\. Python tags can run any code and are refused: write the"),
-        ("SOLVER: {STEPS: !!python/tuple [1]}", "Python tags can run any code and are refused"),
         ("SOLVER: {BASE_LR: !!float 1}", r"the tag '!!float' \(line 1\)"),
         ("MODEL:\n  FPN: &a {NORM: GN}\n  RESNETS: *a", r"an alias or anchor, 'a' \(line 2\)"),
         ("MODEL: {<<: {DEVICE: cpu}}", "unknown config key 'MODEL.<<"),
@@ -104,15 +87,12 @@ def test_overrides(fuzz, mutate, configs):
         ("# only a comment", "it is empty"),
         ("MODEL: {}\n\0", "not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
-        ('MODEL:\n  WEIGHTS: "a\\0b"', r"a NUL character in a value \(line 2\)"),
-        ('MODEL: {WEIGHTS: "\\ud800"}', "surrogates not allowed"),
-        ("MODEL: {WEIGHTS: '" + "x" * 9_000 + "'}", "a value of 9,000 characters"),
         ("#" * (1 << 20), "more than 262,144 bytes"),
         ("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN", r"the key 'NORM' for the second time in its mapping \(line 4\)"),
         ("ON: 2", r"'ON' as a key \(line 1\): keys are names"),
         ("? [a]\n: 2", "a list or a mapping as a key"),
         ("SOLVER: {BASE_LR: 2001-01-01}", r"Type mismatch .*SOLVER\.BASE_LR"),
-        ("SOLVER: {MAX_ITER: '" + "-" * 2_900 + "1'}", "nested too deeply|Type mismatch"),
+        ("SOLVER: {MAX_ITER: '" + "-" * 250_000 + "1'}", "nested too deeply|Type mismatch"),
         ("SOLVER: {BASE_LR: " + "1:" * 900 + "1.5}", "not valid YAML"),
         ("MODEL: {WEIGHTS: {a: b}}", "ype mismatch"),
         ("MODEL.DEVICE: cpu", "unknown config key 'MODEL.DEVICE': in a file it is written nested"),
@@ -168,9 +148,7 @@ def test_what_is_no_file(guard, tmp_path, monkeypatch):
         (["_BASE_", "x.yaml"], "unknown config key"),
         ([3, "1"], "unknown config key"),
         (["SOLVER.MAX_ITER", "{1, 2}"], "ype mismatch"),
-        (["SOLVER.MAX_ITER", "~" * 2_900 + "1"], "nested too deeply|ype mismatch"),
-        (["MODEL.WEIGHTS", "x" * 20_000], "a value of 20,000 characters"),
-        (["MODEL.WEIGHTS", "a\0b"], "a NUL character"),
+        (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "nested too deeply|ype mismatch"),
     ],
 )
 def test_overrides_one_by_one(guard, opts, message):
@@ -179,4 +157,4 @@ def test_overrides_one_by_one(guard, opts, message):
 
 
 def test_as_many_cases_as_promised(fuzz):
-    fuzz.assert_ran(set(NUM_CASES), 700)
+    fuzz.assert_ran({"files", "trees", "overrides"}, 700)
