@@ -18,7 +18,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from fvcore.common.registry import Registry
 from torch import Tensor
 
-from .losses.args import IGNORE, alpha_weights, check_alpha, check_class_alpha, check_gamma, check_label_range
+from .losses.args import IGNORE, alpha_weights, check, check_alpha, check_choice, check_gamma, check_label_range
 from .losses.blockwise import Layout
 from .losses.focal import LabelLoss
 from .losses.formulas import Focal, FocalStar
@@ -42,7 +42,7 @@ def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNe
         ValueError: no head of that name is registered.
     """
     name = cfg.MODEL.FOCAL.HEAD
-    _check_choice("MODEL.FOCAL.HEAD", name, [k for k, _ in RETINANET_HEAD_REGISTRY])
+    check_choice("MODEL.FOCAL.HEAD", name, [k for k, _ in RETINANET_HEAD_REGISTRY])
     return RETINANET_HEAD_REGISTRY.get(name)(cfg, input_shape)
 
 
@@ -145,16 +145,14 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         Raises:
             ValueError: a value out of range; the message names its config key.
         """
-        _check_choice("MODEL.FOCAL.LOSS", loss, ["focal", "focal_star"])
+        check_choice("MODEL.FOCAL.LOSS", loss, ["focal", "focal_star"])
         check_alpha(alpha, name="MODEL.RETINANET.FOCAL_LOSS_ALPHA")
         check_gamma(gamma, star=loss == "focal_star", name="MODEL.RETINANET.FOCAL_LOSS_GAMMA")
         if len(class_alpha):
-            check_class_alpha(class_alpha, num_classes, name="MODEL.FOCAL.CLASS_ALPHA")
-        if not math.isfinite(star_beta):
-            raise ValueError(f"MODEL.FOCAL.STAR_BETA must be a finite number, got {star_beta}")
+            check_alpha(class_alpha, num_classes, name="MODEL.FOCAL.CLASS_ALPHA")
+        check(math.isfinite(star_beta), "MODEL.FOCAL.STAR_BETA", "a finite number", star_beta)
         prior_prob = kwargs.get("prior_prob", 0.01)
-        if not 0 < prior_prob < 1:
-            raise ValueError(f"MODEL.RETINANET.PRIOR_PROB must be between 0 and 1, got {prior_prob}")
+        check(0 < prior_prob < 1, "MODEL.RETINANET.PRIOR_PROB", "between 0 and 1", prior_prob)
         num_outputs = num_outputs or num_classes
         super().__init__(num_classes=num_outputs, **kwargs)
         self.num_classes, self.num_outputs = num_classes, num_outputs
@@ -192,8 +190,9 @@ class FocalHead(Float32Buffers, RetinaNetHead):
             targets: of the N images.
         """
         check_label_range(targets.labels, self.num_classes)
-        loss_cls, positive = self._sum(self.anchor_losses(pred_logits, targets.labels), targets.labels)
-        return HeadLosses(loss_cls, is_foreground(targets.labels, self.num_classes), loss_cls_pos=positive)
+        loss = self.anchor_losses(pred_logits, targets.labels)
+        foreground = is_foreground(targets.labels, self.num_classes)
+        return HeadLosses(loss.sum(), foreground, loss_cls_pos=torch.where(foreground, loss.detach(), 0).sum())
 
     def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return the (N, R) :meth:`classification_loss` of all levels."""
@@ -202,36 +201,65 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         views = per_level_views(pred_logits, labels, self.num_outputs)
         return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
 
-    def _sum(self, loss: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum of the loss of some anchors, and the foreground's part of it without a gradient."""
-        return loss.sum(), torch.where(is_foreground(labels, self.num_classes), loss.detach(), 0).sum()
-
 
 class HardExampleHead(FocalHead):
     """The same head trained on its hardest anchors: see :func:`focal_plugin.mining.mine_hard_examples`.
 
-    Every anchor is scored by its loss without a graph; only those sampled are differentiated. As they are here, the
-    class attributes are the plainest choices; :class:`OHEMHead` has a config key for each.
+    Every anchor is scored by its loss without a graph; only those sampled are differentiated.
     """
 
-    scope, rank_by, nms_boxes = "image", "cls", "anchors"
-    normalizer, box_loss_on = "positives", "positives"
-
-    def __init__(self, *, mining: dict, gamma: float = 0.0, alpha: float = -1.0, **kwargs):
+    @configurable
+    def __init__(
+        self,
+        *,
+        ohem_batch_size: int = 128,
+        nms_thresh: float = 0.5,
+        neg_pos_ratio: float = 0.0,
+        scope: str = "image",
+        rank_by: str = "cls",
+        nms_boxes: str = "anchors",
+        nms_per_label: bool = True,
+        normalizer: str = "selected",
+        box_loss_on: str = "selected",
+        gamma: float = 0.0,
+        alpha: float = -1.0,
+        **kwargs,
+    ):
         """
         Args:
-            mining: arguments of ``mine_hard_examples``: batch_size, nms_thresh, neg_pos_ratio, per_label.
+            ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as the next eight, described in
+                :func:`focal_plugin.add_focal_config` under the key of its name.
             gamma, alpha: as in FocalHead; here cross entropy without weighting by default.
             kwargs: of :class:`FocalHead`.
+
+        Raises:
+            ValueError: a value out of range; the message names its config key.
         """
+        check_choice("MODEL.OHEM.SCOPE", scope, ["image", "batch"])
+        check_choice("MODEL.OHEM.RANK_BY", rank_by, ["cls", "cls+box"])
+        check_choice("MODEL.OHEM.NMS_BOXES", nms_boxes, ["anchors", "predicted"])
+        check_choice("MODEL.OHEM.NORMALIZER", normalizer, ["selected", "positives"])
+        check_choice("MODEL.OHEM.BOX_LOSS_ON", box_loss_on, ["selected", "positives"])
+        check(ohem_batch_size >= 1, "MODEL.OHEM.BATCH_SIZE", "at least 1", ohem_batch_size)
+        check(nms_thresh <= 1, "MODEL.OHEM.NMS_THRESH", "an IoU in (0, 1], or <= 0 for off", nms_thresh)
+        check(0 <= neg_pos_ratio < math.inf, "MODEL.OHEM.NEG_POS_RATIO", "a finite number >= 0", neg_pos_ratio)
         super().__init__(gamma=gamma, alpha=alpha, **kwargs)
         if gamma > 0:
             logger.warning(
                 f"{type(self).__name__} mines on a focal loss with gamma = {gamma}. The paper's OHEM uses cross "
                 "entropy: set MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.0 unless both at once is what you want."
             )
+        self.scope, self.rank_by, self.nms_boxes = scope, rank_by, nms_boxes
+        self.normalizer, self.box_loss_on = normalizer, box_loss_on
+        self._mine = partial(
+            mine_hard_examples,
+            num_classes=self.num_classes,
+            batch_size=ohem_batch_size,
+            nms_thresh=nms_thresh,
+            neg_pos_ratio=neg_pos_ratio,
+            per_label=nms_per_label,
+        )
         self._scalars = DeferredScalars()
-        self._mine = partial(mine_hard_examples, num_classes=self.num_classes, **mining)
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
         """Return the loss of the sampled anchors; log what was sampled to the event storage."""
@@ -239,14 +267,18 @@ class HardExampleHead(FocalHead):
         scores, sampled = self.sample(pred_logits, targets)
         self._log(scores, targets.labels, sampled)
         logits, labels = self.gather_anchors(pred_logits, targets.labels, sampled)
-        loss_cls, positive = self._sum(self.classification_loss(logits, labels), labels)
-        box_mask, num_examples, num_boxes = is_foreground(targets.labels, self.num_classes), None, None
-        if self.normalizer == "selected":
-            num_examples = sampled.sum()
+        loss = self.classification_loss(logits, labels)
+        positive = torch.where(labels < self.num_classes, loss.detach(), 0).sum()
+        box_mask = is_foreground(targets.labels, self.num_classes)
         if self.box_loss_on == "selected":
             box_mask = box_mask & sampled
-            num_boxes = box_mask.sum()
-        return HeadLosses(loss_cls, box_mask, num_examples, num_boxes, positive)
+        return HeadLosses(
+            loss.sum(),
+            box_mask,
+            num_examples=sampled.sum() if self.normalizer == "selected" else None,
+            num_boxes=box_mask.sum() if self.box_loss_on == "selected" else None,
+            loss_cls_pos=positive,
+        )
 
     @torch.no_grad()
     def sample(self, pred_logits: list[Tensor], targets: AnchorTargets) -> tuple[Tensor, Tensor]:
@@ -258,11 +290,11 @@ class HardExampleHead(FocalHead):
         boxes = targets.pred_boxes() if self.nms_boxes == "predicted" else targets.anchors.expand(len(labels), -1, -1)
         sampled = torch.zeros_like(labels, dtype=torch.bool)
         if self.scope == "image":
-            for i, mask in enumerate(sampled):
-                mask[self._mine(scores[i], boxes[i], labels[i])] = True
+            for mask, *examples in zip(sampled, scores, boxes, labels):
+                mask[self._mine(*examples)] = True
         else:
-            image = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-            hardest = self._mine(scores.flatten(), boxes.flatten(0, 1), labels.flatten(), groups=image.flatten())
+            image = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
+            hardest = self._mine(scores.flatten(), boxes.flatten(0, 1), labels.flatten(), groups=image)
             sampled.view(-1)[hardest] = True
         return scores, sampled
 
@@ -275,7 +307,7 @@ class HardExampleHead(FocalHead):
         for x, y in per_level_views(pred_logits, labels.masked_fill(~sampled, IGNORE), self.num_outputs):
             # In the order in which the logits lie in memory, so that their gradient is written in it, too.
             layout = Layout.of(x, class_dim=-1)
-            flat_labels = layout.flat_anchors(y)
+            flat_labels = layout.flat(y[..., None])
             outer, _, inner = (flat_labels != IGNORE).nonzero(as_tuple=True)
             logits.append(layout.flat(x)[outer, :, inner])
             gathered.append(flat_labels[outer, 0, inner])
@@ -303,53 +335,8 @@ class OHEMHead(HardExampleHead):
     Which choices the paper leaves open: see ``MODEL.OHEM`` in the config.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        ohem_batch_size: int = 128,
-        nms_thresh: float = 0.5,
-        neg_pos_ratio: float = 0.0,
-        scope: str = "image",
-        rank_by: str = "cls",
-        nms_boxes: str = "anchors",
-        nms_per_label: bool = True,
-        normalizer: str = "selected",
-        box_loss_on: str = "selected",
-        **kwargs,
-    ):
-        """
-        Args:
-            ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as every other argument, described in
-                :func:`focal_plugin.add_focal_config` under the key of its name.
-            kwargs: of :class:`HardExampleHead`.
-
-        Raises:
-            ValueError: a value out of range; the message names its config key.
-        """
-        _check_choice("MODEL.OHEM.SCOPE", scope, ["image", "batch"])
-        _check_choice("MODEL.OHEM.RANK_BY", rank_by, ["cls", "cls+box"])
-        _check_choice("MODEL.OHEM.NMS_BOXES", nms_boxes, ["anchors", "predicted"])
-        _check_choice("MODEL.OHEM.NORMALIZER", normalizer, ["selected", "positives"])
-        _check_choice("MODEL.OHEM.BOX_LOSS_ON", box_loss_on, ["selected", "positives"])
-        if ohem_batch_size < 1:
-            raise ValueError(f"MODEL.OHEM.BATCH_SIZE must be at least 1, got {ohem_batch_size}")
-        if not nms_thresh <= 1:
-            raise ValueError(f"MODEL.OHEM.NMS_THRESH must be an IoU in (0, 1], or <= 0 for off, got {nms_thresh}")
-        if not 0 <= neg_pos_ratio < float("inf"):
-            raise ValueError(f"MODEL.OHEM.NEG_POS_RATIO must be a finite number >= 0, got {neg_pos_ratio}")
-        mining = {"batch_size": ohem_batch_size, "nms_thresh": nms_thresh, "neg_pos_ratio": neg_pos_ratio}
-        super().__init__(mining={**mining, "per_label": nms_per_label}, **kwargs)
-        self.scope, self.rank_by, self.nms_boxes = scope, rank_by, nms_boxes
-        self.normalizer, self.box_loss_on = normalizer, box_loss_on
-
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         keys = ["NMS_THRESH", "NEG_POS_RATIO", "SCOPE", "RANK_BY", "NMS_BOXES", "NMS_PER_LABEL", "NORMALIZER"]
         ohem = {key.lower(): cfg.MODEL.OHEM[key] for key in [*keys, "BOX_LOSS_ON"]}
         return {**super().from_config(cfg, input_shape), "ohem_batch_size": cfg.MODEL.OHEM.BATCH_SIZE, **ohem}
-
-
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}; got {value!r}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .losses.args import IGNORE, Alpha, as_number, check_reduction
+from .losses.args import IGNORE, REDUCTIONS, Alpha, check_choice
 from .losses.modules import SigmoidFocalLoss, SigmoidFocalLossStar, SoftmaxFocalLoss
 
 try:
@@ -66,20 +66,15 @@ class FocalPluginLoss(nn.Module):
         super().__init__()
         if activated:
             raise ValueError("activated=True: FocalPluginLoss needs logits, not probabilities; take mmdet's FocalLoss")
-        if loss not in ("focal", "focal_star"):
-            raise ValueError(f"loss must be 'focal' or 'focal_star', got {loss!r}")
         if loss == "focal_star" and not use_sigmoid:
             raise ValueError("loss='focal_star' needs use_sigmoid=True: FL* has no softmax form")
-        check_reduction(reduction)
-        self.use_sigmoid, self.activated = use_sigmoid, activated
-        self.gamma, self.alpha = gamma, as_number(alpha)
-        self.reduction, self.loss_weight = reduction, loss_weight
-        if not use_sigmoid:
-            self.loss = SoftmaxFocalLoss(alpha, gamma, "none")
-        elif loss == "focal":
-            self.loss = SigmoidFocalLoss(alpha, gamma, "none")
-        else:
+        check_choice("loss", loss, ["focal", "focal_star"])
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.use_sigmoid, self.reduction, self.loss_weight = use_sigmoid, reduction, loss_weight
+        if loss == "focal_star":
             self.loss = SigmoidFocalLossStar(alpha, gamma, "none", beta=beta)
+        else:
+            self.loss = (SigmoidFocalLoss if use_sigmoid else SoftmaxFocalLoss)(alpha, gamma, "none")
 
     def forward(
         self,
@@ -96,27 +91,33 @@ class FocalPluginLoss(nn.Module):
             target: integer labels (N,): in [0, C), C for background, -1 to ignore; or, with sigmoids, dense targets in
                 [0, 1] of the shape of ``pred``. A label of weight 0 may be anything.
             weight: (N,) or (N, 1); with sigmoids also one an entry, (N, C) or flattened.
-            avg_factor: divides the sum, in place of the number of entries; only for the reductions "mean" and "none",
-                of which the latter does not use it, as mmdet's ``weight_reduce_loss``.
+            avg_factor: divides the sum of "mean" in place of the number of entries; "none" ignores it, "sum" refuses it.
             reduction_override: in place of ``reduction``.
 
         Raises:
-            ValueError: a shape, type, label or reduction that is none of these (labels on a GPU: a device-side
-                assertion).
+            ValueError: an argument is none of these (labels on a GPU: a device-side assertion).
         """
         reduction = reduction_override or self.reduction
-        check_reduction(reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
         if avg_factor is not None and reduction == "sum":
             raise ValueError('avg_factor cannot be used with reduction="sum"')
-        self._check_target(pred, target)
+        if pred.dim() != 2 or target.shape not in (pred.shape, pred.shape[:1]) or target.dtype == torch.bool:
+            raise ValueError(
+                "pred must be logits (N, C), and target labels (N,) or, with sigmoids, dense targets (N, C); got pred "
+                f"of shape {tuple(pred.shape)} and target of {target.dtype} and shape {tuple(target.shape)}"
+            )
         if weight is None:
             loss = self.loss(pred, target)
         else:
-            weight = self._columns(weight, pred)
+            per_entry = self.use_sigmoid and weight.numel() == pred.numel()
+            if not per_entry and weight.numel() != len(pred):
+                size = f"{len(pred)} values (or, with sigmoids, one for each of the {pred.numel()} entries of pred)"
+                raise ValueError(f"weight must have {size}, got shape {tuple(weight.shape)}")
+            weight = weight.reshape(pred.shape if per_entry else (len(pred), 1))
             ignored = weight == 0
             if target.dim() == 1:  # labels say it themselves, and no logits are copied
                 target = target.long().masked_fill(ignored.all(dim=1), IGNORE)
-            if target.dim() == 2 or ignored.shape[1] > 1:
+            if target.dim() == 2 or per_entry:
                 pred = pred.masked_fill(ignored, 0.0)
             loss = self.loss(pred, target) * (weight if self.use_sigmoid else weight[:, 0])
         # mmdet's weight_reduce_loss, which cannot be imported without mmcv's compiled operators.
@@ -126,25 +127,3 @@ class FocalPluginLoss(nn.Module):
         elif reduction == "sum":
             loss = loss.sum()
         return self.loss_weight * loss
-
-    def _check_target(self, pred: Tensor, target: Tensor) -> None:
-        is_labels = target.shape == pred.shape[:1] and not target.is_floating_point() and target.dtype != torch.bool
-        is_dense = self.use_sigmoid and target.shape == pred.shape
-        if pred.dim() != 2 or not (is_labels or is_dense):
-            expected = "or dense ones of the shape of pred" if self.use_sigmoid else "as use_sigmoid=False asks for"
-            raise ValueError(
-                f"pred must be logits (N, C) and target integer labels (N,), {expected}; got pred of shape "
-                f"{tuple(pred.shape)} and target of {target.dtype} and shape {tuple(target.shape)}"
-            )
-
-    def _columns(self, weight: Tensor, pred: Tensor) -> Tensor:
-        """Return ``weight`` as (N, 1) or (N, C)."""
-        if weight.numel() == len(pred):
-            return weight.reshape(len(pred), 1)
-        if self.use_sigmoid and weight.numel() == pred.numel():
-            return weight.reshape(pred.shape)
-        or_entries = f", or for each of its {pred.numel()} entries" if self.use_sigmoid else ""
-        raise ValueError(
-            f"weight must have one value for each of the {len(pred)} rows of pred{or_entries}; "
-            f"got shape {tuple(weight.shape)}"
-        )

@@ -18,6 +18,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
+from .losses.args import check
 from .losses.modules import Float32Buffers
 from .scalars import DeferredScalars
 
@@ -47,8 +48,8 @@ class LowQualityMatcher(Matcher):
     """
 
     def __init__(self, thresholds: list[float], labels: list[int], min_low_quality_iou: float = 0.0):
-        if not 0 <= min_low_quality_iou <= 1:
-            raise ValueError(f"MODEL.FOCAL.MIN_LOW_QUALITY_IOU must be in [0, 1], got {min_low_quality_iou}")
+        is_valid = 0 <= min_low_quality_iou <= 1
+        check(is_valid, "MODEL.FOCAL.MIN_LOW_QUALITY_IOU", "in [0, 1]", min_low_quality_iou)
         super().__init__(thresholds, labels, allow_low_quality_matches=True)
         self.min_low_quality_iou = min_low_quality_iou
 
@@ -87,13 +88,9 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             ValueError: a value out of range; the message names its config key.
         """
         super().__init__(**kwargs)
-        if normalizer not in ("ema", "batch"):
-            raise ValueError(f"MODEL.FOCAL.NORMALIZER must be ema or batch, got {normalizer!r}")
-        if self.box_reg_loss_type != "smooth_l1" and self.box_reg_loss_type not in _IOU_LOSSES:
-            raise ValueError(
-                f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be smooth_l1, {', '.join(_IOU_LOSSES)}; "
-                f"got {self.box_reg_loss_type!r}"
-            )
+        check(normalizer in ("ema", "batch"), "MODEL.FOCAL.NORMALIZER", "ema or batch", normalizer)
+        box_loss, allowed = self.box_reg_loss_type, ["smooth_l1", *_IOU_LOSSES]
+        check(box_loss in allowed, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", ", ".join(allowed), box_loss)
         if not hasattr(self.head, "losses"):
             raise TypeError(f"{type(self.head).__name__} has no method losses(pred_logits, targets)")
         if isinstance(self.head, FocalHead):
@@ -207,7 +204,11 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             losses[foreground] = self._box_losses(anchors, deltas, gt_boxes, foreground).float()
             return losses
 
-        return AnchorTargets(labels, anchors, box_losses, pred_boxes=lambda: self._decode(anchors, deltas))
+        def pred_boxes() -> Tensor:
+            repeated = anchors.repeat(len(deltas), 1)
+            return self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), repeated).view_as(deltas)
+
+        return AnchorTargets(labels, anchors, box_losses, pred_boxes)
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, mask: Tensor) -> Tensor:
         """Return the (M,) box losses of the M anchors in the (N, R) ``mask``."""
@@ -218,12 +219,6 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             return smooth_l1_loss(deltas, gt_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
         pred_boxes = self.box2box_transform.apply_deltas(deltas, anchors)
         return _IOU_LOSSES[self.box_reg_loss_type](pred_boxes, gt_boxes, reduction="none")
-
-    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """Return the (N, R, 4) predicted boxes."""
-        num_images = len(deltas)
-        flat = self.box2box_transform.apply_deltas(deltas.flatten(0, 1).float(), anchors.repeat(num_images, 1))
-        return flat.view(num_images, len(anchors), 4)
 
     def _normalizer(self, count: Tensor, running_mean: bool = False) -> Tensor:
         """Return what to divide a sum over ``count`` examples by: at least 1; or the running mean, moved on."""

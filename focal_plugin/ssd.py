@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from .heads import RETINANET_HEAD_REGISTRY, HardExampleHead
+from .losses.args import check
 from .losses.formulas import Focal
 from .losses.softmax import SoftmaxLoss, softmax_weights
 
@@ -42,11 +43,11 @@ class SSDHead(HardExampleHead):
         """
         if kwargs.get("loss", "focal") != "focal" or len(kwargs.get("class_alpha", ())):
             raise ValueError("SSDHead is a softmax: MODEL.FOCAL.LOSS and MODEL.FOCAL.CLASS_ALPHA are not for it")
-        if not 0 < neg_pos_ratio < float("inf"):
-            raise ValueError(f"MODEL.SSD.NEG_POS_RATIO must be a finite number > 0, got {neg_pos_ratio}")
+        check(0 < neg_pos_ratio < float("inf"), "MODEL.SSD.NEG_POS_RATIO", "a finite number > 0", neg_pos_ratio)
         # The ratio is the only limit, and nothing is suppressed.
-        mining = {"batch_size": sys.maxsize, "nms_thresh": 0.0, "neg_pos_ratio": neg_pos_ratio}
-        super().__init__(mining=mining, num_classes=num_classes, num_outputs=num_classes + 1, **kwargs)
+        mining = {"ohem_batch_size": sys.maxsize, "nms_thresh": 0.0, "neg_pos_ratio": neg_pos_ratio}
+        over = {"normalizer": "positives", "box_loss_on": "positives"}
+        super().__init__(num_classes=num_classes, num_outputs=num_classes + 1, **mining, **over, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:

@@ -15,6 +15,7 @@ from focal_plugin.config import config_dir
 from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
 N, C = 12, 3
+LOGITS, LABELS, ONES = torch.zeros(N, C), torch.zeros(N).long(), torch.ones(N)
 
 
 def has_operators():
@@ -35,28 +36,24 @@ def ours(registry):
 
 @pytest.fixture(scope="module")
 def theirs(registry):
-    """mmdet's focal_loss.py. Without mmcv's compiled operators its package cannot be imported, but the file can."""
+    """mmdet's FocalLoss. Without mmcv's compiled operators its package cannot be imported, but the file can."""
     if has_operators():
-        return importlib.import_module("mmdet.models.losses.focal_loss")
+        return importlib.import_module("mmdet.models.losses.focal_loss").FocalLoss
     package, operators = ModuleType("mmdet_losses"), ModuleType("mmcv.ops")
     package.__path__ = [str(Path(sys.modules["mmdet"].__file__).parent / "models" / "losses")]
     operators.sigmoid_focal_loss = None  # the CUDA kernel, which is not called on a CPU
     with mock.patch.dict(sys.modules, {"mmdet_losses": package, "mmcv.ops": operators}):
-        return importlib.import_module("mmdet_losses.focal_loss")
+        return importlib.import_module("mmdet_losses.focal_loss").FocalLoss
 
 
 def make_case(scale=3.0, dtype=torch.float64, n=N, channels=C):
     g = torch.Generator().manual_seed(0)
     pred = scale * torch.randn(n, channels, generator=g, dtype=torch.float64)
-    target = torch.randint(0, C + 1, (n,), generator=g)
-    return pred.to(dtype).requires_grad_(), target
+    return pred.to(dtype).requires_grad_(), torch.randint(0, C + 1, (n,), generator=g)
 
 
-def make_weight(kind):
-    shapes = {"row": (N,), "column": (N, 1), "entry": (N, C), "flat": (N * C,)}
-    if kind is None:
-        return None
-    weight = torch.rand(shapes[kind], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def make_weight(*shape):
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return torch.where(weight < 0.3, 0.0, weight)
 
 
@@ -70,63 +67,57 @@ def value_and_grad(loss, pred, *args, **kwargs):
     "reduction, avg_factor",
     [("mean", None), ("mean", 0.0), ("mean", torch.tensor(5.0)), ("sum", None), ("none", None), ("none", 5.0)],
 )
-@pytest.mark.parametrize("kind", [None, "row", "column", "entry", "flat"])
+@pytest.mark.parametrize("shape", [None, (N,), (N, 1), (N, C), (N * C,)], ids=str)
 @pytest.mark.parametrize("targets", ["labels", "one-hot", "integers"])
-def test_equals_mmdets(ours, theirs, targets, kind, reduction, avg_factor):
+def test_equals_mmdets(ours, theirs, targets, shape, reduction, avg_factor):
     pred, labels = make_case()
     one_hot = F.one_hot(labels, C + 1)[:, :C]
     target = {"labels": labels, "one-hot": one_hot.double(), "integers": one_hot}[targets]
     reference = labels if targets == "labels" else one_hot.double()
     options = {"gamma": 2.0, "alpha": 0.3, "loss_weight": 1.7}
-    weight = make_weight(kind)
-    expected = value_and_grad(theirs.FocalLoss(**options, reduction=reduction), pred, reference, weight, avg_factor)
+    weight = None if shape is None else make_weight(*shape)
+    expected = value_and_grad(theirs(**options, reduction=reduction), pred, reference, weight, avg_factor)
     # Once as the constructor's reduction, once as the call's.
     for loss, override in ((ours(**options, reduction=reduction), None), (ours(**options), reduction)):
         actual = value_and_grad(loss, pred, target, weight, avg_factor, reduction_override=override)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0 if avg_factor == 0 else 1e-14)
 
 
-def test_avg_factor_and_sum_are_refused_as_by_mmdets(ours, theirs):
-    for loss in (ours(), theirs.FocalLoss()):
-        with pytest.raises(ValueError, match=r"avg_factor can.*not be used with reduction=.sum"):
-            loss(*make_case(), None, 5.0, "sum")
-
-
-def test_easy_logits_are_finite_where_mmdets_are_nan(ours, theirs):
+def test_finite_and_refusing_where_mmdets_is(ours, theirs):
     pred, target = make_case(scale=40.0, dtype=torch.float32)
     assert value_and_grad(ours(gamma=0.5), pred, target)[1].isfinite().all()
-    assert value_and_grad(theirs.FocalLoss(gamma=0.5), pred, target)[1].isnan().any()
+    assert value_and_grad(theirs(gamma=0.5), pred, target)[1].isnan().any()
+    for loss in (ours(), theirs()):
+        with pytest.raises(ValueError, match=r"avg_factor can.*not be used with reduction=.sum"):
+            loss(pred, target, None, 5.0, "sum")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "targets, kind",
-    [("labels", "row"), ("labels", "entry"), ("dense", "column"), ("dense", "flat"), ("softmax", "row")],
+    "targets, shape",
+    [("labels", (N,)), ("labels", (N, C)), ("dense", (N, 1)), ("dense", (N * C,)), ("softmax", (N,))],
 )
-def test_weight_0_ignores_whatever_the_logit_is(ours, targets, kind, bad):
+def test_weight_0_ignores_whatever_the_logit_is(ours, targets, shape, bad):
     use_sigmoid = targets != "softmax"
     pred, target = make_case(channels=C if use_sigmoid else C + 1)
-    weight = make_weight(kind)
+    weight = make_weight(*shape)
     weight.view(N, -1)[0] = 0  # a whole row, for every kind of weight
-    loss = ours(use_sigmoid)
     gone = (weight.view(N, -1) == 0).expand_as(pred)
     assert gone.any() and not gone.all()
     poisoned = pred.detach().masked_fill(gone, bad).requires_grad_()
-    labels = target.clone()
-    if targets != "dense":
-        labels[gone.all(dim=1)] = 255  # neither does it matter what the label is
+    labels = target.masked_fill(gone.all(dim=1), 255)  # neither does it matter what the label is
     if targets == "dense":
         target = labels = F.one_hot(target, C + 1)[:, :C].double()
     for reduction in ("mean", "none"):
-        expected = value_and_grad(loss, pred, target, weight, reduction_override=reduction)
-        actual = value_and_grad(loss, poisoned, labels, weight, reduction_override=reduction)
+        loss = ours(use_sigmoid, reduction=reduction)
+        expected, actual = value_and_grad(loss, pred, target, weight), value_and_grad(loss, poisoned, labels, weight)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         assert actual[1][gone].eq(0).all() and actual[1][~gone].ne(0).all()
 
 
 def test_label_minus_1_is_ignored_as_weight_0_is(ours):
     pred, target = make_case()
-    weight = make_weight("row")
+    weight = make_weight(N)
     expected = value_and_grad(ours(), pred, target, (weight > 0).double())
     actual = value_and_grad(ours(), pred, target.masked_fill(weight == 0, -1))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -134,24 +125,24 @@ def test_label_minus_1_is_ignored_as_weight_0_is(ours):
 
 
 @pytest.mark.parametrize(
-    "options, function, arguments",
+    "function, arguments, options",
     [
-        ({"use_sigmoid": False, "alpha": 0.3, "gamma": 0.5}, softmax_focal_loss, {"alpha": 0.3, "gamma": 0.5}),
-        ({"use_sigmoid": False, "alpha": [0.1, 0.2, 0.3, 0.4]}, softmax_focal_loss, {"alpha": [0.1, 0.2, 0.3, 0.4]}),
-        ({"alpha": (0.1, 0.5, 0.9)}, sigmoid_focal_loss, {"alpha": (0.1, 0.5, 0.9)}),
-        ({"loss": "focal_star", "gamma": 3.0, "beta": 0.5}, sigmoid_focal_loss_star, {"gamma": 3.0, "beta": 0.5}),
+        (softmax_focal_loss, {"alpha": 0.3, "gamma": 0.5}, {"use_sigmoid": False}),
+        (softmax_focal_loss, {"alpha": [0.1, 0.2, 0.3, 0.4]}, {"use_sigmoid": False}),
+        (sigmoid_focal_loss, {"alpha": (0.1, 0.5, 0.9)}, {}),
+        (sigmoid_focal_loss_star, {"gamma": 3.0, "beta": 0.5}, {"loss": "focal_star"}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_mmdet_has_not_is_the_plugins_function(ours, options, function, arguments, dtype):
+def test_what_mmdet_has_not_is_the_plugins_function(ours, function, arguments, options, dtype):
     pred, target = make_case(channels=C + 1 if function is softmax_focal_loss else C, dtype=dtype)
-    weight = make_weight("row").to(torch.float64 if dtype == torch.float64 else torch.float32)
+    weight = make_weight(N).to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     def expected(x):
         loss = function(x, target, **arguments)
         return 2 * (loss if loss.dim() == 1 else loss.sum(dim=1)).mul(weight).sum() / 7.0
 
-    actual = value_and_grad(ours(**options, loss_weight=2.0), pred, target, weight, 7.0)
+    actual = value_and_grad(ours(**options, **arguments, loss_weight=2.0), pred, target, weight, 7.0)
     # mmdet divides by 7 and the epsilon of float32.
     rtol, atol = (1e-7, 1e-7) if dtype == torch.float64 else (1e-2, 1e-7)
     torch.testing.assert_close(actual, value_and_grad(expected, pred), rtol=rtol, atol=atol)
@@ -161,56 +152,41 @@ def test_what_mmdet_has_not_is_the_plugins_function(ours, options, function, arg
 @pytest.mark.parametrize("avg_factor", [None, 0.0])
 @pytest.mark.parametrize("weight", [None, torch.zeros(0), torch.zeros(0, C)])
 def test_nothing_is_0_and_connected(ours, weight, avg_factor):
-    pred, target = make_case(n=0)
-    loss, grad = value_and_grad(ours(), pred, target, weight, avg_factor)
+    loss, grad = value_and_grad(ours(), *make_case(n=0), weight, avg_factor)
     assert loss == 0 and grad.shape == (0, C)
 
 
-@pytest.mark.parametrize("label", [C + 1, -2])
-def test_labels_out_of_range(ours, label):
-    pred, target = make_case()
-    target[3] = label
-    for weight in (None, torch.ones(N)):
-        with pytest.raises(ValueError, match=rf"labels must be in \[-1, {C}\].*{label}"):
-            ours()(pred, target, weight)
-        with pytest.raises(ValueError, match=rf"labels must be in \[-1, {C - 1}\]"):
-            ours(use_sigmoid=False)(pred, target.clamp(0, C), weight)
+SOFTMAX = {"use_sigmoid": False}
+OUT_OF_RANGE = [(bad, weight) for bad in (C + 1, -2) for weight in (None, ONES)]
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, arguments, message",
     [
-        ({"activated": True}, "activated=True.*logits, not probabilities"),
-        ({"loss": "ohem"}, "'focal' or 'focal_star', got 'ohem'"),
-        ({"loss": "focal_star", "use_sigmoid": False}, "focal_star.*needs use_sigmoid=True"),
-        ({"loss": "focal_star", "gamma": 0}, "gamma must be .* > 0"),
-        ({"gamma": -1}, "gamma must be .*>= 0, got -1"),
-        ({"alpha": 1.5}, "alpha .* got 1.5"),
-        ({"reduction": "avg"}, "reduction must be .*'avg'"),
-        ({"alpha": (0.1, 0.5)}, r"one value a class.*3"),
+        ({"activated": True}, (), "activated=True.*logits, not probabilities"),
+        ({"loss": "ohem"}, (), "focal, focal_star; got 'ohem'"),
+        ({"loss": "focal_star", "use_sigmoid": False}, (), "focal_star.*needs use_sigmoid=True"),
+        ({"loss": "focal_star", "gamma": 0}, (), "gamma must be .* > 0"),
+        ({"gamma": -1}, (), "gamma must be .*>= 0, got -1"),
+        ({"alpha": 1.5}, (), "alpha .* got 1.5"),
+        ({"reduction": "avg"}, (), "reduction must be .*'avg'"),
+        ({}, (LOGITS, LABELS, None, None, "avg"), "reduction must be .*'avg'"),
+        ({"alpha": (0.1, 0.5)}, (LOGITS, LABELS), "one value a class.*3"),
+        ({}, (torch.zeros(N), torch.zeros(N)), r"pred must be logits \(N, C\)"),
+        ({}, (LOGITS, torch.zeros(N)), "integer labels .* got .*float32"),
+        ({}, (LOGITS, torch.zeros(N, dtype=torch.bool)), "target of torch.bool"),
+        ({}, (LOGITS, LABELS[1:]), r"shape \(11,\)"),
+        (SOFTMAX, (LOGITS, LOGITS), "integer labels .* for a sigmoid, dense"),
+        ({}, (LOGITS, LABELS, torch.ones(5)), r"12 values.*36 entries of pred.*, got shape \(5,\)"),
+        (SOFTMAX, (LOGITS, LABELS, torch.ones(N, C)), "weight must have 12 values"),
+        *(({}, (LOGITS, LABELS + bad, w), rf"labels must be in \[-1, {C}\].*{bad}") for bad, w in OUT_OF_RANGE),
+        *((SOFTMAX, (LOGITS, LABELS + C, w), rf"labels must be in \[-1, {C - 1}\]") for w in (None, ONES)),
     ],
 )
-def test_bad_options(ours, options, message):
+def test_bad_values_are_named(ours, options, arguments, message):
     with pytest.raises(ValueError, match=message):
-        ours(**options)(*make_case())
-
-
-@pytest.mark.parametrize(
-    "use_sigmoid, pred, target, weight, message",
-    [
-        (True, torch.zeros(N), torch.zeros(N), None, r"pred must be logits \(N, C\)"),
-        (True, torch.zeros(N, C), torch.zeros(N), None, "integer labels .* got .*float32"),
-        (True, torch.zeros(N, C), torch.zeros(N - 1).long(), None, r"shape \(11,\)"),
-        (False, torch.zeros(N, C), torch.zeros(N, C), None, "use_sigmoid=False"),
-        (True, torch.zeros(N, C), torch.zeros(N).long(), torch.ones(5), "12 rows.*36 entries; got shape .5,"),
-        (False, torch.zeros(N, C), torch.zeros(N).long(), torch.ones(N, C), "12 rows of pred; got"),
-    ],
-)
-def test_bad_shapes(ours, use_sigmoid, pred, target, weight, message):
-    with pytest.raises(ValueError, match=message):
-        ours(use_sigmoid)(pred, target, weight)
-    with pytest.raises(ValueError, match="reduction must be"):
-        ours()(*make_case(), reduction_override="avg")
+        loss = ours(**options)
+        loss(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class LossDistribution:
         if logits.numel() == 0:
             return
         layout = Layout.of(logits, class_dim)
-        x, labels = layout.flat(logits), layout.flat_anchors(labels)
+        x, labels = layout.flat(logits), layout.flat(labels.unsqueeze(class_dim))
         # An index that is valid for background and ignored rows as well.
         index = labels.clamp(0, x.shape[1] - 1).long()
         present = (labels >= 0) & (labels < x.shape[1])

@@ -52,7 +52,7 @@ class BlockwiseLoss(ABC):
         layout = Layout.of(inputs, class_dim)
         x = layout.flat(inputs)
         if self.has_labels:
-            target = small_labels(layout.flat_anchors(targets), x.shape[1])
+            target = small_labels(layout.flat(targets.unsqueeze(class_dim)), x.shape[1])
         else:
             target = layout.flat(targets.detach())
         if torch.compiler.is_compiling():
@@ -61,7 +61,8 @@ class BlockwiseLoss(ABC):
             loss = loss.sum(dim=1, keepdim=True) if sum_classes else loss
         else:
             loss = _Blockwise.apply(x, target, self, sum_classes)
-        return layout.unflat_anchors(loss) if sum_classes else layout.unflat(loss)
+        loss = layout.unflat(loss)
+        return loss.squeeze(class_dim) if sum_classes else loss
 
     # ------------------------------ what a subclass gives
 
@@ -174,7 +175,10 @@ def small_labels(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """How logits lie in memory, and the way to (outer, K, inner) and back."""
+    """How logits lie in memory, and the way to (outer, K, inner) and back.
+
+    What each anchor has one of, as its label, goes the same way with a class dimension of size 1.
+    """
 
     sizes: tuple[int, ...]
     class_dim: int
@@ -195,32 +199,15 @@ class Layout(NamedTuple):
             order = range(x.dim())
         return cls(tuple(x.shape), class_dim % x.dim(), tuple(order))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(outer, K, inner)."""
-        sizes, place = [self.sizes[d] for d in self.order], self.order.index(self.class_dim)
-        return math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
-
     def flat(self, x: Tensor) -> Tensor:
-        """Return logits, or a tensor of their shape, as (outer, K, inner): a view if it lies as they do."""
-        return x.permute(self.order).reshape(self.shape)
-
-    def flat_anchors(self, x: Tensor) -> Tensor:
-        """Return labels, or a tensor of the logits' shape without the class, as (outer, 1, inner)."""
-        outer, _, inner = self.shape
-        return x.unsqueeze(self.class_dim).permute(self.order).reshape(outer, 1, inner)
+        """Return a tensor of the logits' shape as (outer, K, inner): a view if it lies as they do."""
+        x, place = x.permute(self.order), self.order.index(self.class_dim)
+        return x.reshape(math.prod(x.shape[:place]), x.shape[place], math.prod(x.shape[place + 1 :]))
 
     def unflat(self, flat: Tensor) -> Tensor:
         """Return (outer, K, inner) in the logits' shape."""
-        return flat.view([self.sizes[d] for d in self.order]).permute(self._back())
-
-    def unflat_anchors(self, flat: Tensor) -> Tensor:
-        """Return (outer, 1, inner) in the labels' shape."""
-        sizes = [1 if d == self.class_dim else self.sizes[d] for d in self.order]
-        return flat.view(sizes).permute(self._back()).squeeze(self.class_dim)
-
-    def _back(self) -> list[int]:
-        return [self.order.index(d) for d in range(len(self.order))]
+        sizes = [flat.shape[1] if dim == self.class_dim else self.sizes[dim] for dim in self.order]
+        return flat.view(sizes).permute([self.order.index(dim) for dim in range(len(sizes))])
 
 
 # ------------------------------ blocks and threads

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .args import IGNORE, Alpha, Weights, alpha_weights, check_call, check_dense, check_labels
+from .args import IGNORE, Alpha, Weights, alpha_weights, check, check_call, check_dense, check_labels
 from .blockwise import BlockwiseLoss, repeated_number, upcast
 from .dense import DenseLoss
 from .formulas import Focal, FocalStar
@@ -88,8 +88,7 @@ def sigmoid_focal_loss_star(
     name has no beta. Arguments, result and errors as :func:`sigmoid_focal_loss`, but gamma must be > 0 and dense
     targets should be 0 or 1: between them FL* is taken at ``x_t = (2 t - 1) x``.
     """
-    if not math.isfinite(beta):
-        raise ValueError(f"beta must be a finite number, got {beta}")
+    check(math.isfinite(beta), "beta", "a finite number", beta)
     return _apply(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
 
 

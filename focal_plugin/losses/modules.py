@@ -1,12 +1,11 @@
 """The losses as modules, for those who keep their criterion in one."""
 
-import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .args import Alpha, as_number, check_alpha, check_class_alpha, check_gamma, check_reduction
+from .args import Alpha, check_alpha
 from .focal import sigmoid_focal_loss, sigmoid_focal_loss_star
 from .softmax import softmax_focal_loss
 
@@ -33,21 +32,17 @@ class _Loss(Float32Buffers, nn.Module):
 
     def __init__(self, alpha: Alpha = 0.25, gamma: float = 2.0, reduction: str = "mean", **options):
         super().__init__()
-        function = type(self).function
-        inspect.signature(function).bind(None, None, **options)  # or an unknown option would be found in the first call
-        check_gamma(gamma, star=function is sigmoid_focal_loss_star)
-        check_reduction(reduction)
-        alpha = as_number(alpha)
         self.options = {"gamma": gamma, "reduction": reduction, **options}
-        self.alpha = class_alpha = None
-        if isinstance(alpha, float):
-            check_alpha(alpha)
-            self.alpha = alpha
-        else:
-            class_alpha = torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
-            check_class_alpha(class_alpha.tolist(), len(class_alpha))
+        alpha = check_alpha(alpha)
+        is_number = isinstance(alpha, float)
+        self.alpha = alpha if is_number else None
+        class_alpha = None if is_number else torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
         # Not persistent: it is an argument, not something that was learned.
         self.register_buffer("class_alpha", class_alpha, persistent=False)
+        # Try it on no anchor, so that a bad value is refused here and not in the first call.
+        alpha = alpha if is_number else class_alpha.tolist()
+        no_logits, no_labels = torch.zeros(0, 2 if is_number else len(alpha)), torch.zeros(0, dtype=torch.long)
+        type(self).function(no_logits, no_labels, alpha, **{**self.options, "class_dim": -1})
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         alpha = self.alpha if self.class_alpha is None else self.class_alpha

@@ -9,7 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .args import IGNORE, Alpha, alpha_weights, as_number, check_alpha, check_call, check_labels, float_dtype
+from .args import IGNORE, Alpha, alpha_weights, check_alpha, check_call, check_labels, float_dtype
 from .blockwise import BlockwiseLoss
 from .formulas import Focal
 
@@ -61,10 +61,9 @@ def softmax_focal_loss(
 
 def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Tensor) -> Union[float, Tensor]:
     """Return one number for all classes, or (C,) weights."""
-    alpha = as_number(alpha)
+    alpha = check_alpha(alpha, num_classes)
     if not isinstance(alpha, float):
         return alpha_weights(alpha, num_classes, inputs).pos[:, 0]
-    check_alpha(alpha)
     if alpha < 0:
         return 1.0
     if not background:

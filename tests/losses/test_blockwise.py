@@ -31,8 +31,8 @@ def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
     assert torch.equal(layout.unflat(flat), logits)
     # Labels and logits go the same way: label r of the one belongs to the logits r of the other.
     where = torch.arange(N * A * H * W).view(N, A, H, W)
-    labels = layout.flat_anchors(where)
-    assert torch.equal(layout.unflat_anchors(labels), where)
+    labels = layout.flat(where.unsqueeze(2))
+    assert torch.equal(layout.unflat(labels).squeeze(2), where)
     assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), labels.expand_as(flat))
 
 
