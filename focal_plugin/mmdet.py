@@ -91,7 +91,7 @@ class FocalPluginLoss(nn.Module):
             target: integer labels (N,): in [0, C), C for background, -1 to ignore; or, with sigmoids, dense targets in
                 [0, 1] of the shape of ``pred``. A label of weight 0 may be anything.
             weight: (N,) or (N, 1); with sigmoids also one an entry, (N, C) or flattened.
-            avg_factor: divides the sum of "mean" in place of the number of entries; "none" ignores it, "sum" refuses it.
+            avg_factor: divides the sum of "mean" in place of the number of entries; "none" ignores, "sum" refuses it.
             reduction_override: in place of ``reduction``.
 
         Raises:
