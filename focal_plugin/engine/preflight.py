@@ -158,9 +158,14 @@ _SIZES = _all(_all(_is_positive))
 _DATASETS = (lambda value: isinstance(value, str) or _all(_is_name, 0)(value), 'names: ("name",)')
 _LEAST = {  # of whole numbers
     "MODEL.RETINANET.NUM_CLASSES": 1,
+    "MODEL.RETINANET.NUM_CONVS": 0,
+    "DATALOADER.NUM_WORKERS": 0,
     "DATALOADER.MAX_BAD_IMAGES": 0,
+    "INPUT.MIN_SIZE_TEST": 0,
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.CHECKPOINTS_TO_KEEP": 0,
     "TEST.EVAL_PERIOD": 0,
@@ -178,6 +183,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda name: name in BACKBONE_REGISTRY,
         "a name in Detectron2's BACKBONE_REGISTRY, such as build_retinanet_resnet_fpn_backbone",
     ),
+    "MODEL.PIXEL_MEAN": (_all(lambda value: type(value) in (int, float)), "a number for each channel"),
     "MODEL.PIXEL_STD": (_all(_is_positive), "a positive number for each channel"),
     "MODEL.ANCHOR_GENERATOR.SIZES": (_SIZES, "lists of positive numbers (pixels), one for each level"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (_SIZES, "lists of positive numbers, one for each level or one for all"),
