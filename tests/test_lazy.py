@@ -184,8 +184,8 @@ def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
     names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_val"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(*flags, out="out", **train):
-        overrides = [*names, f"train.output_dir={out}", *(f"train.{key}={value}" for key, value in train.items())]
+    def run(*flags, folder="out", **train):
+        overrides = [*names, f"train.output_dir={folder}", *(f"train.{key}={value}" for key, value in train.items())]
         argv = [*command, *flags, *overrides]
         done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -199,4 +199,4 @@ def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
     _, metrics = run("--resume", max_iter=3)
     steps = [line["iteration"] for line in metrics if "total_loss" in line]
     assert steps.count(0) == 1 and sorted(set(steps)) == [0, 1, 2]  # and not from 0 again
-    assert "AP50" in run("--eval-only", out="evaluated", init_checkpoint=out / "model_final.pth")[0]
+    assert "AP50" in run("--eval-only", folder="evaluated", init_checkpoint=out / "model_final.pth")[0]
