@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -112,7 +113,7 @@ class _DType:
     """Stand in for numpy's dtype, which would believe a file that eight bytes in it are the address of an object."""
 
     def __init__(self, code: str, *_: Any):
-        if not re.fullmatch(r"[biufcSU]\d{1,4}", code):
+        if not re.fullmatch(r"[biufcSU][1-9]\d{0,3}", code):
             raise pickle.UnpicklingError(f"it holds an array of {code!r}")
         self.dtype = np.dtype(code)
 
@@ -123,6 +124,8 @@ class _DType:
 class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
+        if math.prod(shape) * dtype.dtype.itemsize != len(data):  # before numpy makes room for what a file claims
+            raise pickle.UnpicklingError(f"it holds an array of another size than its {len(data)} bytes")
         super().__setstate__((version, shape, dtype.dtype, bool(is_fortran), data))
 
 
@@ -145,6 +148,6 @@ _ALLOWED = {
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),
     "numpy.core.multiarray.scalar": _scalar,
     "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: np.ndarray(
-        shape, dtype.dtype, bytearray(data), order=order
+        shape, dtype.dtype, bytearray(memoryview(data)), order=order
     ),
 }
