@@ -44,6 +44,12 @@ class Workers:
         of_a_worker = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
         if "TORCHELASTIC_RUN_ID" in env or of_a_worker <= env.keys():
             return cls._of_torchrun(args, env)
+        tasks = _number(env, "SLURM_STEP_NUM_TASKS", "SLURM", "1")
+        if tasks > args.num_machines:
+            raise ValueError(
+                f"srun has started {tasks} tasks of this, each of which would be a run of its own: start torchrun once "
+                "a node, as tools/launch/slurm.sbatch does"
+            )
         if args.num_gpus < 1 or args.num_machines < 1:
             raise ValueError(
                 f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 1 of each is needed; on the "

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -30,7 +31,7 @@ from .checkpoint import SafeCheckpointer
 from .guard import DIVERGED, NonFiniteGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
 from .preemption import FinishedEarly, Preempted, stop_requested
-from .worker_state import preserve_rng, restore_worker_state
+from .worker_state import preserve_rng, restore_worker_state, unwrap_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class FocalTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, is_main = self.cfg, comm.is_main_process()
+        can_draw = isinstance(unwrap_ddp(self.model), DenseDetector)  # others draw by themselves, or not at all
         # Here and not in the constructor: DefaultTrainer makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         checkpoints = PeriodicCheckpointer(
@@ -195,7 +197,7 @@ class FocalTrainer(DefaultTrainer):
             best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg), patience)
         return [
             BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
-            TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 else None,
+            TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 and can_draw else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             precise_bn,  # before a checkpoint, which shall hold its statistics

@@ -53,6 +53,7 @@ def test_restarts_are_counted(env):
         ({**TORCHRUN, "WORLD_SIZE": "7"}, {}, "all machines need the same number"),
         ({}, {"num_gpus": 0}, "--num-gpus 0 --num-machines 1: at least 1 of each"),
         ({}, {"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://a:1"}, "--machine-rank 2: .* start at 0"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "srun has started 8 tasks .* torchrun once a node"),
         ({}, {"num_machines": 2}, "--dist-url auto is for one machine"),
     ],
 )

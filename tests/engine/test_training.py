@@ -202,6 +202,9 @@ def amp_trainer(digits, tmp_path, device, precision, *more):
 def test_vis_period_draws_on_the_main_worker(digits, tmp_path, monkeypatch, period, drawn):
     trainer = amp_trainer(digits, tmp_path, "cpu", "bfloat16", "VIS_PERIOD", period)
     assert sum(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks()) == drawn
+    with monkeypatch.context() as other:  # an architecture that has no such picture
+        other.setattr("focal_plugin.engine.trainer.unwrap_ddp", lambda model: torch.nn.Linear(1, 1))
+        assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
     monkeypatch.setattr("focal_plugin.engine.trainer.comm.is_main_process", lambda: False)
     assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
 
