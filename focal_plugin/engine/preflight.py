@@ -183,7 +183,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda name: name in BACKBONE_REGISTRY,
         "a name in Detectron2's BACKBONE_REGISTRY, such as build_retinanet_resnet_fpn_backbone",
     ),
-    "MODEL.PIXEL_MEAN": (_all(lambda value: type(value) in (int, float)), "a number for each channel"),
+    "MODEL.PIXEL_MEAN": (
+        _all(lambda value: type(value) in (int, float) and math.isfinite(value)),
+        "a number for each channel",
+    ),
     "MODEL.PIXEL_STD": (_all(_is_positive), "a positive number for each channel"),
     "MODEL.ANCHOR_GENERATOR.SIZES": (_SIZES, "lists of positive numbers (pixels), one for each level"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (_SIZES, "lists of positive numbers, one for each level or one for all"),

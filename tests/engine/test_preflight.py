@@ -18,7 +18,7 @@ WRONG = [
     ("MODEL.RETINANET.NUM_CLASSES", [0, -3, None]),
     ("MODEL.RETINANET.IOU_THRESHOLDS", [[], ["a"], [0.5, 0.4], [0.0, 0.5], [0.4, 1.5]]),
     ("MODEL.RETINANET.IOU_LABELS", [[], [7, 8, 9], [0, 1]]),
-    ("MODEL.PIXEL_MEAN", [["a", "b", "c"], []]),
+    ("MODEL.PIXEL_MEAN", [["a", "b", "c"], [], [float("nan")] * 3]),
     ("MODEL.RETINANET.NUM_CONVS", [-1, 1.5, True]),
     ("DATALOADER.NUM_WORKERS", [-1, None]),
     ("MODEL.PIXEL_STD", [[0.0, 0.0, 0.0], [1.0]]),
