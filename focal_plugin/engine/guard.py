@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -29,9 +28,6 @@ from .safe_load import load_plain
 from .worker_state import unwrap_ddp
 
 logger = logging.getLogger(__name__)
-
-DIVERGED = "diverged.json"
-"""File in OUTPUT_DIR that says at which "iteration" the loss of the last training broke; there only if it did."""
 
 BROKEN = "NaN or infinite"
 _CAUSES = """\
@@ -81,8 +77,7 @@ class NonFiniteGuard(HookBase):
         Raises:
             FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
         """
-        losses = [loss.sum() for loss in self._losses.values()]
-        loss = torch.stack(losses).sum() if losses else torch.zeros(())
+        loss = sum((loss.sum() for loss in self._losses.values()), torch.zeros(()))
         broken = ~torch.isfinite(torch.stack([loss, self._gradient_norm(2.0).to(loss)]))
         bad_loss, bad_gradient = self.exchange(broken)
         if bad_gradient and not bad_loss:
@@ -134,9 +129,6 @@ class NonFiniteGuard(HookBase):
             lines.append("  images: " + ", ".join(files))
             if path:
                 lines.append(f"  saved, with the weights before this step; to look again: tools/replay_loss.py {path}")
-        if comm.is_main_process():
-            verdict = {"iteration": self.trainer.iter, "message": lines[0]}
-            self._write(DIVERGED, "w", lambda file: json.dump(verdict, file))
         return "\n".join([*lines, self._causes()])
 
     def _facts(self) -> dict[str, Any]:
@@ -160,14 +152,10 @@ class NonFiniteGuard(HookBase):
             state["loss_normalizer"] = self._normalizer
         content = {"iteration": self.trainer.iter, "facts": facts, "config": self.cfg.dump()}
         content.update(model=state, batch=[_plain(image) for image in self.batch])
-        name = f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth"
-        return self._write(name, "wb", lambda file: torch.save(content, file))
-
-    def _write(self, name: str, mode: str, write) -> str:
-        path = os.path.join(self.cfg.OUTPUT_DIR, name)
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth")
         try:
-            with atomic_write(path, mode) as file:
-                write(file)
+            with atomic_write(path, "wb") as file:
+                torch.save(content, file)
         except (OSError, RuntimeError) as error:  # what broke the loss matters more than a full disk
             logger.warning(f"{path} could not be saved: {error}")
             return ""

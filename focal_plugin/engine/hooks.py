@@ -177,7 +177,7 @@ def _has_ended_well(trainer) -> bool:
 
 
 class BadImages(HookBase):
-    """Name, count and limit the images that could not be read.
+    """Name, count and limit the images that could not be read, as they reach the model.
 
     Args:
         limit: how many files of this worker may be replaced by others.
@@ -187,8 +187,12 @@ class BadImages(HookBase):
         self._limit = limit
         self._reasons: dict[str, str] = {}
 
-    def after_step(self) -> None:
-        for name, reason in (skipped for image in self.trainer.batch for skipped in image.get(SKIPPED, ())):
+    def before_train(self) -> None:
+        # Not after the step, which may run the model several times, and may break on what took an image's place.
+        self.trainer.model.register_forward_pre_hook(self._look)
+
+    def _look(self, model, args) -> None:
+        for name, reason in (skipped for image in (args[0] if args else ()) for skipped in image.get(SKIPPED, ())):
             if name not in self._reasons:
                 self._reasons[name] = reason
                 logger.warning(
@@ -197,6 +201,8 @@ class BadImages(HookBase):
                 )
         if len(self._reasons) > self._limit:
             raise ValueError(too_many_bad_images(list(self._reasons.items()), self._limit))
+
+    def after_step(self) -> None:
         if self._reasons:
             self.trainer.storage.put_scalar("bad_images", len(self._reasons), smoothing_hint=False)
 

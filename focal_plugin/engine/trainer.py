@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -25,15 +26,19 @@ from torch import nn
 
 from ..config import unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
+from ..files import atomic_write
 from ..scalars import flush_scalars
 from .auto_scale import learning_rate_warning, scale_to_workers, start_banner
 from .checkpoint import SafeCheckpointer
-from .guard import DIVERGED, NonFiniteGuard
+from .guard import NonFiniteGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
 from .preemption import FinishedEarly, Preempted, stop_requested
 from .worker_state import preserve_rng, restore_worker_state, unwrap_ddp
 
 logger = logging.getLogger(__name__)
+
+DIVERGED = "diverged.json"
+"""File in OUTPUT_DIR that says at which "iteration" the loss of the last training broke; there only if it did."""
 
 
 class FocalTrainer(DefaultTrainer):
@@ -46,6 +51,8 @@ class FocalTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+            raise ValueError(f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: must be one of float16, bfloat16")
         self.unscaled_cfg = cfg
         cfg = scale_to_workers(cfg, comm.get_world_size())
         with _ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
@@ -123,12 +130,18 @@ class FocalTrainer(DefaultTrainer):
             # As late as possible: what was built since must not have drawn from the generators.
             restore_worker_state(self.model, self._worker_states)
             self._worker_states = None
+        diverged = Path(self.cfg.OUTPUT_DIR, DIVERGED)
         if comm.is_main_process():
-            Path(self.cfg.OUTPUT_DIR, DIVERGED).unlink(missing_ok=True)  # of an earlier attempt
+            diverged.unlink(missing_ok=True)  # of an earlier attempt
         try:
             return super().train()
         except FinishedEarly:
             return getattr(self, "_last_eval_results", None)
+        except FloatingPointError as error:  # of the guard, or of Detectron2 in a subclass that steps in its own way
+            if comm.is_main_process():
+                with suppress(OSError), atomic_write(diverged) as file:
+                    json.dump({"iteration": self.iter, "message": str(error).partition("\n")[0]}, file)
+            raise
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
@@ -194,7 +207,10 @@ class FocalTrainer(DefaultTrainer):
             precise_bn = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
         if is_main and cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC:
             patience = cfg.TEST.EARLY_STOP_PATIENCE
-            best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, _best_metric(cfg), patience)
+            metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+            if len(names) > 1 and not any(metric.startswith(f"{name}/") for name in names):
+                metric = f"{names[0]}/{metric}"  # as the storage calls it
+            best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, patience)
         return [
             BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
             TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 and can_draw else None,
@@ -258,13 +274,6 @@ class FocalTrainer(DefaultTrainer):
             stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
 
 
-def _best_metric(cfg: CfgNode) -> str:
-    """Return the name that the storage has: with several test sets theirs is in front, and the first is meant."""
-    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-    is_full = len(names) < 2 or any(metric.startswith(f"{name}/") for name in names)
-    return metric if is_full else f"{names[0]}/{metric}"
-
-
 class _Evaluator(COCOEvaluator):
     """A ``COCOEvaluator`` that a request to stop ends between two images, on all workers alike."""
 
@@ -324,9 +333,9 @@ def _clip_by_norm(max_norm: float, norm_type: float, optimizer: torch.optim.Opti
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return
-    norms = torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads])
+    norms = torch.stack([torch.linalg.vector_norm(grad, norm_type).to(grads[0].device) for grad in grads])
     for grad, factor in zip(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()):
-        grad.mul_(factor)
+        grad.mul_(factor.to(grad.device))
 
 
 @contextmanager

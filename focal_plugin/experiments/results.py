@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..engine.guard import DIVERGED
+from ..engine.trainer import DIVERGED
 from ..files import atomic_write
 from .provenance import machine, now
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engine.guard import DIVERGED
+from ..engine.trainer import DIVERGED
 from ..files import TEMPORARY
 from .results import CONSOLE, RESULT, RunResult, write_whole
 

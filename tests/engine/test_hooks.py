@@ -1,4 +1,4 @@
-"""The picture of VIS_PERIOD, and what reaches the writers."""
+"""The picture of VIS_PERIOD, images that cannot be read, and what reaches the writers."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 
-from focal_plugin.engine.hooks import TrainingPicture
+from focal_plugin.data.loader import SKIPPED
+from focal_plugin.engine.hooks import BadImages, TrainingPicture
 from focal_plugin.scalars import flush_scalars
 
 OHEM = ("MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16")
@@ -87,3 +88,20 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
     assert 0 < logged["ohem/num_pos"] < logged["ohem/num_pos"] + logged["ohem/num_neg"] <= 32
     (tag,) = events.Tags()["images"]
     assert "GT" in tag and events.Images(tag)[0].height == 2 * 96
+
+
+def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
+    """A step may run the model several times, and need not end well."""
+    hook, model = BadImages(2), torch.nn.Identity()
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(model=model, storage=storage)
+        hook.before_train()
+        model([{SKIPPED: [("a.png", "torn")]}, {}])
+        model([{SKIPPED: [("a.png", "torn")]}])
+        assert [record.getMessage().split(";")[0] for record in caplog.records] == ["a.png cannot be read (torn)"]
+        model([{SKIPPED: [("b.png", "torn")]}])
+        model([{}])
+        hook.after_step()
+        assert storage.latest()["bad_images"][0] == 2
+        with pytest.raises(ValueError, match=r"(?s)3 image\(s\) .* allows 2.*a\.png: torn.*b\.png: torn.*c\.png: torn"):
+            model([{SKIPPED: [("c.png", "torn")]}])

@@ -21,6 +21,7 @@ from focal_plugin import get_config
 from focal_plugin.data import make_digits
 from focal_plugin.engine import FocalTrainer, SafeCheckpointer
 from focal_plugin.engine.hooks import TrainingPicture
+from focal_plugin.engine.trainer import DIVERGED
 
 ROOT = Path(__file__).resolve().parents[2]
 # The CPU on every machine: with a GPU in sight upstream's launch would start NCCL.
@@ -174,6 +175,21 @@ def test_float16_goes_on_from_a_run_that_had_no_loss_scale(digits, tmp_path):
     for state in (saved, {**saved, "_trainer": {k: v for k, v in saved["_trainer"].items() if k != "grad_scaler"}}):
         trainer.load_state_dict(state)
         assert trainer._trainer.grad_scaler.get_scale() == 32
+
+
+def test_a_precision_that_there_is_not(digits, tmp_path):
+    with pytest.raises(ValueError, match=r"SOLVER\.AMP\.PRECISION 'bf16': must be one of float16, bfloat16"):
+        amp_trainer(digits, tmp_path, "cpu", "bf16")
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
+def test_a_subclass_that_steps_in_its_own_way_diverges_in_the_same_file(digits, tmp_path):
+    """Without after_backward it is not the guard that finds the loss broken, but Detectron2's check of the metrics."""
+    trainer = amp_trainer(digits, tmp_path, "cpu", "bfloat16")
+    trainer.run_step = lambda: trainer._trainer._write_metrics({"loss_cls": torch.tensor(float("nan"))}, 0.0)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    assert json.loads((tmp_path / DIVERGED).read_text())["iteration"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
