@@ -9,16 +9,13 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import _dense_box_regression_loss
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import pairwise_iou
 from detectron2.structures.boxes import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from focal_plugin import FocalRetinaNet, add_focal_config
 from focal_plugin.engine import SafeCheckpointer
-from focal_plugin.retinanet import LowQualityMatcher
 
 
 def build(cfg, seed=0):
@@ -347,32 +344,6 @@ def test_half_precision_outputs_of_the_head(tiny_config, make_batch, head, dtype
     for a, b in zip(low_gradients, full_gradients):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b.to(dtype))
-
-
-# ------------------------------ matching
-
-
-def test_low_quality_floor():
-    boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [100, 100, 104, 104], [500, 500, 510, 510]]))
-    anchors = Boxes(torch.tensor([[0.0, 0, 10, 11], [98, 98, 108, 108], [0, 3, 10, 13], [300, 300, 310, 310]]))
-    iou = pairwise_iou(boxes, anchors)
-    assert iou[1, 1] == pytest.approx(0.16)
-    _, stock = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(iou)
-    # The third box touches no anchor: upstream then makes a match of every anchor of IoU 0.
-    assert stock.tolist() == [1, 1, 1, 1]
-    assert LowQualityMatcher([0.4, 0.5], [0, -1, 1])(iou)[1].tolist() == [1, 1, 1, 0]
-    assert LowQualityMatcher([0.4, 0.5], [0, -1, 1], 0.4)(iou)[1].tolist() == [1, 0, 1, 0]
-
-
-def test_matcher_equals_upstream_at_the_default():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        xy = 80 * torch.rand(60, 2, generator=generator)
-        boxes = Boxes(torch.cat([xy, xy + 5 + 30 * torch.rand(60, 2, generator=generator)], dim=1))
-        iou = pairwise_iou(boxes[:6], boxes)
-        want = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(iou)
-        got = LowQualityMatcher([0.4, 0.5], [0, -1, 1])(iou)
-        assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 # ------------------------------ errors and use without a cfg

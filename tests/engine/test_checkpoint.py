@@ -380,33 +380,3 @@ def test_a_failing_rename_of_last_checkpoint_keeps_both_checkpoints(stopped, mon
         Trainer(stopped, eval_period=0).checkpointer.save("model_0000005", iteration=5)
     assert calls == ["model_0000005.pth", "last_checkpoint"]
     assert (stopped / "last_checkpoint").read_text() == "model_0000004.pth"
-
-
-# ------------------------------ hooks of one class
-
-
-def test_two_hooks_of_one_class_keep_their_states(tmp_path, tiny_config):
-    """Trap: upstream keys the states by class, and drops all but the first."""
-    from focal_plugin.engine import FocalTrainer
-
-    class Counting(HookBase):
-        def __init__(self, count):
-            self.count = count
-
-        def state_dict(self):
-            return {"count": self.count}
-
-        def load_state_dict(self, state):
-            self.count = state["count"]
-
-    class Bare(FocalTrainer):
-        def __init__(self, *counts):
-            TrainerBase.__init__(self)
-            self._hooks = [Counting(c) for c in counts]
-
-    first, second = Bare(1, 2), Bare(3, 4)
-    states = {name: hook.state_dict() for name, hook in first._named_hooks()}
-    assert len(states) == 2
-    for name, hook in second._named_hooks():
-        hook.load_state_dict(states[name])
-    assert [hook.count for hook in second._hooks] == [1, 2]

@@ -1,14 +1,16 @@
-"""The picture of VIS_PERIOD, images that cannot be read, and what reaches the writers."""
+"""The picture of VIS_PERIOD, images that cannot be read, what reaches the writers, and the hooks' states."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 
 from focal_plugin.data.loader import SKIPPED
+from focal_plugin.engine import FocalTrainer
 from focal_plugin.engine.hooks import BadImages, TrainingPicture
 from focal_plugin.scalars import flush_scalars
 
@@ -105,3 +107,29 @@ def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
         assert storage.latest()["bad_images"][0] == 2
         with pytest.raises(ValueError, match=r"(?s)3 image\(s\) .* allows 2.*a\.png: torn.*b\.png: torn.*c\.png: torn"):
             model([{SKIPPED: [("c.png", "torn")]}])
+
+
+def test_two_hooks_of_one_class_keep_their_states(tmp_path, tiny_config):
+    """Trap: upstream keys the states by class, and drops all but the first."""
+
+    class Counting(HookBase):
+        def __init__(self, count):
+            self.count = count
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    class Bare(FocalTrainer):
+        def __init__(self, *counts):
+            TrainerBase.__init__(self)
+            self._hooks = [Counting(c) for c in counts]
+
+    first, second = Bare(1, 2), Bare(3, 4)
+    states = {name: hook.state_dict() for name, hook in first._named_hooks()}
+    assert len(states) == 2
+    for name, hook in second._named_hooks():
+        hook.load_state_dict(states[name])
+    assert [hook.count for hook in second._hooks] == [1, 2]
