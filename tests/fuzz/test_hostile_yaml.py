@@ -161,7 +161,3 @@ def test_what_is_no_file(guard, tmp_path, monkeypatch):
 def test_overrides_one_by_one(guard, opts, message):
     with guard(), pytest.raises(ValueError, match=f"^override .*{message}"):
         load_config("", opts)
-
-
-def test_as_many_cases_as_promised(fuzz):
-    fuzz.assert_ran({"files", "trees", "overrides"}, 700)
