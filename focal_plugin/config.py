@@ -120,7 +120,7 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
     if path:
         merge_file(cfg, path)
     if default_folder != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
-        check_output_dir(cfg.OUTPUT_DIR, path)
+        check_output_dir(cfg, path)
     merge_overrides(cfg, list(opts))
     return unshare(cfg)
 

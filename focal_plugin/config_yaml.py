@@ -56,7 +56,6 @@ def merge_file(cfg: CfgNode, file: str, opened: list[str] | None = None) -> None
             raise ValueError("VERSION must be 2, or 1 for a config with the names of early Detectron2")
         merged = downgrade_config(cfg, to_version=version)
         merged.merge_from_other_cfg(CfgNode(content))
-        repr(merged)  # Python does not write an integer of thousands of digits down, as dump() has to later
         cfg.update(upgrade_config(merged))
 
 
@@ -79,17 +78,14 @@ def merge_overrides(cfg: CfgNode, opts: list[str]) -> None:
             cfg.merge_from_list([key, value])
 
 
-def check_output_dir(folder: object, file: str) -> None:
+def check_output_dir(cfg: CfgNode, file: str) -> None:
     """Refuse a folder outside of the working directory: a file from somebody else may choose one only inside."""
-    # Of what is there already symbolic links are followed, as they will be when it is written to.
-    here = os.path.realpath(".")
-    if not isinstance(folder, str) or (
-        not os.path.isabs(folder) and os.path.commonpath([here, os.path.realpath(folder)]) != here
-    ):
-        raise ValueError(
-            f"{file}: OUTPUT_DIR {printable(folder)} is no path, or leads out of the working directory: "
-            "give OUTPUT_DIR on the command line, or an absolute path"
-        )
+    folder = cfg.OUTPUT_DIR
+    with _naming(f"{file}: OUTPUT_DIR {printable(folder)}", cfg):
+        # Of what is there already symbolic links are followed, as they will be when it is written to.
+        here, there = os.path.realpath("."), os.path.realpath(folder)
+        if not os.path.isabs(folder) and os.path.commonpath([here, there]) != here:
+            raise ValueError("leads out of the working directory; give it on the command line, or an absolute path")
 
 
 def all_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -137,6 +133,7 @@ def _naming(what: str, cfg: CfgNode) -> Iterator[None]:
     """Turn whatever PyYAML and yacs raise for content that cannot be into one error that begins with ``what``."""
     try:
         yield
+        repr(cfg)  # as dump() has to do later: Python does not write an integer of thousands of digits down
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{what}: {e}") from e
     except Exception as e:
@@ -152,8 +149,8 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     if isinstance(error, (yaml.YAMLError, OverflowError)):
         return f"not valid YAML: {getattr(error, 'problem', error)}{_line(getattr(error, 'problem_mark', None))}"
     message = str(error.args[0] if isinstance(error, KeyError) else error)
-    unknown = re.match(r"Non-existent.* key: (.*)", message, re.DOTALL)
-    mismatch = re.match(r"(Type mismatch \(<class '(.+)'> vs. <class '(.+)'>\)) with .* key: (.*)", message, re.DOTALL)
+    unknown = re.match(r"Non-existent(?: config)? key: (.*)", message, re.DOTALL)
+    mismatch = re.match(r"(Type mismatch \(<class '(\S+)'> vs. <class '(\S+)'>\)).* key: (.*)", message, re.DOTALL)
     key = unknown[1] if unknown else mismatch[4] if mismatch else ""
     if isinstance(lookup(cfg, key), CfgNode):
         return f"{key} is a group of keys, such as {key}.{next(iter(lookup(cfg, key)), '...')}"
