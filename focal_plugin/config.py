@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from .config_yaml import all_keys, did_you_mean, lookup, merge_file, merge_overrides, unshare
+from .config_yaml import all_keys, check_output_dir, did_you_mean, lookup, merge_file, merge_overrides, unshare
 from .files import printable
 
 _EXTENSIONS: list[Callable[[CN], None]] = []
@@ -107,8 +108,7 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
             names the file and the key.
     """
     cfg = get_cfg()
-    add_focal_config(cfg)
-    for add_keys in _EXTENSIONS:
+    for add_keys in (add_focal_config, *_EXTENSIONS):
         add_keys(cfg)
     path = os.fspath(config_file) and str(find_config(config_file))
     if path.endswith(".py"):
@@ -116,8 +116,11 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
             f"{path} is a Python config, which tools/lazyconfig_train_net.py takes; here give the YAML file of the "
             "same recipe"
         )
+    default_folder = cfg.OUTPUT_DIR
     if path:
-        merge_file(cfg, path, may_leave="OUTPUT_DIR" in opts[::2])
+        merge_file(cfg, path)
+    if default_folder != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
+        check_output_dir(cfg, path)
     merge_overrides(cfg, list(opts))
     return unshare(cfg)
 
@@ -129,18 +132,17 @@ def find_config(config_file: str | os.PathLike) -> Path:
     """Return the path of a config file: one that exists, or one under the installed ``configs`` folder.
 
     Raises:
-        FileNotFoundError: there is neither; the message lists the configs that there are.
+        FileNotFoundError: there is neither; the message has the nearest name, or all.
     """
     folder = config_dir()
     for path in (Path(config_file), folder / config_file):
         if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
-    shipped = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    shipped = sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.yaml"))
+    near = difflib.get_close_matches(str(config_file)[-200:], shipped, n=1)
     names = ", ".join(name for name in shipped if not name.startswith("paper/"))
-    hint = did_you_mean(str(config_file), shipped) or ";"
-    raise FileNotFoundError(
-        f"no config file {printable(str(config_file), 300)}{hint} focal_plugin has: {names}, and those of paper/"
-    )
+    hint = f"did you mean {near[0]}?" if near else f"focal_plugin has {names}, and those of paper/"
+    raise FileNotFoundError(f"no config file {printable(str(config_file), 300)}; {hint}")
 
 
 def config_dir() -> Path:
@@ -160,8 +162,8 @@ def unknown_keys(cfg: CN) -> list[str]:
     for key in all_keys(cfg):
         group, _, name = key.rpartition(".")
         # COMPUTED_ is Detectron2's own prefix for values that code puts into a config.
-        if key in names or name.startswith("COMPUTED_") or not isinstance(lookup(known, group) if group else known, CN):
-            continue
-        hint = did_you_mean(key.upper(), names)
-        lines.append(f"{key}: no such key in Detectron2 or focal_plugin, nothing of theirs reads it{hint}")
+        is_ours = not name.startswith("COMPUTED_") and (not group or isinstance(lookup(known, group), CN))
+        if is_ours and key not in names:
+            hint = did_you_mean(key, names)
+            lines.append(f"{key}: no such key in Detectron2 or focal_plugin, nothing of theirs reads it{hint}")
     return lines

@@ -1,6 +1,7 @@
 """Keys and loading: what is added, what is refused, and how the COCO configs differ from Detectron2's."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from detectron2.modeling import build_model
 
 from focal_plugin import add_focal_config, extend_config, get_config, load_config
 from focal_plugin.config import config_dir
+from focal_plugin.config_yaml import all_keys, did_you_mean
 
 COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "retina_ohem_1to3.yaml", "retina_ce.yaml"]
 ALL = sorted(p.relative_to(config_dir()).as_posix() for p in config_dir().rglob("*.yaml"))
@@ -110,6 +112,39 @@ def test_every_config_is_plain_and_what_a_run_writes_down_of_it_can_be_loaded_ag
     assert load_config(tmp_path / "config.yaml").dump() == cfg.dump()
 
 
+def test_the_way_out_of_aliases_works(tmp_path):
+    """Detectron2's own trainers, and earlier versions of this plugin, have dumped them."""
+    for name, cfg in (("old.yaml", get_cfg()), ("new.yaml", load_config(""))):
+        cfg.SOLVER.MAX_ITER = 7
+        (tmp_path / name).write_text(cfg.dump())
+    with pytest.raises(ValueError, match=r"old.yaml: an alias or anchor, 'id\d+' \(line \d+\): write .*python -c") as e:
+        load_config(tmp_path / "old.yaml")
+    command = re.search(r"python -c .*", str(e.value))[0].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command.replace("OLD", "old").replace("NEW", "again"), shell=True, cwd=tmp_path, check=True)
+    assert load_config(tmp_path / "again.yaml") == load_config(tmp_path / "new.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff_BASE_: one.yaml\nMODEL: {DEVICE: cpu}\n",
+        "MODEL:\r\n  DEVICE: cpu\r\nSOLVER:\r\n  MAX_ITER: 90_000\r\n",
+        "---\nSOLVER: {BASE_LR: 1e-3, NESTEROV: on, MAX_ITER: 0x10, STEPS: [0o10, 1:30], WEIGHT_DECAY: '1e-5'}\n...",
+        "SOLVER: {BASE_LR: .inf, WEIGHT_DECAY: .5, WEIGHT_DECAY_BIAS: ~, NESTEROV: 'True'}\nOUTPUT_DIR: caf\u00e9",
+        "DATASETS: {TRAIN: [a, b], TEST: '(\"a\",)'}\nMODEL: {FOCAL: {CLASS_ALPHA: '(.5, 1)'}}",
+        "_BASE_: [one.yaml]\nSOLVER: {}",
+        "_BASE_: []",
+    ],
+)
+def test_values_are_read_as_detectron2_reads_them(tmp_path, content):
+    (tmp_path / "one.yaml").write_text("MODEL: {FPN: {NORM: GN}}")
+    (tmp_path / "c.yaml").write_text(content, encoding="utf-8", newline="")
+    theirs = get_cfg()
+    add_focal_config(theirs)
+    theirs.merge_from_file(str(tmp_path / "c.yaml"), allow_unsafe=False)
+    assert load_config(tmp_path / "c.yaml") == theirs
+
+
 def test_overrides():
     cfg = get_config("retina_ohem.yaml", ["MODEL.OHEM.BATCH_SIZE", "256", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "2"])
     assert cfg.MODEL.OHEM.BATCH_SIZE == 256
@@ -164,8 +199,11 @@ def test_bad_overrides(opts, message):
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", ValueError, r"write a float with a point"),
         ("MODEL: [", ValueError, "not valid YAML"),
         ("\xff\xfe\x00", ValueError, "not valid YAML"),
+        ("OUTPUT_DIR: caf\xe9", ValueError, "not valid YAML: no text in UTF-8, .*character 16"),
+        ("SOLVER: {MAX_ITER: 9e4}", ValueError, "SOLVER.MAX_ITER .write a whole number: 90000"),
+        ("SOLVR: {BASE_LR: 0.1}", ValueError, "unknown config key 'SOLVR'; did you mean SOLVER"),
         ("_BASE_: c.yaml", ValueError, "its _BASE_ .* leads back"),
-        ("_BASE_: nowhere.yaml", FileNotFoundError, "_BASE_ .*nowhere.yaml' is not there"),
+        ("_BASE_: nowhere.yaml", FileNotFoundError, "_BASE_ .*nowhere.yaml': not there"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, message):
@@ -175,9 +213,30 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, me
         load_config("c.yaml")
 
 
-def test_missing_file_lists_what_there_is():
-    with pytest.raises(FileNotFoundError, match=r"no config file 'retina_fokal.yaml'; .*retina_focal.yaml"):
-        get_config("retina_fokal.yaml")
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("MODEL.FOCAL.HED", "MODEL.FOCAL.HEAD"),
+        ("MODEL.ROI_HEDS.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("MODEL.RETINANET.NMS_THRESH", "MODEL.RETINANET.NMS_THRESH_TEST"),  # and not MODEL.OHEM's
+        ("solver.base_lr", "SOLVER.BASE_LR"),
+        ("FPN.NORM", "MODEL.FPN.NORM"),
+        ("MODEL.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
+        ("MODEL.FOCAL.ALPHA", "MODEL.RETINANET.FOCAL_LOSS_ALPHA"),
+        ("SOLVER.LR", "SOLVER.BASE_LR"),
+        *((key, None) for key in ("SOLVER.BATCH_SIZE", "DATASETS.VAL", "SOLVER.EPOCHS", "MODEL.NAME", "MODEL..", "")),
+    ],
+)
+def test_a_wrong_hint_is_worse_than_none(key, meant):
+    assert did_you_mean(key, all_keys(load_config(""))) == (f"; did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    "name, hint", [("retina_fokal.yaml", "did you mean retina_focal.yaml"), ("q", "has Base-Focal")]
+)
+def test_missing_file(name, hint):
+    with pytest.raises(FileNotFoundError, match=rf"no config file '{name}'; .*{hint}"):
+        get_config(name)
 
 
 def test_keys_of_ones_own(monkeypatch):

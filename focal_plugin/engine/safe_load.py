@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,11 +87,8 @@ def refusing(filename: str, why: str = "") -> Iterator[None]:
     except OSError as e:
         if filename in str(e):
             raise
-        message = f"{filename} cannot be read ({e})"
-        if "://" in filename:
-            message += "; without a network, fetch it elsewhere and give the path of the file as weights, or none"
-        # urllib's have no number.
-        raise (OSError(message) if e.errno is None else OSError(e.errno, message)) from e
+        way_out = "; without a network, fetch it elsewhere and give the path of the file as weights, or none"
+        raise OSError(f"{filename} cannot be read ({e}){way_out if '://' in filename else ''}") from e
     except Exception as e:
         if " is refused: " in str(e):
             raise
@@ -103,19 +99,19 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Unpickle containers of numbers, strings and numpy's arrays, which is all that the zoos' files have."""
 
     def find_class(self, module, name):
-        where = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
-        if f"{where}.{name}" not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return _ALLOWED[f"{where}.{name}"]
+        name = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
+        if name not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {name}")
+        return _ALLOWED[name]
 
 
 class _DType:
     """Stand in for numpy's dtype, which would believe a file that eight bytes in it are the address of an object."""
 
     def __init__(self, code: str, *_: Any):
-        if not re.fullmatch(r"[biufcSU][1-9]\d{0,3}", code):
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biufc":
             raise pickle.UnpicklingError(f"it holds an array of {code!r}")
-        self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
@@ -129,25 +125,19 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, dtype.dtype, bool(is_fortran), data))
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
-    return text.encode("latin1")
-
-
-def _scalar(dtype: _DType, data: bytes | str) -> np.generic:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
+def _numbers(data: bytes | str, dtype: _DType) -> np.ndarray:
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytearray(data), dtype.dtype)
 
 
 _ALLOWED = {
     "collections.OrderedDict": dict,
     "builtins.bytes": lambda: b"",  # the empty bytes, and _codecs.encode the others, in protocols without bytes
-    "_codecs.encode": _encode,
+    "_codecs.encode": str.encode,
     "numpy.ndarray": str,  # only named, for _reconstruct
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: np.ndarray(
-        shape, dtype.dtype, bytearray(memoryview(data)), order=order
+    "numpy.core.multiarray.scalar": lambda dtype, data: _numbers(data, dtype)[0],
+    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: _numbers(data, dtype).reshape(
+        shape, order=order
     ),
 }

@@ -1,3 +1,150 @@
-"""The fixtures of mutants.py, which is a module of its own because its classes are pickled by their module's name."""
+"""Mutants of real files, and a loop that runs each case under guard: no hang, no command run, no connection made."""
 
-from mutants import fuzz, guard, mutate  # noqa: F401
+from __future__ import annotations
+
+import copy
+import faulthandler
+import json
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+SCALE = float(os.environ.get("FOCAL_FUZZ_CASES", "1"))  # times as many cases
+SECONDS = 10  # that a case may take; one that is in order takes milliseconds
+JUNK = [None, float("nan"), float("-inf"), 1e308, 0, -1, 2**31, 2**70, 1.5, True, "", "\0", "../../x", "é\u202e"]
+JUNK += [[], {}, json.loads("[" * 90 + "]" * 90), "x" * 20_000]
+# What a case must not do, by the names under which Python reports it.
+FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
+
+
+class Caught(BaseException):
+    """A hang, a command or a connection; not an Exception, as what is under test catches all of those."""
+
+
+_guarding = False
+
+
+@sys.addaudithook
+def _forbid(event, args):
+    if _guarding and event.startswith(FORBIDDEN):
+        raise Caught(f"{event} {args}")
+
+
+@contextmanager
+def guarded():
+    """Fail a block that hangs, runs a command or connects; a hang inside of C ends the process with a traceback."""
+    global _guarding
+
+    def stop(*_):
+        raise Caught(f"still running after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+    _guarding = True
+    try:
+        yield
+    finally:
+        _guarding = False
+        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def guard():
+    return guarded
+
+
+class Fuzz:
+    """Run the cases of one module and count them: ``outcomes[property][True or False]``, True being accepted."""
+
+    def __init__(self):
+        self.outcomes: dict[str, Counter] = {}
+
+    def run(self, name: str, num_cases: int, case) -> None:
+        """Run ``case(rng)``, which says whether the mutant was accepted, with fixed seeds.
+
+        Both outcomes must occur: mutants that are all refused, or all accepted, test nothing.
+        """
+        outcomes = self.outcomes[name] = Counter()
+        for seed in range(max(1, int(num_cases * SCALE))):
+            try:
+                with guarded():
+                    outcomes[bool(case(random.Random(f"{name} {seed}")))] += 1
+            except BaseException:
+                print(f"case {seed} of {name}")
+                raise
+        assert outcomes[True] and outcomes[False], outcomes
+
+    def assert_ran(self, names: set[str], num_cases: int) -> None:
+        """At the end of a module: all its properties had their cases. Needs the whole module to run."""
+        assert self.outcomes.keys() == names
+        assert sum(sum(outcomes.values()) for outcomes in self.outcomes.values()) >= int(num_cases * SCALE)
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    return Fuzz()
+
+
+@pytest.fixture
+def mutate():
+    """mutate.bytes(rng, data, words), mutate.tree(rng, tree, junk), mutate.junk(rng, more)."""
+    return SimpleNamespace(bytes=mutate_bytes, tree=mutate_tree, junk=pick_junk)
+
+
+def mutate_bytes(rng: random.Random, data: bytes, words=(b"\n",)) -> bytes:
+    """Change one to three places of a file: bits, bytes, runs of them, and words that mean something."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        start, other = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+        end, last = (place + rng.choice((1, 1, 2, 4, 16, 200)) for place in (start, other))
+        odd = rng.choice((rng.randbytes(1), rng.randbytes(4), b"\0", b"\xff\xfe", b"9" * 30))
+        flipped = bytes(byte ^ (1 << rng.randrange(8)) for byte in data[start : start + 1])
+        changes = [(start + 1, flipped)] * 2 + [(start, odd), (start, rng.choice(words))]
+        # A run is deleted, doubled, or overwritten by another; the end is cut off.
+        changes += [(end, b""), (start, data[start:end] * rng.choice((1, 50))), (end, data[other:last])]
+        kept, new = rng.choice([*changes, (len(data), b"")])
+        data = data[:start] + new + data[kept:]
+    return data
+
+
+def mutate_tree(rng: random.Random, tree, junk=()):
+    """Return a copy of lists and dicts with one to three places changed."""
+    tree = copy.deepcopy(tree)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = list(_places(tree))
+        if not places:
+            break
+        container, key = rng.choice(places)
+        kind = rng.choice(["delete", "rename", "double", "copy", "junk", "junk"])
+        if kind == "delete":
+            del container[key]
+        elif kind == "rename" and isinstance(container, dict):
+            container[rng.choice([str(key).swapcase() or "x", f"{key}x", "", "\0", "__class__"])] = container.pop(key)
+        elif kind == "double" and isinstance(container, list):
+            container.insert(key, copy.deepcopy(container[key]))
+        elif kind == "copy":
+            other, place = rng.choice(places)
+            container[key] = copy.deepcopy(other[place])
+        else:
+            container[key] = pick_junk(rng, junk)
+    return tree
+
+
+def pick_junk(rng: random.Random, more=()):
+    return copy.deepcopy(rng.choice([*JUNK, *more]))
+
+
+def _places(tree):
+    """Yield (container, key) of all that is in a tree."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(value, (dict, list)):
+            yield from _places(value)

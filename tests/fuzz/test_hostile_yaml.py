@@ -73,32 +73,45 @@ def test_overrides(fuzz, mutate, configs):
         (f"SOLVER:\n  STEPS: {CODE.decode()}", r"line 2\)\. Python tags can run any code and are refused: write the"),
         ("SOLVER: {BASE_LR: !!float 1}", r"the tag '!!float' \(line 1\)"),
         ("MODEL:\n  FPN: &a {NORM: GN}\n  RESNETS: *a", r"an alias or anchor, 'a' \(line 2\)"),
-        ("MODEL: {<<: {DEVICE: cpu}}", "unknown config key 'MODEL.<<"),
-        ("a: " + "{a: " * 50_000, "nested more than 50 deep"),
-        ("- " * 50_000, "nested more than 50 deep"),
+        ("MODEL: {<<: {DEVICE: cpu}}", "a key that is no name"),
+        ("a: " + "{a: " * 50_000, "nested too deeply"),
+        ("- " * 50_000, "nested too deeply"),
         ("_BASE_: [x.yaml, [y.yaml]]", "_BASE_ must be a path"),
         ("_BASE_: ~", "_BASE_ must be a path"),
-        ("_BASE_: [https://example.com/x.yaml]", "would be fetched over the network"),
+        (
+            "_BASE_: [https://example.com/x.yaml]",
+            "_BASE_ must be a path .* and is not fetched: 'https://example.com/x.yaml'",
+        ),
         ("_BASE_: ./../{here}/c.yaml", "leads back to itself"),
         ("_BASE_: b0.yaml", "leads .* to more than 20 files"),  # each of 40 files names the next one twice
         ("_BASE_: five.yaml", r"MODEL is a group of keys, such as MODEL\."),
         ("_BASE_: twice.yaml", r"its _BASE_ 'twice\.yaml': the key 'MODEL' .*line 2"),
         ("- 1", "no KEY: VALUE pairs at its top level"),
-        ("# only a comment", "it is empty"),
+        ("# only a comment", "no KEY: VALUE pairs"),
         ("MODEL: {}\n\0", "not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
         ("#" * (1 << 20), "more than 262,144 bytes"),
         ("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN", r"the key 'NORM' for the second time in its mapping \(line 4\)"),
-        ("ON: 2", r"'ON' as a key \(line 1\): keys are names"),
-        ("? [a]\n: 2", "a list or a mapping as a key"),
+        ("ON: 2", r"a key that is no name \(line 1\): ON, 3 and the like need quotes"),
+        ("? [a]\n: 2", "a key that is no name"),
         ("SOLVER: {BASE_LR: 2001-01-01}", r"Type mismatch .*SOLVER\.BASE_LR"),
         ("SOLVER: {MAX_ITER: '" + "-" * 250_000 + "1'}", "nested too deeply|Type mismatch"),
         ("SOLVER: {BASE_LR: " + "1:" * 900 + "1.5}", "not valid YAML"),
         ("MODEL: {WEIGHTS: {a: b}}", "ype mismatch"),
         ("MODEL.DEVICE: cpu", "unknown config key 'MODEL.DEVICE': in a file it is written nested"),
+        ("SOLVER: {MAX_ITER: 0x" + "f" * 9000 + "}", "4300 digits"),  # which dump() could not write
+        ("SOLVER: {MAX_ITER: '0x" + "f" * 9000 + "'}", "4300 digits"),
+        ("SOLVER: {MAX_ITER: 1" + ":1" * 120_000 + "}", "4300 digits"),
+        (
+            "SOLVER: {BASE_LR: \"'> vs. <class 'int'>) with \\e[2J key: x\"}",
+            r"Type mismatch .*config key: SOLVER\.BASE_LR",
+        ),
+        ('"A key: \\e[2J": 1', r"unknown config key 'A key: \\x1b\[2J'"),
+        ('OUTPUT_DIR: "a\\0b"', r"OUTPUT_DIR 'a\\x00b': embedded null"),
         ("VERSION: [2]", "VERSION must be 2"),
-        ("OUTPUT_DIR: null", "OUTPUT_DIR must be a path"),
-        ("OUTPUT_DIR: a/../../x", "leads out of the working directory, .*give OUTPUT_DIR on the command line"),
+        ("VERSION: 2.0", "VERSION must be 2"),
+        ("OUTPUT_DIR: null", "OUTPUT_DIR None: expected str"),
+        ("OUTPUT_DIR: a/../../x", "OUTPUT_DIR 'a/../../x': leads out of .* directory; give it on the command line"),
         ("OUTPUT_DIR: away/x", "leads out of the working directory"),
         ("_BASE_: out.yaml", "leads out of the working directory"),
     ],
@@ -114,7 +127,7 @@ def test_refused_by_name(guard, tmp_path, monkeypatch, content, message):
     (tmp_path / "c.yaml").write_text(content.replace("{here}", tmp_path.name))
     with guard(), pytest.raises(ValueError, match=r"^c\.yaml: ") as caught:
         load_config("c.yaml")
-    assert caught.match(message)
+    assert caught.match(message) and "\x1b" not in str(caught.value)
     if "leads out" in message:  # which the command line may
         assert load_config("c.yaml", ["OUTPUT_DIR", "../x"]).OUTPUT_DIR == "../x"
 
@@ -148,13 +161,10 @@ def test_what_is_no_file(guard, tmp_path, monkeypatch):
         (["_BASE_", "x.yaml"], "unknown config key"),
         ([3, "1"], "unknown config key"),
         (["SOLVER.MAX_ITER", "{1, 2}"], "ype mismatch"),
+        (["SOLVER.MAX_ITER", "0x" + "f" * 9000], "4300 digits"),
         (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "nested too deeply|ype mismatch"),
     ],
 )
 def test_overrides_one_by_one(guard, opts, message):
     with guard(), pytest.raises(ValueError, match=f"^override .*{message}"):
         load_config("", opts)
-
-
-def test_as_many_cases_as_promised(fuzz):
-    fuzz.assert_ran({"files", "trees", "overrides"}, 700)
