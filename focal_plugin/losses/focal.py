@@ -152,13 +152,13 @@ class LabelLoss(BlockwiseLoss):
 
     def loss(self, x: Tensor, target: Tensor, sum_classes: bool) -> Tensor:
         if sum_classes and triton_kernels.is_usable(x, self.formula):
-            return triton_kernels.anchor_losses(x, target, self.formula, self.weights)
+            return triton_kernels.run(x, target, self.formula, self.weights)
         return super().loss(x, target, sum_classes)
 
     def gradient(self, x: Tensor, target: Tensor, grad: Optional[Tensor]) -> Tensor:
         if grad is None or grad.shape[1] > 1 or (factor := repeated_number(grad)) is None:
             return super().gradient(x, target, grad)
         if triton_kernels.is_usable(x, self.formula):
-            return triton_kernels.gradient(x, target, self.formula, self.weights, factor)
+            return triton_kernels.run(x, target, self.formula, self.weights, factor)
         # One factor for all goes into the weights, which saves a pass over each block.
         return LabelLoss(self.formula, Weights(*(w * factor for w in self.weights))).gradient(x, target, None)
