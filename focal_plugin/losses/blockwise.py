@@ -16,18 +16,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
-from .args import IGNORE, float_dtype
+from .args import IGNORE, Weights, float_dtype
+from .formulas import Focal, FocalStar
 
 # Logits in a block: on a CPU three float32 buffers of this size fit into a second-level cache of 1 MiB, on a GPU the
 # size only bounds the memory.
 _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
 
-Block = tuple[slice, slice, slice]
+Formula = Union[Focal, FocalStar]
 
 
 class BlockwiseLoss(ABC):
@@ -35,10 +36,17 @@ class BlockwiseLoss(ABC):
 
     A subclass gives the loss as one differentiable :meth:`expression`. Where speed counts it also gives the loss and
     the gradient of a block in closed form. Labels that are -1 are handled here: loss and gradient are 0.
+
+    Args:
+        formula: the loss of one logit.
+        weights: what it is multiplied by, as :meth:`expression` takes them.
     """
 
     has_labels = True
     """Whether targets are labels, of which some may be ignored, or dense."""
+
+    def __init__(self, formula: Formula, weights: Union[Weights, float, Tensor]):
+        self.formula, self.weights = formula, weights
 
     def __call__(self, inputs: Tensor, targets: Tensor, class_dim: int = -1, sum_classes: bool = True) -> Tensor:
         """Return the loss of each anchor or of each logit, in float32 (float64 for float64).
@@ -113,7 +121,7 @@ class BlockwiseLoss(ABC):
         evaluate = self.block_gradient if for_gradient else self.block_loss
         parts = (*self.prepare(x, target, for_gradient), *grad)
 
-        def work(block: Block, logits: Tensor, buffers: list[Tensor]) -> None:
+        def work(block: tuple[slice, ...], logits: Tensor, buffers: list[Tensor]) -> None:
             result = evaluate(logits, buffers, *(part[block] for part in parts))
             if out.shape[1] < result.shape[1]:
                 result = result.sum(dim=1, keepdim=True)
@@ -194,7 +202,7 @@ class Layout(NamedTuple):
 _MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
 
-def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], None]) -> None:
+def _for_each_block(x: Tensor, work: Callable[[tuple[slice, ...], Tensor, list[Tensor]], None]) -> None:
     """Call ``work`` with each block's place, its logits in float and two buffers of its shape, to overwrite all three.
 
     On a CPU from several threads; which of them does a block changes no number, since blocks have nothing in common.

@@ -1,13 +1,10 @@
 """The sigmoid losses of dense targets, which fvcore's and torchvision's functions take; detectors have labels."""
 
-from typing import Union
-
 import torch
 from torch import Tensor
 
-from .args import Weights
 from .blockwise import BlockwiseLoss
-from .formulas import Focal, FocalStar, softplus
+from .formulas import FocalStar, softplus
 
 
 class DenseLoss(BlockwiseLoss):
@@ -21,9 +18,6 @@ class DenseLoss(BlockwiseLoss):
     """
 
     has_labels = False
-
-    def __init__(self, formula: Union[Focal, FocalStar], weights: Weights):
-        self.formula, self.weights = formula, weights
 
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         t = target.to(x.dtype)

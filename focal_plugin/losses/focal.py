@@ -20,18 +20,16 @@ of this file evaluates without the temporaries and for all kinds of targets::
 """
 
 import math
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from . import triton_kernels
 from .args import IGNORE, Alpha, Weights, alpha_weights, check, check_call, check_dense, check_labels, float_dtype
-from .blockwise import BlockwiseLoss
+from .blockwise import BlockwiseLoss, Formula
 from .dense import DenseLoss
 from .formulas import Focal, FocalStar
-
-Formula = Union[Focal, FocalStar]
 
 
 def sigmoid_focal_loss(
@@ -117,9 +115,6 @@ class LabelLoss(BlockwiseLoss):
     No one-hot target is made: every logit of a block is treated as "class absent", then one logit of each anchor, that
     of its class, is overwritten.
     """
-
-    def __init__(self, formula: Formula, weights: Weights):
-        self.formula, self.weights = formula, weights
 
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         present = target == torch.arange(x.shape[1], device=x.device)[:, None]

@@ -8,12 +8,13 @@ installed or the tensors are not on a GPU.
 """
 
 import os
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .args import Weights
+from .blockwise import Formula
 from .formulas import Focal, FocalStar
 
 try:
@@ -30,15 +31,15 @@ def is_usable(x: Tensor, formula: object) -> bool:
 
     FOCAL_PLUGIN_TRITON=0 in the environment switches them off.
     """
-    if triton is None or x.dtype not in _DTYPES or x.numel() == 0 or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
+    if triton is None or not isinstance(formula, (Focal, FocalStar)) or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
         return False
-    if not isinstance(formula, (Focal, FocalStar)):
+    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or x.dtype not in _DTYPES or x.numel() == 0:
         return False
     # Within a program anchors and steps from class to class are counted in 32 bits.
-    return max(x.shape[0], 16 * x.shape[2]) < 2**30 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return max(x.shape[0], 16 * x.shape[2]) < 2**30
 
 
-def run(x: Tensor, labels: Tensor, formula: Union[Focal, FocalStar], weights: Weights, factor: Optional[Tensor] = None):
+def run(x: Tensor, labels: Tensor, formula: Formula, weights: Weights, factor: Optional[Tensor] = None) -> Tensor:
     """Return the (outer, 1, inner) float32 sums over the classes of the loss of (outer, K, inner) logits.
 
     Args:
