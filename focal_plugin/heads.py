@@ -87,10 +87,6 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
-# Up to so many logits, a copy of all levels as one costs less than the calls for a loss of each.
-_ONE_LEVEL = 2**17
-
-
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits as (N, Hi, Wi, A, num_outputs) beside their labels as (N, Hi, Wi, A), level by level, uncopied.
 
@@ -189,15 +185,13 @@ class FocalHead(Float32Buffers, RetinaNetHead):
             pred_logits: one (N, A * num_outputs, Hi, Wi) per level.
             targets: of the N images.
         """
-        check_label_range(targets.labels, self.num_classes)
         loss = self.anchor_losses(pred_logits, targets.labels)
         foreground = is_foreground(targets.labels, self.num_classes)
         return HeadLosses(loss.sum(), foreground, loss_cls_pos=torch.where(foreground, loss.detach(), 0).sum())
 
     def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
-        """Return the (N, R) :meth:`classification_loss` of all levels."""
-        if sum(x.numel() for x in pred_logits) <= _ONE_LEVEL:
-            pred_logits = [torch.cat([x.flatten(2) for x in pred_logits], dim=2)[..., None]]
+        """Return the (N, R) :meth:`classification_loss` of all levels; refuse (N, R) labels that are out of range."""
+        check_label_range(labels, self.num_classes)
         views = per_level_views(pred_logits, labels, self.num_outputs)
         return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
 
@@ -262,22 +256,30 @@ class HardExampleHead(FocalHead):
         self._scalars = DeferredScalars()
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
-        """Return the loss of the sampled anchors; log what was sampled to the event storage."""
-        check_label_range(targets.labels, self.num_classes)
+        """Return the loss of the sampled anchors.
+
+        Log the examples sampled per image, and the mean score of those sampled and those dropped.
+        """
         scores, sampled = self.sample(pred_logits, targets)
-        self._log(scores, targets.labels, sampled)
+        foreground = is_foreground(targets.labels, self.num_classes)
+        positive, dropped = sampled & foreground, ~sampled & (targets.labels >= 0)
+        num_images = max(len(sampled), 1)
+        self._scalars.put(
+            {
+                "ohem/num_pos": positive.sum() / num_images,
+                "ohem/num_neg": (sampled & ~positive).sum() / num_images,
+                "ohem/loss_kept": torch.where(sampled, scores, 0).sum() / sampled.sum().clamp(min=1),
+                "ohem/loss_dropped": torch.where(dropped, scores, 0).sum() / dropped.sum().clamp(min=1),
+            }
+        )
         logits, labels = self.gather_anchors(pred_logits, targets.labels, sampled)
         loss = self.classification_loss(logits, labels)
-        positive = torch.where(labels < self.num_classes, loss.detach(), 0).sum()
-        box_mask = is_foreground(targets.labels, self.num_classes)
-        if self.box_loss_on == "selected":
-            box_mask = box_mask & sampled
         return HeadLosses(
             loss.sum(),
-            box_mask,
+            box_mask=positive if self.box_loss_on == "selected" else foreground,
             num_examples=sampled.sum() if self.normalizer == "selected" else None,
-            num_boxes=box_mask.sum() if self.box_loss_on == "selected" else None,
-            loss_cls_pos=positive,
+            num_boxes=positive.sum() if self.box_loss_on == "selected" else None,
+            loss_cls_pos=torch.where(labels < self.num_classes, loss.detach(), 0).sum(),
         )
 
     @torch.no_grad()
@@ -312,20 +314,6 @@ class HardExampleHead(FocalHead):
             logits.append(layout.flat(x)[outer, :, inner])
             gathered.append(flat_labels[outer, 0, inner])
         return torch.cat(logits), torch.cat(gathered)
-
-    def _log(self, scores: Tensor, labels: Tensor, sampled: Tensor) -> None:
-        """Log the examples sampled per image, and the mean score of those sampled and those dropped."""
-        num_images = max(len(labels), 1)
-        dropped = (labels >= 0) & ~sampled
-        positive = sampled & (labels < self.num_classes)
-        self._scalars.put(
-            {
-                "ohem/num_pos": positive.sum() / num_images,
-                "ohem/num_neg": (sampled & ~positive).sum() / num_images,
-                "ohem/loss_kept": torch.where(sampled, scores, 0).sum() / sampled.sum().clamp(min=1),
-                "ohem/loss_dropped": torch.where(dropped, scores, 0).sum() / dropped.sum().clamp(min=1),
-            }
-        )
 
 
 @RETINANET_HEAD_REGISTRY.register()

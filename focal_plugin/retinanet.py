@@ -3,8 +3,6 @@
 Shapes as in :mod:`focal_plugin.heads`.
 """
 
-from typing import Optional
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ciou_loss, diou_loss
@@ -182,8 +180,17 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         num_examples = num_pos if out.num_examples is None else self._normalizer(out.num_examples)
         num_boxes = num_pos if out.num_boxes is None else self._normalizer(out.num_boxes)
         loss_cls = out.loss_cls / num_examples
-        positive = None if out.loss_cls_pos is None else out.loss_cls_pos / num_examples
-        self._log(labels, foreground, num_pos, loss_cls, positive)
+
+        num_images = max(len(labels), 1)
+        scalars = {
+            "num_pos_anchors": foreground.sum() / num_images,
+            "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
+            "loss_normalizer": num_pos,
+        }
+        if out.loss_cls_pos is not None:
+            positive = out.loss_cls_pos / num_examples
+            scalars |= {"loss_cls/positive": positive, "loss_cls/negative": loss_cls - positive}
+        self._scalars.put(scalars)
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box / num_boxes}
 
     @staticmethod
@@ -232,17 +239,6 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             self.loss_normalizer.copy_(total)
         # DDP averages the workers' gradients, so the joint count is shared out among them.
         return total / world_size
-
-    def _log(self, labels, foreground, num_pos: Tensor, loss_cls: Tensor, positive: Optional[Tensor]) -> None:
-        num_images = max(len(labels), 1)
-        scalars = {
-            "num_pos_anchors": foreground.sum() / num_images,
-            "num_neg_anchors": (labels == self.num_classes).sum() / num_images,
-            "loss_normalizer": num_pos,
-        }
-        if positive is not None:
-            scalars.update({"loss_cls/positive": positive, "loss_cls/negative": loss_cls - positive})
-        self._scalars.put(scalars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A stock or model-zoo checkpoint knows no normalizer: this model goes on from the value it has.

@@ -16,18 +16,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
-from .args import IGNORE, float_dtype
+from .args import IGNORE, Weights, float_dtype
+from .formulas import Focal, FocalStar
 
 # Logits in a block: on a CPU three float32 buffers of this size fit into a second-level cache of 1 MiB, on a GPU the
 # size only bounds the memory.
 _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
 
-Block = tuple[slice, slice, slice]
+Formula = Union[Focal, FocalStar]
 
 
 class BlockwiseLoss(ABC):
@@ -35,10 +36,17 @@ class BlockwiseLoss(ABC):
 
     A subclass gives the loss as one differentiable :meth:`expression`. Where speed counts it also gives the loss and
     the gradient of a block in closed form. Labels that are -1 are handled here: loss and gradient are 0.
+
+    Args:
+        formula: the loss of one logit.
+        weights: what it is multiplied by, as :meth:`expression` takes them.
     """
 
     has_labels = True
     """Whether targets are labels, of which some may be ignored, or dense."""
+
+    def __init__(self, formula: Formula, weights: Union[Weights, float, Tensor]):
+        self.formula, self.weights = formula, weights
 
     def __call__(self, inputs: Tensor, targets: Tensor, class_dim: int = -1, sum_classes: bool = True) -> Tensor:
         """Return the loss of each anchor or of each logit, in float32 (float64 for float64).
@@ -52,13 +60,14 @@ class BlockwiseLoss(ABC):
         layout = Layout.of(inputs, class_dim)
         x = layout.flat(inputs)
         if self.has_labels:
-            target = small_labels(layout.flat(targets.unsqueeze(class_dim)), x.shape[1])
+            # The smallest type that holds -1 to K: they are read again in each pass.
+            dtype = torch.int8 if x.shape[1] < 2**7 else torch.int16 if x.shape[1] < 2**15 else torch.int32
+            target = layout.flat(targets.unsqueeze(class_dim)).to(dtype)
         else:
             target = layout.flat(targets.detach())
         if torch.compiler.is_compiling():
             # A compiler fuses the expression by itself, and would only unroll a loop over blocks.
-            loss = self.expression(upcast(x), target)
-            loss = loss.sum(dim=1, keepdim=True) if sum_classes else loss
+            loss = self.differentiable_loss(x, target, sum_classes)
         else:
             loss = _Blockwise.apply(x, target, self, sum_classes)
         loss = layout.unflat(loss)
@@ -77,15 +86,15 @@ class BlockwiseLoss(ABC):
         """Return tensors of which each block is given its part: the target, or what is made of it once for all."""
         return (target,)
 
-    def block_loss(self, x: Tensor, parts: list[Tensor], buffers: list[Tensor]) -> Tensor:
+    def block_loss(self, x: Tensor, buffers: list[Tensor], target: Tensor) -> Tensor:
         """Return the loss of a block; free to overwrite ``x`` and the two ``buffers`` of its shape."""
-        return self.expression(x, *parts)
+        return self.expression(x, target)
 
-    def block_gradient(self, x: Tensor, parts: list[Tensor], grad: Optional[Tensor], buffers: list[Tensor]) -> Tensor:
+    def block_gradient(self, x: Tensor, buffers: list[Tensor], target: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of a block, times ``grad``, which broadcasts to its shape; as :meth:`block_loss`."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            loss = self.expression(leaf, *parts)
+            loss = self.expression(leaf, target)
             return torch.autograd.grad(loss, leaf, grad.expand_as(loss))[0]
 
     # ------------------------------ the two passes
@@ -94,43 +103,37 @@ class BlockwiseLoss(ABC):
     def loss(self, x: Tensor, target: Tensor, sum_classes: bool) -> Tensor:
         """Return the loss of (outer, K, inner) logits, (outer, 1, inner) if the classes are summed over."""
         out = x.new_zeros((x.shape[0], 1 if sum_classes else x.shape[1], x.shape[2]), dtype=float_dtype(x))
-        parts = self.prepare(x, target, for_gradient=False) if x.numel() else ()
+        return self._fill(out, x, target, False)
 
-        def work(block: Block, logits: Tensor, buffers: list[Tensor]) -> None:
-            loss = self.block_loss(logits, [part[block] for part in parts], buffers)
-            if sum_classes:
-                torch.sum(loss, dim=1, keepdim=True, out=out[block])
-            else:
-                out[block] = loss
-            self._clear_ignored(out[block], target[block])
+    def gradient(self, x: Tensor, target: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient times the (outer, K or 1, inner) ``grad``, rounded to the dtype of ``x`` at the end."""
+        return self._fill(torch.empty_like(x), x, target, True, grad)
+
+    def differentiable_loss(self, x: Tensor, target: Tensor, sum_classes: bool) -> Tensor:
+        """Return what :meth:`loss` does, with a graph and not block by block."""
+        loss = self.expression(x.to(float_dtype(x)), target)
+        return loss.sum(dim=1, keepdim=True) if sum_classes else loss
+
+    def _fill(self, out: Tensor, x: Tensor, target: Tensor, for_gradient: bool, *grad: Tensor) -> Tensor:
+        """Write the gradient or the loss of each block into ``out``, summed over the classes if it has but one."""
+        if x.numel() == 0:
+            return out
+        evaluate = self.block_gradient if for_gradient else self.block_loss
+        parts = (*self.prepare(x, target, for_gradient), *grad)
+
+        def work(block: tuple[slice, ...], logits: Tensor, buffers: list[Tensor]) -> None:
+            result = evaluate(logits, buffers, *(part[block] for part in parts))
+            if out.shape[1] < result.shape[1]:
+                result = result.sum(dim=1, keepdim=True)
+            if self.has_labels:
+                ignored = target[block] == IGNORE
+                # Most blocks have nothing to clear. A CPU may look; a GPU would have to be waited for.
+                if ignored.device.type != "cpu" or ignored.any():
+                    result.masked_fill_(ignored, 0.0)  # not by a product, which would leave a NaN a NaN
+            out[block] = result
 
         _for_each_block(x, work)
         return out
-
-    def gradient(self, x: Tensor, target: Tensor, grad: Optional[Tensor]) -> Tensor:
-        """Return the gradient times ``grad``, rounded to the dtype of ``x`` when it is complete.
-
-        ``grad`` is (outer, K or 1, inner). None means 1, for a :meth:`block_gradient` that knows it.
-        """
-        out = torch.empty_like(x)
-        parts = self.prepare(x, target, for_gradient=True) if x.numel() else ()
-
-        def work(block: Block, logits: Tensor, buffers: list[Tensor]) -> None:
-            part_of_grad = None if grad is None else grad[block]
-            gradient = self.block_gradient(logits, [part[block] for part in parts], part_of_grad, buffers)
-            self._clear_ignored(gradient, target[block])
-            out[block] = gradient
-
-        _for_each_block(x, work)
-        return out
-
-    def _clear_ignored(self, out: Tensor, target: Tensor) -> None:
-        """Set what is ignored to 0; not by a product, which would leave a NaN a NaN."""
-        if self.has_labels:
-            ignored = target == IGNORE
-            # Most blocks have nothing to clear. A CPU may look; a GPU would have to be waited for.
-            if ignored.device.type != "cpu" or ignored.any():
-                out.masked_fill_(ignored, 0.0)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -149,29 +152,11 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx, grad):
         x, target = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in its turn
-            loss = ctx.loss.expression(upcast(x), target)
-            loss = loss.sum(dim=1, keepdim=True) if ctx.sum_classes else loss
+            loss = ctx.loss.differentiable_loss(x, target, ctx.sum_classes)
             gradient = torch.autograd.grad(loss, x, grad, create_graph=True)[0]
         else:
             gradient = ctx.loss.gradient(x, target, grad)
         return gradient, None, None, None
-
-
-def repeated_number(grad: Tensor) -> Optional[Tensor]:
-    """Return the one number that an expanded tensor repeats, as the gradient of a sum does, or None. Reads no value."""
-    is_repeated = grad.numel() > 0 and all(n == 1 or stride == 0 for n, stride in zip(grad.shape, grad.stride()))
-    return grad[(0,) * grad.dim()] if is_repeated else None
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Return ``x`` in what a loss of it is computed in."""
-    return x.to(float_dtype(x))
-
-
-def small_labels(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the labels in the smallest type that holds -1 to K: they are read again in each pass."""
-    dtype = torch.int8 if num_classes < 2**7 else torch.int16 if num_classes < 2**15 else torch.int32
-    return labels.to(dtype)
 
 
 class Layout(NamedTuple):
@@ -217,14 +202,12 @@ class Layout(NamedTuple):
 _MOST_THREADS, _BLOCKS_PER_THREAD = 8, 4
 
 
-def _for_each_block(x: Tensor, work: Callable[[Block, Tensor, list[Tensor]], None]) -> None:
+def _for_each_block(x: Tensor, work: Callable[[tuple[slice, ...], Tensor, list[Tensor]], None]) -> None:
     """Call ``work`` with each block's place, its logits in float and two buffers of its shape, to overwrite all three.
 
     On a CPU from several threads; which of them does a block changes no number, since blocks have nothing in common.
     A profiler or dispatch mode hears its own thread only: ``torch.set_num_threads(1)`` lets it hear everything.
     """
-    if x.numel() == 0:
-        return
     outer, num_classes, inner = x.shape
     size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
     width = min(inner, max(size // num_classes, 1))

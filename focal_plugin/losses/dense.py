@@ -1,13 +1,10 @@
 """The sigmoid losses of dense targets, which fvcore's and torchvision's functions take; detectors have labels."""
 
-from typing import Union
-
 import torch
 from torch import Tensor
 
-from .args import Weights
 from .blockwise import BlockwiseLoss
-from .formulas import Focal, FocalStar, softplus
+from .formulas import FocalStar, softplus
 
 
 class DenseLoss(BlockwiseLoss):
@@ -22,32 +19,28 @@ class DenseLoss(BlockwiseLoss):
 
     has_labels = False
 
-    def __init__(self, formula: Union[Focal, FocalStar], weights: Weights):
-        self.formula, self.weights = formula, weights
-
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         t = target.to(x.dtype)
         if isinstance(self.formula, FocalStar):
             return self._alpha(t) * self.formula.value((1 - 2 * t) * x)
-        _, _, _, _, cross_entropy, weight = self._terms(x, t)
+        cross_entropy, weight, *_ = self._terms(x, t)
         return self._alpha(t) * weight * cross_entropy
 
-    def block_loss(self, x: Tensor, parts: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        # The only time that the targets are read.
-        return self.expression(x, buffers[0].copy_(parts[0]))
+    def block_loss(self, x: Tensor, buffers: list[Tensor], target: Tensor) -> Tensor:
+        return self.expression(x, buffers[0].copy_(target))  # the only time that the targets are read
 
-    def block_gradient(self, x: Tensor, parts: list[Tensor], grad: Tensor, buffers: list[Tensor]) -> Tensor:
-        t = buffers[0].copy_(parts[0])
+    def block_gradient(self, x: Tensor, buffers: list[Tensor], target: Tensor, grad: Tensor) -> Tensor:
+        t = buffers[0].copy_(target)
         if isinstance(self.formula, FocalStar):
-            return super().block_gradient(x, [t], grad, buffers)
-        flip, u, q, wrong, cross_entropy, weight = self._terms(x, t)
+            return super().block_gradient(x, buffers, t, grad)
+        cross_entropy, weight, q, wrong, u, flip = self._terms(x, t)
         # For a hard target q is sigmoid(s), which may have underflowed: the quotient is known.
         share = torch.where(u == 0, 1 - wrong, (1 - 2 * u) * wrong * (1 - wrong) / q)
         slope = share.mul_(cross_entropy).mul_(self.formula.gamma).add_(wrong).sub_(u).mul_(weight)
         return torch.where(flip, -slope, slope).mul_(self._alpha(t)).mul_(grad)
 
     def _terms(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Return whether s is -x, u, q, sigmoid(s), cross entropy and q**gamma, from differentiable operations only."""
+        """Return cross entropy, q**gamma, q, sigmoid(s), u and whether s is -x, from differentiable operations only."""
         flip = t > 0.5
         s, u = torch.where(flip, -x, x), torch.where(flip, 1 - t, t)
         wrong = torch.sigmoid(s)
@@ -56,7 +49,7 @@ class DenseLoss(BlockwiseLoss):
         # For a hard target q may have underflowed, its logarithm is known; and log(0), even unused, has no derivative.
         is_hard = u == 0
         log_q = torch.where(is_hard, s - hard, torch.log(q.masked_fill(is_hard, 1.0)))
-        return flip, u, q, wrong, hard - u * s, torch.exp(self.formula.gamma * log_q)
+        return hard - u * s, torch.exp(self.formula.gamma * log_q), q, wrong, u, flip
 
     def _alpha(self, t: Tensor) -> Tensor:
         return self.weights.pos * t + self.weights.neg * (1 - t)

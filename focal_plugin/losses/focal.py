@@ -20,18 +20,16 @@ of this file evaluates without the temporaries and for all kinds of targets::
 """
 
 import math
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .args import IGNORE, Alpha, Weights, alpha_weights, check, check_call, check_dense, check_labels
-from .blockwise import BlockwiseLoss, repeated_number, upcast
+from .args import IGNORE, Alpha, Weights, alpha_weights, check, check_call, check_dense, check_labels, float_dtype
+from .blockwise import BlockwiseLoss, Formula
 from .dense import DenseLoss
 from .formulas import Focal, FocalStar
-
-Formula = Union[Focal, FocalStar]
 
 
 def sigmoid_focal_loss(
@@ -118,9 +116,6 @@ class LabelLoss(BlockwiseLoss):
     of its class, is overwritten.
     """
 
-    def __init__(self, formula: Formula, weights: Weights):
-        self.formula, self.weights = formula, weights
-
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         present = target == torch.arange(x.shape[1], device=x.device)[:, None]
         # Ignored logits go before the formula, not after it: its derivative at a NaN, times 0, is a NaN.
@@ -133,7 +128,7 @@ class LabelLoss(BlockwiseLoss):
         # An index that is valid for background and ignored anchors as well; these overwrite a logit with what it is.
         index = target.clamp(0, x.shape[1] - 1).long()
         present = (target >= 0) & (target < x.shape[1])
-        logit = upcast(x.gather(1, index))
+        logit = x.gather(1, index).to(float_dtype(x))
         s = torch.where(present, -logit, logit)
         at_class = self.formula.derivative(s) if for_gradient else self.formula.value(s)
         pos, neg = (w[index, 0] if isinstance(w, Tensor) and w.dim() else w for w in self.weights)
@@ -141,24 +136,26 @@ class LabelLoss(BlockwiseLoss):
         pos = -pos if for_gradient else pos
         return index, torch.where(present, pos * at_class, neg * at_class)
 
-    def block_loss(self, x: Tensor, parts: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        index, at_class = parts
+    def block_loss(self, x: Tensor, buffers: list[Tensor], index: Tensor, at_class: Tensor) -> Tensor:
         return self.formula.value(x, *buffers).mul_(self.weights.neg).scatter_(1, index, at_class)
 
-    def block_gradient(self, x: Tensor, parts: list[Tensor], grad: Optional[Tensor], buffers: list[Tensor]) -> Tensor:
-        index, at_class = parts
+    def block_gradient(self, x, buffers, index: Tensor, at_class: Tensor, grad: Optional[Tensor] = None) -> Tensor:
         gradient = self.formula.derivative(x, *buffers).mul_(self.weights.neg).scatter_(1, index, at_class)
         return gradient if grad is None else gradient.mul_(grad)
 
     def loss(self, x: Tensor, target: Tensor, sum_classes: bool) -> Tensor:
         if sum_classes and triton_kernels.is_usable(x, self.formula):
-            return triton_kernels.anchor_losses(x, target, self.formula, self.weights)
+            return triton_kernels.run(x, target, self.formula, self.weights)
         return super().loss(x, target, sum_classes)
 
-    def gradient(self, x: Tensor, target: Tensor, grad: Optional[Tensor]) -> Tensor:
-        if grad is None or grad.shape[1] > 1 or (factor := repeated_number(grad)) is None:
+    def gradient(self, x: Tensor, target: Tensor, grad: Tensor) -> Tensor:
+        # The gradient of a sum is one number, repeated by strides of 0: to know that asks for no value.
+        is_repeated = all(n == 1 or stride == 0 for n, stride in zip(grad.shape, grad.stride()))
+        if grad.numel() == 0 or grad.shape[1] > 1 or not is_repeated:
             return super().gradient(x, target, grad)
+        factor = grad[0, 0, 0]
         if triton_kernels.is_usable(x, self.formula):
-            return triton_kernels.gradient(x, target, self.formula, self.weights, factor)
+            return triton_kernels.run(x, target, self.formula, self.weights, factor)
         # One factor for all goes into the weights, which saves a pass over each block.
-        return LabelLoss(self.formula, Weights(*(w * factor for w in self.weights))).gradient(x, target, None)
+        scaled = LabelLoss(self.formula, Weights(*(w * factor for w in self.weights)))
+        return scaled._fill(torch.empty_like(x), x, target, True)

@@ -34,14 +34,15 @@ class _Loss(Float32Buffers, nn.Module):
         super().__init__()
         self.options = {"gamma": gamma, "reduction": reduction, **options}
         alpha = check_alpha(alpha)
-        is_number = isinstance(alpha, float)
-        self.alpha = alpha if is_number else None
-        class_alpha = None if is_number else torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
+        class_alpha, num_classes = None, 2
+        if not isinstance(alpha, float):
+            class_alpha = torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
+            alpha, num_classes = class_alpha.tolist(), len(class_alpha)
+        self.alpha = alpha
         # Not persistent: it is an argument, not something that was learned.
         self.register_buffer("class_alpha", class_alpha, persistent=False)
         # Try it on no anchor, so that a bad value is refused here and not in the first call.
-        alpha = alpha if is_number else class_alpha.tolist()
-        no_logits, no_labels = torch.zeros(0, 2 if is_number else len(alpha)), torch.zeros(0, dtype=torch.long)
+        no_logits, no_labels = torch.zeros(0, num_classes), torch.zeros(0, dtype=torch.long)
         type(self).function(no_logits, no_labels, alpha, **{**self.options, "class_dim": -1})
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -49,8 +50,7 @@ class _Loss(Float32Buffers, nn.Module):
         return type(self).function(inputs, targets, alpha, **self.options)
 
     def extra_repr(self) -> str:
-        alpha = self.alpha if self.class_alpha is None else self.class_alpha.tolist()
-        return ", ".join(f"{k}={v!r}" for k, v in {"alpha": alpha, **self.options}.items())
+        return ", ".join(f"{k}={v!r}" for k, v in {"alpha": self.alpha, **self.options}.items())
 
 
 class SigmoidFocalLoss(_Loss):

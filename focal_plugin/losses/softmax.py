@@ -79,9 +79,6 @@ def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Te
 class SoftmaxLoss(BlockwiseLoss):
     """Softmax loss of integer labels: a class in [0, C), -1 ignored. An anchor has one loss, not one for each class."""
 
-    def __init__(self, formula: Focal, weights: Union[float, Tensor]):
-        self.formula, self.weights = formula, weights
-
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         ignored = target == IGNORE
         index = target.clamp(min=0).long()

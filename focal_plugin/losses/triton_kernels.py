@@ -8,12 +8,13 @@ installed or the tensors are not on a GPU.
 """
 
 import os
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .args import Weights
+from .blockwise import Formula
 from .formulas import Focal, FocalStar
 
 try:
@@ -30,15 +31,15 @@ def is_usable(x: Tensor, formula: object) -> bool:
 
     FOCAL_PLUGIN_TRITON=0 in the environment switches them off.
     """
-    if triton is None or x.dtype not in _DTYPES or x.numel() == 0 or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
+    if triton is None or not isinstance(formula, (Focal, FocalStar)) or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
         return False
-    if not isinstance(formula, (Focal, FocalStar)):
+    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or x.dtype not in _DTYPES or x.numel() == 0:
         return False
     # Within a program anchors and steps from class to class are counted in 32 bits.
-    return max(x.shape[0], 16 * x.shape[2]) < 2**30 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return max(x.shape[0], 16 * x.shape[2]) < 2**30
 
 
-def anchor_losses(x: Tensor, labels: Tensor, formula: Union[Focal, FocalStar], weights: Weights) -> Tensor:
+def run(x: Tensor, labels: Tensor, formula: Formula, weights: Weights, factor: Optional[Tensor] = None) -> Tensor:
     """Return the (outer, 1, inner) float32 sums over the classes of the loss of (outer, K, inner) logits.
 
     Args:
@@ -46,21 +47,13 @@ def anchor_losses(x: Tensor, labels: Tensor, formula: Union[Focal, FocalStar], w
         labels: (outer, 1, inner) int8, int16 or int32.
         formula: of one logit.
         weights: numbers, or (K, 1) float32 tensors.
+        factor: a 0-dim tensor: return the gradient of the sum of these losses times it, in the dtype of ``x``.
     """
-    out = x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32)
-    _launch(x, labels, formula, weights, out)
-    return out
-
-
-def gradient(x: Tensor, labels: Tensor, formula: Union[Focal, FocalStar], weights: Weights, factor: Tensor) -> Tensor:
-    """Return the gradient of the sum of :func:`anchor_losses` times the 0-dim ``factor``, in the dtype of ``x``."""
-    out = torch.empty_like(x)
-    _launch(x, labels, formula, weights, out, factor.to(x.device, torch.float32))
-    return out
-
-
-def _launch(x: Tensor, labels: Tensor, formula, weights: Weights, out: Tensor, factor: Optional[Tensor] = None) -> None:
     outer, num_classes, inner = x.shape
+    if factor is None:
+        out = x.new_empty((outer, 1, inner), dtype=torch.float32)
+    else:
+        out, factor = torch.empty_like(x), factor.to(x.device, torch.float32)
     # Anchors that lie next to each other are split among programs as one list, planes of `inner` one by one.
     num_planes, num_anchors = (1, outer) if inner == 1 else (outer, inner)
     block_anchors, block_classes = _tile(num_classes, inner)
@@ -81,13 +74,14 @@ def _launch(x: Tensor, labels: Tensor, formula, weights: Weights, out: Tensor, f
             GAMMA=formula.gamma,
             BETA=formula.beta if is_star else 0.0,
             IS_STAR=is_star,
-            PER_CLASS=isinstance(weights.pos, Tensor) and weights.pos.dim() > 0,
+            PER_CLASS=isinstance(weights.pos, Tensor),
             ANCHORS_ADJOIN=inner > 1,
             BLOCK_ANCHORS=block_anchors,
             BLOCK_CLASSES=block_classes,
             EVEN=num_classes % block_classes == 0,
             num_warps=4,
         )
+    return out
 
 
 def _tile(num_classes: int, inner: int) -> tuple[int, int]:
@@ -161,26 +155,6 @@ if triton is not None:
         return slope
 
     @triton.jit
-    def _place(num_classes, inner, num_anchors, ANCHORS_ADJOIN: tl.constexpr, BLOCK_ANCHORS: tl.constexpr):
-        """Return of each of this program's anchors whether it exists, its index, and that of its first logit."""
-        blocks = tl.cdiv(num_anchors, BLOCK_ANCHORS)
-        # 64 bits: a batch can have more than 2**31 logits.
-        plane = (tl.program_id(0) // blocks).to(tl.int64)
-        anchor = (tl.program_id(0) % blocks) * BLOCK_ANCHORS + tl.arange(0, BLOCK_ANCHORS)
-        if ANCHORS_ADJOIN:
-            first = plane * num_classes * inner + anchor
-        else:
-            first = anchor.to(tl.int64) * num_classes
-        return anchor < num_anchors, plane * num_anchors + anchor, first
-
-    @triton.jit
-    def _weights(pos, neg, classes, in_range, PER_CLASS: tl.constexpr):
-        if PER_CLASS:
-            pos = tl.load(pos + classes, mask=in_range, other=0.0)[None, :]
-            neg = tl.load(neg + classes, mask=in_range, other=0.0)[None, :]
-        return pos, neg
-
-    @triton.jit
     def _kernel(
         logits,
         labels,
@@ -202,7 +176,17 @@ if triton is not None:
         EVEN: tl.constexpr,
     ):
         """Write the gradient of each logit times ``factor``, or the loss of each anchor."""
-        exists, anchor, first = _place(num_classes, inner, num_anchors, ANCHORS_ADJOIN, BLOCK_ANCHORS)
+        # Of each of this program's anchors: its index, whether it exists, and where its first logit lies.
+        blocks = tl.cdiv(num_anchors, BLOCK_ANCHORS)
+        # 64 bits: a batch can have more than 2**31 logits.
+        plane = (tl.program_id(0) // blocks).to(tl.int64)
+        anchor = (tl.program_id(0) % blocks) * BLOCK_ANCHORS + tl.arange(0, BLOCK_ANCHORS)
+        exists = anchor < num_anchors
+        if ANCHORS_ADJOIN:
+            first = plane * num_classes * inner + anchor
+        else:
+            first = anchor.to(tl.int64) * num_classes
+        anchor = plane * num_anchors + anchor
         label = tl.load(labels + anchor, mask=exists, other=-1).to(tl.int32)
         offset = first[:, None] + tl.arange(0, BLOCK_CLASSES)[None, :] * inner
         place = logits + offset
@@ -219,7 +203,11 @@ if triton is not None:
             x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
             present = label[:, None] == classes[None, :]
             s = tl.where(present, -x, x)
-            pos_here, neg_here = _weights(pos, neg, classes, in_range, PER_CLASS)
+            if PER_CLASS:
+                pos_here = tl.load(pos + classes, mask=in_range, other=0.0)[None, :]
+                neg_here = tl.load(neg + classes, mask=in_range, other=0.0)[None, :]
+            else:
+                pos_here, neg_here = pos, neg
             if IS_GRADIENT:
                 slope = _derivative(s, GAMMA, BETA, IS_STAR)
                 grad = slope * tl.where(present, -pos_here * scale, neg_here * scale)
