@@ -5,9 +5,13 @@ The json is read as training reads it, its rows become NumPy tables, and each ch
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -56,18 +60,16 @@ def check_coco(
     report, lists = DatasetReport(), {section: [] for section in SECTIONS}
     try:
         lists, missing = read_lists(json_file)
-        report.add("no_coco", len(missing), sections=" and of ".join(missing))
+        report.add("fatal", "no_coco", f"no COCO json: it lacks a list of {' and of '.join(missing)}", len(missing))
     except (OSError, ValueError) as problem:
-        report.add("not_json", problem=problem)
+        report.add("fatal", "not_json", f"the file cannot be read as json: {problem}")
     is_coco = not report.findings
-    counts = {section: len(elements) for section, elements in lists.items()}
     coco = read_tables(report, lists)
-    del lists  # takes several times the file's size, and load_coco_json as much again
     objects = coco.annotations[~coco.annotations["iscrowd"]]  # as Detectron2 counts them
     report.summary = {
         "json_file": json_file,
         "image_root": image_root,
-        **counts,
+        **{section: len(elements) for section, elements in lists.items()},
         "images_with_objects": int(np.isin(coco.images["id"], objects["image_id"]).sum()),
         "crowds": len(coco.annotations) - len(objects),
         "images_checked": images,
@@ -79,11 +81,11 @@ def check_coco(
     }
     if is_coco:
         # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
-        _check_ids(report, coco, counts, "warning" if "minival" in json_file else "fatal")
-        _check_boxes(report, coco)
+        _check_ids(report, coco, "warning" if "minival" in json_file else "fatal")
+        _check_annotations(report, coco)
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
-            _ask_detectron2(report, coco, json_file, image_root)
+            _ask_detectron2(report, lists["annotations"])
         workers = max_workers or min(8, os.cpu_count() or 1)
         report.summary["images_looked_at"] = check_images(report, coco.images, image_root, images, workers)
         _check_sizes(report, coco, cfg, None if images == "all" else _MAX_BOXES_FAST)
@@ -91,43 +93,30 @@ def check_coco(
     return report
 
 
-def _ask_detectron2(report: DatasetReport, coco: Tables, json_file: str, image_root: str) -> None:
-    """Let Detectron2 load the file, without a name to register it under, and report what it refuses or drops."""
-    logger = logging.getLogger(load_coco_json.__module__)
-    was_disabled, logger.disabled = logger.disabled, True  # it would log what the report says
-    try:
-        records = load_coco_json(json_file, image_root, extra_annotation_keys=["id"])
-    except Exception as problem:  # any, depending on what it stumbles over
-        report.add("not_loadable", problem=f"{type(problem).__name__}: {printable(str(problem), 200)}")
-        return
-    finally:
-        logger.disabled = was_disabled
-    kept = [annotation["id"] for record in records for annotation in record["annotations"]]
-    dropped = np.flatnonzero(~np.isin(coco.annotations["id"], kept))
-    report.add("dropped_by_polygons", len(dropped), (f"annotations[{row}]" for row in dropped))
-
-
 def _count_classes(coco: Tables) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
     annotations = coco.annotations
     boxes = Counter(annotations["category_id"].tolist())
     known = annotations[np.isin(annotations["image_id"], coco.images["id"])]
-    pairs = np.unique(np.stack([known["category_id"], known["image_id"]], axis=1), axis=0)
-    images = Counter(pairs[:, 0].tolist())
+    images = Counter(category for category, _ in set(known[["category_id", "image_id"]].tolist()))
     return [
         {"id": key, "name": name, "boxes": boxes[key], "images": images[key]} for key, name in coco.categories.tolist()
     ]
 
 
-def _check_ids(report: DatasetReport, coco: Tables, counts: dict[str, int], duplicates_level: str) -> None:
+def _check_ids(report: DatasetReport, coco: Tables, duplicates_level: str) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
-    for section in SECTIONS:
-        report.add(f"no_{section}", not counts[section])
-    for what, table in zip(("image", "annotation", "category"), coco):
-        values, times = np.unique(table["id"], return_counts=True)
-        twice = values[times > 1]
-        level = duplicates_level if what == "annotation" else "fatal"
-        report.add(f"duplicate_{what}_ids", len(twice), map(str, twice), level=level)
+    counts = report.summary
+    report.add("fatal", "no_images", '"images" is empty', not counts["images"])
+    report.add(
+        "error", "no_annotations", '"annotations" is empty: there is nothing to train on', not counts["annotations"]
+    )
+    report.add("fatal", "no_categories", '"categories" is empty', not counts["categories"])
+    for level, what, table in zip(("fatal", duplicates_level, "fatal"), ("image", "annotation", "category"), coco):
+        ids, times = np.unique(table["id"], return_counts=True)
+        twice = ids[times > 1]
+        text = f"{what} ids given more than once (one hides the other): {len(twice):,}"
+        report.add(level, f"duplicate_{what}_ids", text, len(twice), map(str, twice))
     annotations = coco.annotations
     for what, section, table in (("image", "images", coco.images), ("category", "categories", coco.categories)):
         if not counts[section] or len(table) < counts[section]:
@@ -135,13 +124,19 @@ def _check_ids(report: DatasetReport, coco: Tables, counts: dict[str, int], dupl
         used = annotations[f"{what}_id"]
         unknown = annotations[~np.isin(used, table["id"])]
         examples = (f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown)
-        report.add(f"unknown_{what}_ids", len(unknown), examples, total=len(used))
-    report.add("annotation_id_zero", (annotations["id"] == 0).any())
+        text = f'annotations with a {what} id that is not in "{section}": {len(unknown):,} of {len(used):,}'
+        report.add("fatal", f"unknown_{what}_ids", text, len(unknown), examples)
+    text = (
+        "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
+        "wrong and its object as missed; number from 1"
+    )
+    report.add("warning", "annotation_id_zero", text, (annotations["id"] == 0).any())
 
 
-def _check_boxes(report: DatasetReport, coco: Tables) -> None:
-    """Report boxes that are no numbers, have no size, or are not where their image is."""
-    boxes, (widths, heights) = coco.annotations["bbox"], coco.annotations["image_size"].T
+def _check_annotations(report: DatasetReport, coco: Tables) -> None:
+    """Report keys that an evaluation misses, and boxes that are no numbers, have no size, or are not in their image."""
+    annotations = coco.annotations
+    boxes, (widths, heights) = annotations["bbox"], annotations["image_size"].T
     x, y, w, h = boxes.T
     finite = np.isfinite(boxes).all(axis=1)
     has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
@@ -149,42 +144,106 @@ def _check_boxes(report: DatasetReport, coco: Tables) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
+
+    def add(level: str, code: str, mask: np.ndarray, text: str) -> None:
+        rows = annotations[mask]
+        form = "annotation {} (image {}): [{:g}, {:g}, {:g}, {:g}]".format
+        examples = (form(row["id"], row["image_id"], *row["bbox"]) for row in rows)
+        report.add(level, code, f"{text}: {len(rows):,} of {len(mask):,}", len(rows), examples)
+
+    add("fatal", "nonfinite_boxes", ~finite, "boxes that are not finite (the loss becomes NaN)")
+    text = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
+    add("error", "negative_boxes", negative, text)
+    text = "boxes without width or height (Detectron2 drops them without a word)"
+    add("error", "zero_boxes", finite & ~has_size & ~negative, text)
+    text = "boxes entirely outside their image (Detectron2 drops them without a word)"
+    add("error", "boxes_outside", has_size & outside, text)
+    text = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
+    add("warning", "boxes_leave_image", has_size & leaving & ~outside, text)
+    text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
+    add("error", "missing_area", annotations["missing_area"], text)
+    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
+    add("error", "bad_area", annotations["bad_area"], text)
+    text = (
+        'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
+        "stops with a KeyError; write 0)"
+    )
+    add("warning", "missing_iscrowd", annotations["missing_iscrowd"], text)
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
-    masks = {
-        "nonfinite_boxes": ~finite,
-        "negative_boxes": negative,
-        "zero_boxes": finite & ~has_size & ~negative,
-        "boxes_outside": has_size & outside,
-        "boxes_leave_image": has_size & leaving & ~outside,
-    }
-    for code, mask in masks.items():
-        rows = coco.annotations[mask]
-        form = "annotation {} (image {}): [{:g}, {:g}, {:g}, {:g}]".format
-        report.add(code, len(rows), (form(row["id"], row["image_id"], *row["bbox"]) for row in rows), total=len(mask))
     num_finite = max(finite.sum(), 1)
     share = leaving[finite].sum() / num_finite
     if share >= _XYXY_MIN_LEAVING and fits_as_xyxy[finite].sum() / num_finite >= _XYXY_MIN_VALID:
-        report.add("xyxy_suspected", num_finite, share=share)
+        text = (
+            f"the boxes look like [x1, y1, x2, y2], while COCO's are [x, y, width, height]: {share:.0%} leave their "
+            "image as they are, and as corners nearly all would fit. Write [x1, y1, x2 - x1, y2 - y1]"
+        )
+        report.add("error", "xyxy_suspected", text, num_finite)
 
 
 def _check_objects(report: DatasetReport, coco: Tables, objects: np.ndarray, cfg: CfgNode | None) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
-    empty = coco.categories[~np.isin(coco.categories["id"], objects["category_id"])]
+    categories, num_images = coco.categories, len(coco.images)
     if len(coco.annotations):
+        report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on", not len(objects))
+        empty = categories[~np.isin(categories["id"], objects["category_id"])]
+        text = f"classes without boxes: {len(empty):,} of {len(categories):,}"
         examples = (f"{printable(name)} (id {key})" for key, name in empty)
-        report.add("empty_classes", len(empty), examples, total=len(coco.categories))
-        report.add("only_crowds", not len(objects))
-    times = Counter(coco.categories["name"])
-    repeated = (printable(name) for name, count in times.items() if count > 1)
-    report.add("duplicate_class_names", len(coco.categories) - len(times), repeated)
+        report.add("warning", "empty_classes", text, len(empty), examples)
+    times = Counter(categories["name"])
+    repeated, count = (printable(name) for name in times if times[name] > 1), len(categories) - len(times)
+    text = f"class names that an earlier class has (they are trained as different classes): {count:,}"
+    report.add("warning", "duplicate_class_names", text, count, repeated)
     use = {
         None: "DATALOADER.FILTER_EMPTY_ANNOTATIONS says whether training uses them",
         True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
         False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
     }[None if cfg is None else bool(cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)]
-    num_images = len(coco.images)
-    report.add("images_without_objects", num_images - report.summary["images_with_objects"], total=num_images, use=use)
+    count = num_images - report.summary["images_with_objects"]
+    report.add("note", "images_without_objects", f"images without objects: {count:,} of {num_images:,}; {use}", count)
+
+
+def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
+    """Let Detectron2 load the masks and keypoints that it might stumble over, and report what it refuses or drops.
+
+    It is not asked about plain polygons, which most masks are: to load a whole file costs more than all other checks.
+    """
+    asked = {
+        index: {key: row[key] for key in ("segmentation", "keypoints") if key in row}
+        for index, row in enumerate(annotations)
+        if row.get("keypoints") or (row.get("segmentation") and not _are_polygons(row["segmentation"]))
+    }
+    if not asked:
+        return
+    image = {"id": 0, "file_name": "", "width": 1, "height": 1}
+    rows = [{**row, "id": index, "image_id": 0, "category_id": 0} for index, row in asked.items()]
+    logger = logging.getLogger(load_coco_json.__module__)
+    was_disabled, logger.disabled = logger.disabled, True  # it would log what the report says
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "asked.json")
+            path.write_text(json.dumps({"images": [image], "annotations": rows}))
+            (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
+    except Exception as problem:  # any, depending on what it stumbles over
+        text = (
+            f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}. As all else "
+            'is in order, look at "segmentation" and "keypoints": training on boxes needs neither, leave them out'
+        )
+        report.add("fatal", "not_loadable", text)
+        return
+    finally:
+        logger.disabled = was_disabled
+    dropped = sorted(asked.keys() - {annotation["id"] for annotation in record["annotations"]})
+    text = (
+        "annotations whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when "
+        f"it loads the file (leave the segmentation out instead): {len(dropped):,} times"
+    )
+    report.add("warning", "dropped_by_polygons", text, len(dropped), (f"annotations[{index}]" for index in dropped))
+
+
+def _are_polygons(mask: Any) -> bool:
+    is_list = type(mask) is list and all(type(polygon) is list for polygon in mask)
+    return is_list and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
 
 
 def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_boxes: int | None) -> None:
@@ -203,9 +262,12 @@ def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_b
     try:
         coverage = check_coverage(boxes, sizes, cfg, max_boxes)
     except ValueError as error:
-        report.add("anchors_not_checked", problem=error)
+        report.add("note", "anchors_not_checked", f"the anchors were not checked: {error}")
         return
     report.summary["anchors"] = coverage
     if coverage.get("share", 0) >= _UNMATCHED_SHARE:
-        hints = "; ".join(coverage["hints"])
-        report.add("unmatched_boxes", coverage["unmatched"], share=coverage["share"], hints=hints)
+        text = (
+            f"{coverage['share']:.1%} of the boxes have an IoU < .5 with every anchor: they are trained through their "
+            f"one best anchor at most. {'; '.join(coverage['hints'])}"
+        )
+        report.add("warning", "unmatched_boxes", text.strip(), coverage["unmatched"])

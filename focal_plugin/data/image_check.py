@@ -21,6 +21,26 @@ SAMPLE_SIZE = 64  # images that the fast form looks at
 _CHUNK = 32  # images that a thread takes at a time
 _EXIF_ORIENTATION = 274
 _SWAPS_SIDES = (5, 6, 7, 8)
+_REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
+_FINDINGS = (
+    ("fatal", "escaping_file_names", "file names that leave the image folder by '..'"),
+    ("fatal", "missing_images", "images that are not in the image folder"),
+    (
+        "fatal",
+        "mis_sized_images",
+        "images of another size than the json gives, so that its boxes are elsewhere (save upright what EXIF turns, or "
+        "swap width, height and boxes in the json)",
+    ),
+    ("error", "unreadable_images", f"images that cannot be opened ({_REPLACED})"),
+    ("error", "truncated_images", f"images that cannot be decoded to their end ({_REPLACED})"),
+    (
+        "warning",
+        "repeated_file_names",
+        "images with the file of an earlier image (objects of one are background in the other)",
+    ),
+    ("note", "absolute_file_names", "absolute file names (the image folder is not used for them)"),
+    ("note", "symlinked_images", "images that are symbolic links"),
+)
 
 
 def check_images(report: DatasetReport, table: np.ndarray, image_root: str, images: str, max_workers: int) -> int:
@@ -54,8 +74,9 @@ def check_images(report: DatasetReport, table: np.ndarray, image_root: str, imag
         for of_image in tqdm(found, total=len(rows), unit="image", file=sys.stderr, disable=hidden):
             for code, example in of_image:
                 faults[code].append(example)
-    for code, examples in faults.items():
-        report.add(code, len(examples), examples)
+    for level, code, text in _FINDINGS:
+        examples = faults[code]
+        report.add(level, code, f"{text}: {len(examples):,}", len(examples), examples)
     return len(rows)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ..files import printable
-from .coco_json import find_faults, read_lists
+from .coco_json import complete_elements, read_lists
+from .dataset_report import DatasetReport
 
 _FORM = "--register name=annotations.json:image_dir"
 
@@ -122,12 +122,13 @@ def _read_classes(json_file: str) -> dict[int, str]:
         raise ValueError(f"is not json ({error})") from error
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    categories = lists["categories"]
+    report = DatasetReport()
+    categories = complete_elements(report, "categories", lists["categories"])
+    for finding in report.findings:
+        wrong = finding.examples[0]
+        raise ValueError(f"has a category without a whole number as id or without a name: {wrong}")
     if not categories:
         raise ValueError("has no categories: there is nothing to learn")
-    for category in categories:
-        if any(find_faults("categories", category)):
-            raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
     names = {category["id"]: category["name"] for category in categories}
     if len(names) < len(categories):
         raise ValueError("has two categories with the same id")
