@@ -110,7 +110,15 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
         ValueError: see :func:`anchor_grid` and :func:`resized_sizes`.
     """
     grid = anchor_grid(cfg)
-    boxes, sizes = _resize(*_thin_out(max_boxes, boxes, sizes), cfg)
+    rows = _evenly_spaced(len(boxes), max_boxes or len(boxes))
+    boxes, sizes = boxes[rows], sizes[rows]
+    new_sizes = resized_sizes(sizes, cfg)
+    with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
+        low, size = np.split(boxes * np.tile(new_sizes / sizes, 2), 2, axis=1)
+        high = np.minimum(low + size, new_sizes)
+    low = low.clip(min=0)
+    inside = (high > low).all(axis=1)
+    boxes, sizes = np.hstack([low, high])[inside], new_sizes[inside]
     if not len(boxes):
         return {"boxes": 0}
     ious = best_ious(boxes, sizes, grid)
@@ -120,28 +128,13 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
     if len(unmatched):
         sides = np.sqrt((unmatched[:, 2:] - unmatched[:, :2]).prod(axis=1))
         result["unmatched_sizes"] = np.quantile(sides, (0.1, 0.5, 0.9)).tolist()
-        result.update(_suggest_sizes(*_thin_out(_MAX_TRIED, boxes, sizes), grid, cfg))
+        rows = _evenly_spaced(len(boxes), _MAX_TRIED)
+        result.update(_suggest_sizes(boxes[rows], sizes[rows], grid, cfg))
     return result
 
 
-def _thin_out(count: int | None, *columns: np.ndarray) -> list[np.ndarray]:
-    """Return ``count`` evenly spaced rows of each column."""
-    if count is None or len(columns[0]) <= count:
-        return list(columns)
-    rows = np.linspace(0, len(columns[0]) - 1, count).astype(int)
-    return [column[rows] for column in columns]
-
-
-def _resize(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> tuple[np.ndarray, np.ndarray]:
-    """Return XYXY boxes cut to the resized image, and its size; boxes of which nothing is left are dropped."""
-    new_sizes = resized_sizes(sizes, cfg)
-    scale = new_sizes / sizes
-    with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
-        low = boxes[:, :2] * scale
-        high = np.minimum(low + boxes[:, 2:] * scale, new_sizes)
-    low = low.clip(min=0)
-    left = (high > low).all(axis=1)
-    return np.hstack([low, high])[left], new_sizes[left]
+def _evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
+    return np.linspace(0, num_rows - 1, min(num_rows, max_rows)).astype(int)
 
 
 def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid, cfg: CfgNode) -> dict[str, list]:
@@ -151,7 +144,7 @@ def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid, cfg: 
         scaled = grid._replace(cells=[cells * factor for cells in grid.cells])
         shares[factor] = float((best_ious(boxes, sizes, scaled) < MATCH_IOU).mean())
     best, now = min(FACTORS, key=lambda factor: (shares[factor], abs(np.log(factor)))), shares[1.0]
-    if shares[best] > now - _MIN_GAIN or shares[best] > now * _MAX_LEFT:
+    if shares[best] > min(now - _MIN_GAIN, now * _MAX_LEFT):
         return {}
     levels = list(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
     levels = levels if isinstance(levels[0], (list, tuple)) else [levels]
