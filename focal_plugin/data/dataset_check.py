@@ -1,17 +1,18 @@
 """Check a data set in COCO format before it costs a training: its json, its images, and the anchors that it needs.
 
-The json is read as training reads it, its rows become NumPy tables, and each check is a mask over them.
+The json is read as training reads it, and each check picks the elements that have a fault.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -19,7 +20,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..files import printable
 from .anchors import check_coverage
-from .coco_json import SECTIONS, Tables, read_lists, read_tables
+from .coco_json import SECTIONS, box_arrays, complete_elements, is_number, read_lists
 from .dataset_report import SEVERITIES, DatasetReport
 from .image_check import SAMPLE_SIZE, check_images
 
@@ -28,7 +29,18 @@ _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
 _EMPTY_SIDE = 1e-5  # pixels; Detectron2's filter_empty_instances drops boxes that are not wider and higher
 _SLACK = 1.0  # pixels by which rounding may push a box out of its image
+_DROPPED = "Detectron2 drops them without a word"
+_NEGATIVE = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
+_LEAVING = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
 _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make XYXY a suspicion
+
+
+class Rows(NamedTuple):
+    """The complete elements of a COCO json."""
+
+    images: list[dict]
+    annotations: list[dict]
+    categories: list[dict]
 
 
 def check_coco(
@@ -60,118 +72,106 @@ def check_coco(
     report, lists = DatasetReport(), {section: [] for section in SECTIONS}
     try:
         lists, missing = read_lists(json_file)
-        report.add("fatal", "no_coco", f"no COCO json: it lacks a list of {' and of '.join(missing)}", len(missing))
+        if missing:
+            report.add("fatal", "no_coco", f"no COCO json: it lacks a list of {' and of '.join(missing)}", len(missing))
     except (OSError, ValueError) as problem:
         report.add("fatal", "not_json", f"the file cannot be read as json: {problem}")
     is_coco = not report.findings
-    coco = read_tables(report, lists)
-    objects = coco.annotations[~coco.annotations["iscrowd"]]  # as Detectron2 counts them
+    rows = Rows(*(complete_elements(report, section, lists[section]) for section in SECTIONS))
+    objects = [row for row in rows.annotations if not row.get("iscrowd")]  # as Detectron2 counts them
+    with_objects = {row["image_id"] for row in objects}
     report.summary = {
         "json_file": json_file,
         "image_root": image_root,
         **{section: len(elements) for section, elements in lists.items()},
-        "images_with_objects": int(np.isin(coco.images["id"], objects["image_id"]).sum()),
-        "crowds": len(coco.annotations) - len(objects),
+        "images_with_objects": sum(row["id"] in with_objects for row in rows.images),
+        "crowds": len(rows.annotations) - len(objects),
         "images_checked": images,
         "images_looked_at": 0,
         "sample_size": SAMPLE_SIZE,
-        "classes": _count_classes(coco),
+        "classes": _count_classes(rows),
         "box_sizes": None,
         "anchors": None,
     }
     if is_coco:
-        # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
-        _check_ids(report, coco, "warning" if "minival" in json_file else "fatal")
-        _check_annotations(report, coco)
-        _check_objects(report, coco, objects, cfg)
+        _check_ids(report, rows)
+        _check_boxes(report, rows)
+        _check_evaluation(report, rows.annotations)
+        _check_objects(report, rows, objects, cfg)
         if not report.fatal:
-            _ask_detectron2(report, lists["annotations"])
+            _ask_detectron2(report, rows.annotations)
         workers = max_workers or min(8, os.cpu_count() or 1)
-        report.summary["images_looked_at"] = check_images(report, coco.images, image_root, images, workers)
-        _check_sizes(report, coco, cfg, None if images == "all" else _MAX_BOXES_FAST)
+        report.summary["images_looked_at"] = check_images(report, rows.images, image_root, images, workers)
+        _check_sizes(report, *box_arrays(objects, rows.images), cfg, None if images == "all" else _MAX_BOXES_FAST)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
 
-def _count_classes(coco: Tables) -> list[dict]:
+def _count_classes(rows: Rows) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
-    annotations = coco.annotations
-    boxes = Counter(annotations["category_id"].tolist())
-    known = annotations[np.isin(annotations["image_id"], coco.images["id"])]
-    images = Counter(category for category, _ in set(known[["category_id", "image_id"]].tolist()))
+    boxes, known = Counter(row["category_id"] for row in rows.annotations), {row["id"] for row in rows.images}
+    pairs = {(row["category_id"], row["image_id"]) for row in rows.annotations if row["image_id"] in known}
+    images = Counter(category for category, _ in pairs)
     return [
-        {"id": key, "name": name, "boxes": boxes[key], "images": images[key]} for key, name in coco.categories.tolist()
+        {"id": row["id"], "name": row["name"], "boxes": boxes[row["id"]], "images": images[row["id"]]}
+        for row in rows.categories
     ]
 
 
-def _check_ids(report: DatasetReport, coco: Tables, duplicates_level: str) -> None:
+def _check_ids(report: DatasetReport, rows: Rows) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
-    counts = report.summary
-    report.add("fatal", "no_images", '"images" is empty', not counts["images"])
-    report.add(
-        "error", "no_annotations", '"annotations" is empty: there is nothing to train on', not counts["annotations"]
-    )
-    report.add("fatal", "no_categories", '"categories" is empty', not counts["categories"])
-    for level, what, table in zip(("fatal", duplicates_level, "fatal"), ("image", "annotation", "category"), coco):
-        ids, times = np.unique(table["id"], return_counts=True)
-        twice = ids[times > 1]
-        text = f"{what} ids given more than once (one hides the other): {len(twice):,}"
-        report.add(level, f"duplicate_{what}_ids", text, len(twice), map(str, twice))
-    annotations = coco.annotations
-    for what, section, table in (("image", "images", coco.images), ("category", "categories", coco.categories)):
-        if not counts[section] or len(table) < counts[section]:
-            continue  # an empty list and rows that could not be read are findings themselves, not what refers to them
-        used = annotations[f"{what}_id"]
-        unknown = annotations[~np.isin(used, table["id"])]
-        examples = (f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown)
-        text = f'annotations with a {what} id that is not in "{section}": {len(unknown):,} of {len(used):,}'
-        report.add("fatal", f"unknown_{what}_ids", text, len(unknown), examples)
-    text = (
-        "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
-        "wrong and its object as missed; number from 1"
-    )
-    report.add("warning", "annotation_id_zero", text, (annotations["id"] == 0).any())
+    counts = {section: report.summary[section] for section in SECTIONS}
+    nothing = ": there is nothing to train on"
+    for level, section, text in (
+        ("fatal", "images", ""),
+        ("error", "annotations", nothing),
+        ("fatal", "categories", ""),
+    ):
+        if not counts[section]:
+            report.add(level, f"no_{section}", f'"{section}" is empty{text}')
+    # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
+    is_minival = "minival" in report.summary["json_file"]
+    for what, elements in zip(("image", "annotation", "category"), rows):
+        times = Counter(row["id"] for row in elements)
+        level = "warning" if is_minival and what == "annotation" else "fatal"
+        text, twice = "ids given more than once (one hides the other)", [key for key in times if times[key] > 1]
+        report.add_all(level, f"duplicate_{what}_ids", f"{what} {text}", twice)
+    for what, section, elements in (("image", "images", rows.images), ("category", "categories", rows.categories)):
+        if not counts[section] or len(elements) < counts[section]:
+            continue  # an empty list and elements that are incomplete are findings themselves, not what refers to them
+        known = {row["id"] for row in elements}
+        unknown = [row for row in rows.annotations if row[f"{what}_id"] not in known]
+        report.add_all(
+            "fatal",
+            f"unknown_{what}_ids",
+            f'annotations with a {what} id that is not in "{section}"',
+            [f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown],
+            total=len(rows.annotations),
+        )
 
 
-def _check_annotations(report: DatasetReport, coco: Tables) -> None:
-    """Report keys that an evaluation misses, and boxes that are no numbers, have no size, or are not in their image."""
-    annotations = coco.annotations
-    boxes, (widths, heights) = annotations["bbox"], annotations["image_size"].T
-    x, y, w, h = boxes.T
+def _check_boxes(report: DatasetReport, rows: Rows) -> None:
+    """Report boxes that are no numbers, have no size, or are not where their image is."""
+    boxes, sizes = box_arrays(rows.annotations, rows.images)
+    (x, y, w, h), (widths, heights) = boxes.T, sizes.T
     finite = np.isfinite(boxes).all(axis=1)
     has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
     negative = finite & (boxes[:, 2:] < 0).any(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
-
-    def add(level: str, code: str, mask: np.ndarray, text: str) -> None:
-        rows = annotations[mask]
-        form = "annotation {} (image {}): [{:g}, {:g}, {:g}, {:g}]".format
-        examples = (form(row["id"], row["image_id"], *row["bbox"]) for row in rows)
-        report.add(level, code, f"{text}: {len(rows):,} of {len(mask):,}", len(rows), examples)
-
-    add("fatal", "nonfinite_boxes", ~finite, "boxes that are not finite (the loss becomes NaN)")
-    text = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
-    add("error", "negative_boxes", negative, text)
-    text = "boxes without width or height (Detectron2 drops them without a word)"
-    add("error", "zero_boxes", finite & ~has_size & ~negative, text)
-    text = "boxes entirely outside their image (Detectron2 drops them without a word)"
-    add("error", "boxes_outside", has_size & outside, text)
-    text = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
-    add("warning", "boxes_leave_image", has_size & leaving & ~outside, text)
-    text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-    add("error", "missing_area", annotations["missing_area"], text)
-    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
-    add("error", "bad_area", annotations["bad_area"], text)
-    text = (
-        'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
-        "stops with a KeyError; write 0)"
-    )
-    add("warning", "missing_iscrowd", annotations["missing_iscrowd"], text)
+    for level, code, text, mask in (
+        ("fatal", "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite),
+        ("error", "negative_boxes", _NEGATIVE, negative),
+        ("error", "zero_boxes", f"boxes without width or height ({_DROPPED})", finite & ~has_size & ~negative),
+        ("error", "boxes_outside", f"boxes entirely outside their image ({_DROPPED})", has_size & outside),
+        ("warning", "boxes_leave_image", _LEAVING, has_size & leaving & ~outside),
+    ):
+        found = [rows.annotations[index] for index in np.flatnonzero(mask)]
+        report.add_all(level, code, text, found, _box_text, len(mask))
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
-    num_finite = max(finite.sum(), 1)
+    num_finite = max(int(finite.sum()), 1)
     share = leaving[finite].sum() / num_finite
     if share >= _XYXY_MIN_LEAVING and fits_as_xyxy[finite].sum() / num_finite >= _XYXY_MIN_VALID:
         text = (
@@ -181,26 +181,50 @@ def _check_annotations(report: DatasetReport, coco: Tables) -> None:
         report.add("error", "xyxy_suspected", text, num_finite)
 
 
-def _check_objects(report: DatasetReport, coco: Tables, objects: np.ndarray, cfg: CfgNode | None) -> None:
+def _check_evaluation(report: DatasetReport, annotations: list[dict]) -> None:
+    """Report what training does not mind, but pycocotools' evaluation."""
+    text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
+    report.add_all("error", "missing_area", text, [row for row in annotations if "area" not in row], _box_text)
+    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
+    areas = [(row["id"], row["area"]) for row in annotations if "area" in row]
+    wrong = [(key, area) for key, area in areas if not (is_number(area) and 0 <= area < math.inf)]
+    report.add_all("error", "bad_area", text, [f"annotation {key}: {printable(area)}" for key, area in wrong])
+    text = (
+        'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
+        "stops with a KeyError; write 0)"
+    )
+    report.add_all("warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], _box_text)
+    if any(row["id"] == 0 for row in annotations):
+        text = (
+            "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
+            "wrong and its object as missed; number from 1"
+        )
+        report.add("warning", "annotation_id_zero", text)
+
+
+def _box_text(row: dict) -> str:
+    return f"annotation {row['id']} (image {row['image_id']}): {printable(row['bbox'])}"
+
+
+def _check_objects(report: DatasetReport, rows: Rows, objects: list[dict], cfg: CfgNode | None) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
-    categories, num_images = coco.categories, len(coco.images)
-    if len(coco.annotations):
-        report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on", not len(objects))
-        empty = categories[~np.isin(categories["id"], objects["category_id"])]
-        text = f"classes without boxes: {len(empty):,} of {len(categories):,}"
-        examples = (f"{printable(name)} (id {key})" for key, name in empty)
-        report.add("warning", "empty_classes", text, len(empty), examples)
-    times = Counter(categories["name"])
-    repeated, count = (printable(name) for name in times if times[name] > 1), len(categories) - len(times)
-    text = f"class names that an earlier class has (they are trained as different classes): {count:,}"
-    report.add("warning", "duplicate_class_names", text, count, repeated)
+    used, names = {row["category_id"] for row in objects}, [row["name"] for row in rows.categories]
+    if rows.annotations:
+        empty = [f"{printable(row['name'])} (id {row['id']})" for row in rows.categories if row["id"] not in used]
+        report.add_all("warning", "empty_classes", "classes without boxes", empty, total=len(names))
+    if rows.annotations and not objects:
+        report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
+    text = "class names that an earlier class has (they are trained as different classes)"
+    repeated = list((Counter(names) - Counter(set(names))).elements())
+    report.add_all("warning", "duplicate_class_names", text, repeated, printable)
     use = {
         None: "DATALOADER.FILTER_EMPTY_ANNOTATIONS says whether training uses them",
         True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
         False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
     }[None if cfg is None else bool(cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)]
-    count = num_images - report.summary["images_with_objects"]
-    report.add("note", "images_without_objects", f"images without objects: {count:,} of {num_images:,}; {use}", count)
+    if count := len(rows.images) - report.summary["images_with_objects"]:
+        text = f"images without objects: {count:,} of {len(rows.images):,}; {use}"
+        report.add("note", "images_without_objects", text, count)
 
 
 def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
@@ -208,21 +232,22 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
 
     It is not asked about plain polygons, which most masks are: to load a whole file costs more than all other checks.
     """
-    asked = {
-        index: {key: row[key] for key in ("segmentation", "keypoints") if key in row}
-        for index, row in enumerate(annotations)
-        if row.get("keypoints") or (row.get("segmentation") and not _are_polygons(row["segmentation"]))
-    }
+    asked = []
+    for index, row in enumerate(annotations):
+        mask, keypoints = row.get("segmentation"), row.get("keypoints")
+        is_plain = type(mask) is list and all(type(polygon) is list for polygon in mask)
+        is_plain = is_plain and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
+        if keypoints or (mask and not is_plain):
+            asked.append({"id": index, "image_id": 0, "segmentation": mask, "keypoints": keypoints})
     if not asked:
         return
-    image = {"id": 0, "file_name": "", "width": 1, "height": 1}
-    rows = [{**row, "id": index, "image_id": 0, "category_id": 0} for index, row in asked.items()]
+    content = {"images": [{"id": 0, "file_name": "", "width": 1, "height": 1}], "annotations": asked}
     logger = logging.getLogger(load_coco_json.__module__)
     was_disabled, logger.disabled = logger.disabled, True  # it would log what the report says
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "asked.json")
-            path.write_text(json.dumps({"images": [image], "annotations": rows}))
+            path.write_text(json.dumps(content))
             (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
     except Exception as problem:  # any, depending on what it stumbles over
         text = (
@@ -233,24 +258,20 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
         return
     finally:
         logger.disabled = was_disabled
-    dropped = sorted(asked.keys() - {annotation["id"] for annotation in record["annotations"]})
+    kept = {annotation["id"] for annotation in record["annotations"]}
+    dropped = [annotations[row["id"]] for row in asked if row["id"] not in kept]
     text = (
         "annotations whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when "
-        f"it loads the file (leave the segmentation out instead): {len(dropped):,} times"
+        "it loads the file (leave the segmentation out instead)"
     )
-    report.add("warning", "dropped_by_polygons", text, len(dropped), (f"annotations[{index}]" for index in dropped))
+    report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text)
 
 
-def _are_polygons(mask: Any) -> bool:
-    is_list = type(mask) is list and all(type(polygon) is list for polygon in mask)
-    return is_list and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
-
-
-def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_boxes: int | None) -> None:
+def _check_sizes(
+    report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None, max_boxes: int | None
+) -> None:
     """Sum up the sizes of the boxes that training would use as they are, and report what no anchor matches."""
-    boxes, sizes = coco.annotations["bbox"], coco.annotations["image_size"]
-    usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    usable &= np.isfinite(sizes[:, 0]) & ~coco.annotations["iscrowd"]
+    usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1) & np.isfinite(sizes[:, 0])
     boxes, sizes = boxes[usable], sizes[usable]
     if len(boxes):
         with np.errstate(over="ignore"):
@@ -260,11 +281,10 @@ def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_b
     if cfg is None:
         return
     try:
-        coverage = check_coverage(boxes, sizes, cfg, max_boxes)
+        coverage = report.summary["anchors"] = check_coverage(boxes, sizes, cfg, max_boxes)
     except ValueError as error:
         report.add("note", "anchors_not_checked", f"the anchors were not checked: {error}")
         return
-    report.summary["anchors"] = coverage
     if coverage.get("share", 0) >= _UNMATCHED_SHARE:
         text = (
             f"{coverage['share']:.1%} of the boxes have an IoU < .5 with every anchor: they are trained through their "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from typing import Any
 
 from tabulate import tabulate
 
@@ -57,10 +57,17 @@ class DatasetReport:
         return [finding for finding in self.findings if finding.fatal]
 
     def add(self, level: str, code: str, message: str, count: int = 1, examples: Iterable[str] = ()) -> None:
-        """Add a finding unless its count is 0; ``level`` is "fatal" or a severity. Keep the first few examples."""
-        if count:
-            first, fatal = list(islice(examples, _MAX_EXAMPLES)), level == "fatal"
-            self.findings.append(Finding(code, "error" if fatal else level, message, int(count), first, fatal))
+        """Add a finding, whose level is "fatal" or a severity."""
+        fatal = level == "fatal"
+        self.findings.append(Finding(code, "error" if fatal else level, message, count, list(examples), fatal))
+
+    def add_all(
+        self, level: str, code: str, text: str, found: Sequence, example: Callable[[Any], str] = str, total: int = 0
+    ) -> None:
+        """Add a finding about all elements ``found``, if there are any: how many, of what total, and a few examples."""
+        if found:
+            message = f"{text}: {len(found):,}" + (f" of {total:,}" if total else "")
+            self.add(level, code, message, len(found), map(example, found[:_MAX_EXAMPLES]))
 
     def to_dict(self) -> dict:
         """Return the summary, the findings and ``ok`` (no errors); what json can hold."""

@@ -43,41 +43,40 @@ _FINDINGS = (
 )
 
 
-def check_images(report: DatasetReport, table: np.ndarray, image_root: str, images: str, max_workers: int) -> int:
+def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str, max_workers: int) -> int:
     """Look at all file names and, as :func:`~focal_plugin.data.check_coco` says, at image files; return at how many.
 
     Args:
         report: takes the findings.
-        table: the images of :class:`~focal_plugin.data.coco_json.Tables`.
-        image_root, images, max_workers: as ``check_coco``'s.
+        images: complete elements of the json's "images".
+        image_root, mode, max_workers: as ``check_coco``'s; ``mode`` is its ``images``.
     """
-    faults, seen, rows = defaultdict(list), set(), []  # code -> examples in words
-    for row, name in enumerate(table["file_name"]):
+    faults, seen, files = defaultdict(list), set(), []  # code -> examples in words
+    for image in images:
+        name = image["file_name"]
         if os.path.isabs(name):
             faults["absolute_file_names"].append(printable(name))
-        if ".." in name and not os.path.isabs(name) and ".." in PurePath(name).parts:
-            if _escapes(image_root, name):
-                faults["escaping_file_names"].append(printable(name))
-        else:  # a name with ".." is never opened
-            rows.append(row)
         if name in seen:
             faults["repeated_file_names"].append(printable(name))
         seen.add(name)
-    if images == "none":
-        rows = []
-    elif images == "sample" and len(rows) > SAMPLE_SIZE:
-        rows = [rows[place] for place in np.linspace(0, len(rows) - 1, SAMPLE_SIZE).astype(int)]
-    hidden = images != "all" or not sys.stderr.isatty()
+        if os.path.isabs(name) or ".." not in PurePath(name).parts:
+            files.append(image)
+        elif _escapes(image_root, name):  # and a name with ".." is never opened
+            faults["escaping_file_names"].append(printable(name))
+    if mode == "none":
+        files = []
+    elif mode == "sample" and len(files) > SAMPLE_SIZE:
+        files = [files[index] for index in np.linspace(0, len(files) - 1, SAMPLE_SIZE).astype(int)]
+    hidden = mode != "all" or not sys.stderr.isatty()
     with warnings.catch_warnings(), ThreadPool(max_workers) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and huge images
-        found = pool.imap(lambda row: list(_inspect(image_root, table[row], images == "all")), rows, _CHUNK)
-        for of_image in tqdm(found, total=len(rows), unit="image", file=sys.stderr, disable=hidden):
+        found = pool.imap(lambda image: list(_inspect(image_root, image, mode == "all")), files, _CHUNK)
+        for of_image in tqdm(found, total=len(files), unit="image", file=sys.stderr, disable=hidden):
             for code, example in of_image:
                 faults[code].append(example)
     for level, code, text in _FINDINGS:
-        examples = faults[code]
-        report.add(level, code, f"{text}: {len(examples):,}", len(examples), examples)
-    return len(rows)
+        report.add_all(level, code, text, faults[code])
+    return len(files)
 
 
 def _escapes(image_root: str, name: str) -> bool:
@@ -92,7 +91,7 @@ def _escapes(image_root: str, name: str) -> bool:
         return True
 
 
-def _inspect(image_root: str, row: np.void, decode: bool) -> Iterator[tuple[str, str]]:
+def _inspect(image_root: str, row: dict, decode: bool) -> Iterator[tuple[str, str]]:
     """Yield (code, example) of each fault of an image file."""
     path, name = os.path.join(image_root, row["file_name"]), printable(row["file_name"])
     if not os.path.isfile(path):  # a folder, a pipe and a device are no images either
