@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import PurePath
@@ -22,8 +22,7 @@ _CHUNK = 32  # images that a thread takes at a time
 _EXIF_ORIENTATION = 274
 _SWAPS_SIDES = (5, 6, 7, 8)
 _REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
-_FINDINGS = (
-    ("fatal", "escaping_file_names", "file names that leave the image folder by '..'"),
+_FILE_FINDINGS = (
     ("fatal", "missing_images", "images that are not in the image folder"),
     (
         "fatal",
@@ -33,12 +32,6 @@ _FINDINGS = (
     ),
     ("error", "unreadable_images", f"images that cannot be opened ({_REPLACED})"),
     ("error", "truncated_images", f"images that cannot be decoded to their end ({_REPLACED})"),
-    (
-        "warning",
-        "repeated_file_names",
-        "images with the file of an earlier image (objects of one are background in the other)",
-    ),
-    ("note", "absolute_file_names", "absolute file names (the image folder is not used for them)"),
     ("note", "symlinked_images", "images that are symbolic links"),
 )
 
@@ -51,22 +44,22 @@ def check_images(report: DatasetReport, images: list[dict], image_root: str, mod
         images: complete elements of the json's "images".
         image_root, mode, max_workers: as ``check_coco``'s; ``mode`` is its ``images``.
     """
-    faults, seen, files = defaultdict(list), set(), []  # code -> examples in words
-    for image in images:
-        name = image["file_name"]
-        if os.path.isabs(name):
-            faults["absolute_file_names"].append(printable(name))
-        if name in seen:
-            faults["repeated_file_names"].append(printable(name))
-        seen.add(name)
-        if os.path.isabs(name) or ".." not in PurePath(name).parts:
-            files.append(image)
-        elif _escapes(image_root, name):  # and a name with ".." is never opened
-            faults["escaping_file_names"].append(printable(name))
-    if mode == "none":
-        files = []
-    elif mode == "sample" and len(files) > SAMPLE_SIZE:
+    names = [image["file_name"] for image in images]
+    text = "images with the file of an earlier image (objects of one are background in the other)"
+    repeated = list((Counter(names) - Counter(set(names))).elements())
+    report.add_all("warning", "repeated_file_names", text, repeated, printable)
+    text, absolute = "absolute file names (the image folder is not used for them)", list(filter(os.path.isabs, names))
+    report.add_all("note", "absolute_file_names", text, absolute, printable)
+    upward = [name for name in names if ".." in PurePath(name).parts and not os.path.isabs(name)]
+    escaping = [name for name in upward if _escapes(image_root, name)]
+    report.add_all(
+        "fatal", "escaping_file_names", "file names that leave the image folder by '..'", escaping, printable
+    )
+    never_opened = set(names if mode == "none" else upward)
+    files = [image for image in images if image["file_name"] not in never_opened]
+    if mode == "sample" and len(files) > SAMPLE_SIZE:
         files = [files[index] for index in np.linspace(0, len(files) - 1, SAMPLE_SIZE).astype(int)]
+    faults = defaultdict(list)  # code -> examples in words
     hidden = mode != "all" or not sys.stderr.isatty()
     with warnings.catch_warnings(), ThreadPool(max_workers) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and huge images
@@ -74,7 +67,7 @@ def check_images(report: DatasetReport, images: list[dict], image_root: str, mod
         for of_image in tqdm(found, total=len(files), unit="image", file=sys.stderr, disable=hidden):
             for code, example in of_image:
                 faults[code].append(example)
-    for level, code, text in _FINDINGS:
+    for level, code, text in _FILE_FINDINGS:
         report.add_all(level, code, text, faults[code])
     return len(files)
 
