@@ -96,7 +96,7 @@ def check_coco(
     if is_coco:
         _check_ids(report, coco)
         _check_boxes(report, coco)
-        _check_evaluation(report, coco.annotations)
+        _check_evaluation(report, [row for row in lists["annotations"] if type(row) is dict])
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
             _ask_detectron2(report, coco.annotations)
@@ -180,21 +180,21 @@ def _check_boxes(report: DatasetReport, coco: Coco) -> None:
 def _check_evaluation(report: DatasetReport, annotations: list[dict]) -> None:
     """Report what training does not mind, but pycocotools' evaluation."""
     text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-    report.add_all("error", "missing_area", text, [row for row in annotations if "area" not in row], _box_text)
+    report.add_all("error", "missing_area", text, [row for row in annotations if "area" not in row], printable)
     text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
-    areas = [(row["id"], row["area"]) for row in annotations if "area" in row]
-    wrong = [(key, area) for key, area in areas if not (is_number(area) and 0 <= area < math.inf)]
-    report.add_all("error", "bad_area", text, [f"annotation {key}: {printable(area)}" for key, area in wrong])
+    areas = [row["area"] for row in annotations if "area" in row]
+    wrong = [area for area in areas if not (is_number(area) and 0 <= area < math.inf)]
+    report.add_all("error", "bad_area", text, wrong, printable)
     text = (
         'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
         "stops with a KeyError; write 0)"
     )
-    report.add_all("warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], _box_text)
-    if any(row["id"] == 0 for row in annotations):
-        text = (
-            "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
-            "wrong and its object as missed; number from 1"
-        )
+    report.add_all("warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], printable)
+    text = (
+        "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
+        "wrong and its object as missed; number from 1"
+    )
+    if any(is_number(row.get("id")) and row["id"] == 0 for row in annotations):
         report.add("warning", "annotation_id_zero", text)
 
 
