@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -33,14 +32,6 @@ _DROPPED = "Detectron2 drops them without a word"
 _NEGATIVE = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
 _LEAVING = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
 _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make XYXY a suspicion
-
-
-class Coco(NamedTuple):
-    """The elements of a COCO json that training can read."""
-
-    images: list[dict]
-    annotations: list[dict]
-    categories: list[dict]
 
 
 def check_coco(
@@ -77,15 +68,15 @@ def check_coco(
     except (OSError, ValueError) as problem:
         report.add("fatal", "not_json", f"the file cannot be read as json: {problem}")
     is_coco = not report.findings
-    coco = Coco(*(complete_elements(report, section, lists[section]) for section in SECTIONS))
-    objects = [row for row in coco.annotations if not row.get("iscrowd")]  # as Detectron2 counts them
+    coco = {section: complete_elements(report, section, lists[section]) for section in SECTIONS}
+    objects = [row for row in coco["annotations"] if not row.get("iscrowd")]  # as Detectron2 counts them
     with_objects = {row["image_id"] for row in objects}
     report.summary = {
         "json_file": json_file,
         "image_root": image_root,
         **{section: len(elements) for section, elements in lists.items()},
-        "images_with_objects": sum(row["id"] in with_objects for row in coco.images),
-        "crowds": len(coco.annotations) - len(objects),
+        "images_with_objects": sum(row["id"] in with_objects for row in coco["images"]),
+        "crowds": len(coco["annotations"]) - len(objects),
         "images_checked": images,
         "images_looked_at": 0,
         "sample_size": SAMPLE_SIZE,
@@ -99,56 +90,47 @@ def check_coco(
         _check_evaluation(report, [row for row in lists["annotations"] if type(row) is dict])
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
-            _ask_detectron2(report, coco.annotations)
+            _ask_detectron2(report, coco["annotations"])
         workers = max_workers or min(8, os.cpu_count() or 1)
-        report.summary["images_looked_at"] = check_images(report, coco.images, image_root, images, workers)
-        _check_sizes(report, *box_arrays(objects, coco.images), cfg, None if images == "all" else _MAX_BOXES_FAST)
+        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images, workers)
+        _check_sizes(report, *box_arrays(objects, coco["images"]), cfg, None if images == "all" else _MAX_BOXES_FAST)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
 
-def _count_classes(coco: Coco) -> list[dict]:
+def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
-    boxes, known = Counter(row["category_id"] for row in coco.annotations), {row["id"] for row in coco.images}
-    pairs = {(row["category_id"], row["image_id"]) for row in coco.annotations if row["image_id"] in known}
+    boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
+    pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
     images = Counter(category for category, _ in pairs)
     return [
         {"id": row["id"], "name": row["name"], "boxes": boxes[row["id"]], "images": images[row["id"]]}
-        for row in coco.categories
+        for row in coco["categories"]
     ]
 
 
-def _check_ids(report: DatasetReport, coco: Coco) -> None:
+def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
-    counts = {section: report.summary[section] for section in SECTIONS}
-    for section in SECTIONS:
-        level, more = ("error", ": there is nothing to train on") if section == "annotations" else ("fatal", "")
-        if not counts[section]:
+    for section, what in zip(SECTIONS, ("image", "annotation", "category")):
+        count, times = report.summary[section], Counter(row["id"] for row in coco[section])
+        if not count:
+            level, more = ("error", ": there is nothing to train on") if what == "annotation" else ("fatal", "")
             report.add(level, f"no_{section}", f'"{section}" is empty{more}')
-    # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
-    is_minival = "minival" in report.summary["json_file"]
-    for what, elements in zip(("image", "annotation", "category"), coco):
-        times = Counter(row["id"] for row in elements)
-        level = "warning" if is_minival and what == "annotation" else "fatal"
-        text, twice = "ids given more than once (one hides the other)", [key for key in times if times[key] > 1]
-        report.add_all(level, f"duplicate_{what}_ids", f"{what} {text}", twice)
-    for what, section, elements in (("image", "images", coco.images), ("category", "categories", coco.categories)):
-        if not counts[section] or len(elements) < counts[section]:
-            continue  # an empty list and elements that are incomplete are findings themselves, not what refers to them
-        known = {row["id"] for row in elements}
-        unknown = [row for row in coco.annotations if row[f"{what}_id"] not in known]
-        report.add_all(
-            "fatal",
-            f"unknown_{what}_ids",
-            f'annotations with a {what} id that is not in "{section}"',
-            [f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown],
-            total=len(coco.annotations),
-        )
+        # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
+        level = "warning" if what == "annotation" and "minival" in report.summary["json_file"] else "fatal"
+        text, twice = f"{what} ids given more than once (one hides the other)", [key for key in times if times[key] > 1]
+        report.add_all(level, f"duplicate_{what}_ids", text, twice)
+        if what == "annotation" or not count or len(coco[section]) < count:
+            continue  # an empty list and incomplete elements are findings themselves, not what refers to them
+        unknown = [row for row in coco["annotations"] if row[f"{what}_id"] not in times]
+        examples = [f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown]
+        text = f'annotations with a {what} id that is not in "{section}"'
+        report.add_all("fatal", f"unknown_{what}_ids", text, examples, total=len(coco["annotations"]))
 
 
-def _check_boxes(report: DatasetReport, coco: Coco) -> None:
+def _check_boxes(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
     """Report boxes that are no numbers, have no size, or are not where their image is."""
-    boxes, sizes = box_arrays(coco.annotations, coco.images)
+    boxes, sizes = box_arrays(coco["annotations"], coco["images"])
     (x, y, w, h), (widths, heights) = boxes.T, sizes.T
     finite = np.isfinite(boxes).all(axis=1)
     has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
@@ -163,7 +145,7 @@ def _check_boxes(report: DatasetReport, coco: Coco) -> None:
         ("error", "boxes_outside", f"boxes entirely outside their image ({_DROPPED})", has_size & outside),
         ("warning", "boxes_leave_image", _LEAVING, has_size & leaving & ~outside),
     ):
-        found = [coco.annotations[index] for index in np.flatnonzero(mask)]
+        found = [coco["annotations"][index] for index in np.flatnonzero(mask)]
         report.add_all(level, code, text, found, _box_text, len(mask))
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
@@ -202,13 +184,15 @@ def _box_text(row: dict) -> str:
     return f"annotation {row['id']} (image {row['image_id']}): {printable(row['bbox'])}"
 
 
-def _check_objects(report: DatasetReport, coco: Coco, objects: list[dict], cfg: CfgNode | None) -> None:
+def _check_objects(
+    report: DatasetReport, coco: dict[str, list[dict]], objects: list[dict], cfg: CfgNode | None
+) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
-    used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco.categories]
-    if coco.annotations:
-        empty = [f"{printable(row['name'])} (id {row['id']})" for row in coco.categories if row["id"] not in used]
+    used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco["categories"]]
+    if coco["annotations"]:
+        empty = [f"{printable(row['name'])} (id {row['id']})" for row in coco["categories"] if row["id"] not in used]
         report.add_all("warning", "empty_classes", "classes without boxes", empty, total=len(names))
-    if coco.annotations and not objects:
+    if coco["annotations"] and not objects:
         report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
     text = "class names that an earlier class has (they are trained as different classes)"
     repeated = list((Counter(names) - Counter(set(names))).elements())
@@ -218,8 +202,8 @@ def _check_objects(report: DatasetReport, coco: Coco, objects: list[dict], cfg: 
         True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
         False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
     }[None if cfg is None else bool(cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)]
-    if count := len(coco.images) - report.summary["images_with_objects"]:
-        text = f"images without objects: {count:,} of {len(coco.images):,}; {use}"
+    if count := len(coco["images"]) - report.summary["images_with_objects"]:
+        text = f"images without objects: {count:,} of {len(coco['images']):,}; {use}"
         report.add("note", "images_without_objects", text, count)
 
 

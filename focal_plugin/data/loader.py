@@ -187,7 +187,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         try:
             groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
         except KeyError:
-            logger.warning("images are not grouped by aspect ratio: the data set does not say how wide they are")
+            logger.warning("images are not grouped by aspect ratio: the data set does not give their width and height")
     dataset = DatasetFromList(dicts, copy=False)
     del dicts  # packed by now, and much smaller
 
