@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
 MATCH_IOU = 0.5  # of a box with its best anchor, below which the box counts as unmatched
 FACTORS = (0.125, 0.177, 0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)  # of all sizes, tried for the hint
@@ -19,16 +19,8 @@ _MIN_GAIN = 0.02  # share of all boxes by which other sizes must help to be wort
 _MAX_LEFT = 0.7  # and the part of the unmatched boxes that they may leave
 
 
-class AnchorGrid(NamedTuple):
-    """The anchors of a config; all lengths in pixels of the resized image."""
-
-    cells: list[np.ndarray]  # for each level, float64 (S, 4): the XYXY anchors around a reference point
-    strides: list[int]  # for each level
-    offset: float  # of the first reference point from the image's corner, in strides
-
-
-def anchor_grid(cfg: CfgNode) -> AnchorGrid:
-    """Return the anchors of a config, from Detectron2's own generator.
+def anchor_generator(cfg: CfgNode) -> DefaultAnchorGenerator:
+    """Return Detectron2's generator of a config's anchors.
 
     Raises:
         ValueError: the anchors are rotated, or on levels other than p3, p4, ...
@@ -36,15 +28,13 @@ def anchor_grid(cfg: CfgNode) -> AnchorGrid:
     levels = [re.fullmatch(r"p(\d)", name) for name in cfg.MODEL.RETINANET.IN_FEATURES]
     if not levels or not all(levels):
         raise ValueError(f"MODEL.RETINANET.IN_FEATURES {list(cfg.MODEL.RETINANET.IN_FEATURES)} are no FPN levels")
-    strides = [2 ** int(level[1]) for level in levels]
     try:
-        generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
+        generator = build_anchor_generator(cfg, [ShapeSpec(stride=2 ** int(level[1])) for level in levels])
     except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"MODEL.ANCHOR_GENERATOR: {error}") from error
     if generator.box_dim != 4:
         raise ValueError(f"MODEL.ANCHOR_GENERATOR.NAME {cfg.MODEL.ANCHOR_GENERATOR.NAME}: the boxes are not upright")
-    cells = [np.asarray(cells.tolist(), dtype=np.float64) for cells in generator.cell_anchors]
-    return AnchorGrid(cells, strides, float(generator.offset))
+    return generator
 
 
 def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
@@ -66,26 +56,29 @@ def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
     return sizes.astype(np.float64)
 
 
-def best_ious(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> np.ndarray:
+def best_ious(
+    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, factor: float = 1.0
+) -> np.ndarray:
     """Return each box's IoU with its best anchor, over all levels, shapes and positions: float64, (N,).
 
     Args:
         boxes: float64, (N, 4), XYXY inside their images.
         sizes: (N, 2), width and height of the box's image before padding.
-        grid: the anchors.
+        generator: makes the anchors.
+        factor: of all their sizes.
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     areas = (high - low).prod(axis=1)
     padded = np.ceil(sizes / _DIVISIBILITY) * _DIVISIBILITY
     best = np.zeros(len(boxes))
-    for cells, stride in zip(grid.cells, grid.strides):
+    for cells, stride in zip(generator.cell_anchors, generator.strides):
         last = np.ceil(padded / stride) - 1  # reference point, in x and in y
-        for cell_low, cell_high in cells.reshape(-1, 2, 2):
+        for cell_low, cell_high in np.reshape(cells.tolist(), (-1, 2, 2)) * factor:  # XYXY around a reference point
             # The IoU with one shape grows with the overlap in x and in y, and each is largest where the centers are
             # nearest: so the best of all positions is found without trying them.
             centers = (low + high - cell_low - cell_high) / 2
-            points = (np.rint(centers / stride - grid.offset).clip(min=0, max=last) + grid.offset) * stride
-            overlaps = np.minimum(high, points + cell_high) - np.maximum(low, points + cell_low)
+            points = np.rint(centers / stride - generator.offset).clip(min=0, max=last) + generator.offset
+            overlaps = np.minimum(high, points * stride + cell_high) - np.maximum(low, points * stride + cell_low)
             overlap = overlaps.clip(min=0).prod(axis=1)
             union = areas + (cell_high - cell_low).prod() - overlap
             np.maximum(best, overlap / np.maximum(union, np.finfo(np.float64).tiny), out=best)
@@ -107,51 +100,43 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
         image), ``hints`` in words, and ``sizes`` to set MODEL.ANCHOR_GENERATOR.SIZES to, or None.
 
     Raises:
-        ValueError: see :func:`anchor_grid` and :func:`resized_sizes`.
+        ValueError: see :func:`anchor_generator` and :func:`resized_sizes`.
     """
-    grid = anchor_grid(cfg)
-    boxes, sizes = _resize(*_thin_out(max_boxes, boxes, sizes), cfg)
+    generator = anchor_generator(cfg)
+    rows = _evenly_spaced(len(boxes), max_boxes or len(boxes))
+    boxes, sizes = boxes[rows], sizes[rows]
+    new_sizes = resized_sizes(sizes, cfg)
+    with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
+        low, size = np.split(boxes * np.tile(new_sizes / sizes, 2), 2, axis=1)
+        high = np.minimum(low + size, new_sizes)
+    low = low.clip(min=0)
+    inside = (high > low).all(axis=1)
+    boxes, sizes = np.hstack([low, high])[inside], new_sizes[inside]
     if not len(boxes):
         return {"boxes": 0}
-    ious = best_ious(boxes, sizes, grid)
+    ious = best_ious(boxes, sizes, generator)
     unmatched = boxes[ious < MATCH_IOU]
     result = {"boxes": len(boxes), "unmatched": len(unmatched), "share": len(unmatched) / len(boxes)}
     result.update(mean_best_iou=float(ious.mean()), unmatched_sizes=None, hints=[], sizes=None)
     if len(unmatched):
         sides = np.sqrt((unmatched[:, 2:] - unmatched[:, :2]).prod(axis=1))
         result["unmatched_sizes"] = np.quantile(sides, (0.1, 0.5, 0.9)).tolist()
-        result.update(_suggest_sizes(*_thin_out(_MAX_TRIED, boxes, sizes), grid, cfg))
+        rows = _evenly_spaced(len(boxes), _MAX_TRIED)
+        result.update(_suggest_sizes(boxes[rows], sizes[rows], generator, cfg))
     return result
 
 
-def _thin_out(count: int | None, *columns: np.ndarray) -> list[np.ndarray]:
-    """Return ``count`` evenly spaced rows of each column."""
-    if count is None or len(columns[0]) <= count:
-        return list(columns)
-    rows = np.linspace(0, len(columns[0]) - 1, count).astype(int)
-    return [column[rows] for column in columns]
+def _evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
+    return np.linspace(0, num_rows - 1, min(num_rows, max_rows)).astype(int)
 
 
-def _resize(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> tuple[np.ndarray, np.ndarray]:
-    """Return XYXY boxes cut to the resized image, and its size; boxes of which nothing is left are dropped."""
-    new_sizes = resized_sizes(sizes, cfg)
-    scale = new_sizes / sizes
-    with np.errstate(over="ignore", invalid="ignore"):  # a box may be 1e308 pixels wide
-        low = boxes[:, :2] * scale
-        high = np.minimum(low + boxes[:, 2:] * scale, new_sizes)
-    low = low.clip(min=0)
-    left = (high > low).all(axis=1)
-    return np.hstack([low, high])[left], new_sizes[left]
-
-
-def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid, cfg: CfgNode) -> dict[str, list]:
+def _suggest_sizes(
+    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, cfg: CfgNode
+) -> dict[str, list]:
     """Return ``sizes`` and a hint about them, or nothing if no factor of all sizes helps enough."""
-    shares = {}
-    for factor in FACTORS:
-        scaled = grid._replace(cells=[cells * factor for cells in grid.cells])
-        shares[factor] = float((best_ious(boxes, sizes, scaled) < MATCH_IOU).mean())
+    shares = {factor: (best_ious(boxes, sizes, generator, factor) < MATCH_IOU).mean() for factor in FACTORS}
     best, now = min(FACTORS, key=lambda factor: (shares[factor], abs(np.log(factor)))), shares[1.0]
-    if shares[best] > now - _MIN_GAIN or shares[best] > now * _MAX_LEFT:
+    if shares[best] > min(now - _MIN_GAIN, now * _MAX_LEFT):
         return {}
     levels = list(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
     levels = levels if isinstance(levels[0], (list, tuple)) else [levels]

@@ -1,13 +1,17 @@
 """Check a data set in COCO format before it costs a training: its json, its images, and the anchors that it needs.
 
-The json is read as training reads it, its rows become NumPy tables, and each check is a mask over them.
+The json is read as training reads it, and each check picks the elements that have a fault.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -15,7 +19,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..files import printable
 from .anchors import check_coverage
-from .coco_json import SECTIONS, Tables, read_lists, read_tables
+from .coco_json import SECTIONS, box_arrays, complete_elements, is_number, read_lists
 from .dataset_report import SEVERITIES, DatasetReport
 from .image_check import SAMPLE_SIZE, check_images
 
@@ -24,6 +28,9 @@ _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
 _EMPTY_SIDE = 1e-5  # pixels; Detectron2's filter_empty_instances drops boxes that are not wider and higher
 _SLACK = 1.0  # pixels by which rounding may push a box out of its image
+_DROPPED = "Detectron2 drops them without a word"
+_NEGATIVE = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
+_LEAVING = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
 _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make XYXY a suspicion
 
 
@@ -56,20 +63,20 @@ def check_coco(
     report, lists = DatasetReport(), {section: [] for section in SECTIONS}
     try:
         lists, missing = read_lists(json_file)
-        report.add("no_coco", len(missing), sections=" and of ".join(missing))
+        if missing:
+            report.add("fatal", "no_coco", f"no COCO json: it lacks a list of {' and of '.join(missing)}", len(missing))
     except (OSError, ValueError) as problem:
-        report.add("not_json", problem=problem)
+        report.add("fatal", "not_json", f"the file cannot be read as json: {problem}")
     is_coco = not report.findings
-    counts = {section: len(elements) for section, elements in lists.items()}
-    coco = read_tables(report, lists)
-    del lists  # takes several times the file's size, and load_coco_json as much again
-    objects = coco.annotations[~coco.annotations["iscrowd"]]  # as Detectron2 counts them
+    coco = {section: complete_elements(report, section, lists[section]) for section in SECTIONS}
+    objects = [row for row in coco["annotations"] if not row.get("iscrowd")]  # as Detectron2 counts them
+    with_objects = {row["image_id"] for row in objects}
     report.summary = {
         "json_file": json_file,
         "image_root": image_root,
-        **counts,
-        "images_with_objects": int(np.isin(coco.images["id"], objects["image_id"]).sum()),
-        "crowds": len(coco.annotations) - len(objects),
+        **{section: len(elements) for section, elements in lists.items()},
+        "images_with_objects": sum(row["id"] in with_objects for row in coco["images"]),
+        "crowds": len(coco["annotations"]) - len(objects),
         "images_checked": images,
         "images_looked_at": 0,
         "sample_size": SAMPLE_SIZE,
@@ -78,120 +85,173 @@ def check_coco(
         "anchors": None,
     }
     if is_coco:
-        # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
-        _check_ids(report, coco, counts, "warning" if "minival" in json_file else "fatal")
+        _check_ids(report, coco)
         _check_boxes(report, coco)
+        _check_evaluation(report, [row for row in lists["annotations"] if type(row) is dict])
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
-            _ask_detectron2(report, coco, json_file, image_root)
+            _ask_detectron2(report, coco["annotations"])
         workers = max_workers or min(8, os.cpu_count() or 1)
-        report.summary["images_looked_at"] = check_images(report, coco.images, image_root, images, workers)
-        _check_sizes(report, coco, cfg, None if images == "all" else _MAX_BOXES_FAST)
+        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images, workers)
+        _check_sizes(report, *box_arrays(objects, coco["images"]), cfg, None if images == "all" else _MAX_BOXES_FAST)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
 
-def _ask_detectron2(report: DatasetReport, coco: Tables, json_file: str, image_root: str) -> None:
-    """Let Detectron2 load the file, without a name to register it under, and report what it refuses or drops."""
-    logger = logging.getLogger(load_coco_json.__module__)
-    was_disabled, logger.disabled = logger.disabled, True  # it would log what the report says
-    try:
-        records = load_coco_json(json_file, image_root, extra_annotation_keys=["id"])
-    except Exception as problem:  # any, depending on what it stumbles over
-        report.add("not_loadable", problem=f"{type(problem).__name__}: {printable(str(problem), 200)}")
-        return
-    finally:
-        logger.disabled = was_disabled
-    kept = [annotation["id"] for record in records for annotation in record["annotations"]]
-    dropped = np.flatnonzero(~np.isin(coco.annotations["id"], kept))
-    report.add("dropped_by_polygons", len(dropped), (f"annotations[{row}]" for row in dropped))
-
-
-def _count_classes(coco: Tables) -> list[dict]:
+def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
-    annotations = coco.annotations
-    boxes = Counter(annotations["category_id"].tolist())
-    known = annotations[np.isin(annotations["image_id"], coco.images["id"])]
-    pairs = np.unique(np.stack([known["category_id"], known["image_id"]], axis=1), axis=0)
-    images = Counter(pairs[:, 0].tolist())
+    boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
+    pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
+    images = Counter(category for category, _ in pairs)
     return [
-        {"id": key, "name": name, "boxes": boxes[key], "images": images[key]} for key, name in coco.categories.tolist()
+        {"id": row["id"], "name": row["name"], "boxes": boxes[row["id"]], "images": images[row["id"]]}
+        for row in coco["categories"]
     ]
 
 
-def _check_ids(report: DatasetReport, coco: Tables, counts: dict[str, int], duplicates_level: str) -> None:
+def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
-    for section in SECTIONS:
-        report.add(f"no_{section}", not counts[section])
-    for what, table in zip(("image", "annotation", "category"), coco):
-        values, times = np.unique(table["id"], return_counts=True)
-        twice = values[times > 1]
-        level = duplicates_level if what == "annotation" else "fatal"
-        report.add(f"duplicate_{what}_ids", len(twice), map(str, twice), level=level)
-    annotations = coco.annotations
-    for what, section, table in (("image", "images", coco.images), ("category", "categories", coco.categories)):
-        if not counts[section] or len(table) < counts[section]:
-            continue  # an empty list and rows that could not be read are findings themselves, not what refers to them
-        used = annotations[f"{what}_id"]
-        unknown = annotations[~np.isin(used, table["id"])]
-        examples = (f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown)
-        report.add(f"unknown_{what}_ids", len(unknown), examples, total=len(used))
-    report.add("annotation_id_zero", (annotations["id"] == 0).any())
+    for section, what in zip(SECTIONS, ("image", "annotation", "category")):
+        count, times = report.summary[section], Counter(row["id"] for row in coco[section])
+        if not count:
+            level, more = ("error", ": there is nothing to train on") if what == "annotation" else ("fatal", "")
+            report.add(level, f"no_{section}", f'"{section}" is empty{more}')
+        # Detectron2 allows duplicates in a file of such a name, because some of COCO 2014's own have them.
+        level = "warning" if what == "annotation" and "minival" in report.summary["json_file"] else "fatal"
+        text, twice = f"{what} ids given more than once (one hides the other)", [key for key in times if times[key] > 1]
+        report.add_all(level, f"duplicate_{what}_ids", text, twice)
+        if what == "annotation" or not count or len(coco[section]) < count:
+            continue  # an empty list and incomplete elements are findings themselves, not what refers to them
+        unknown = [row for row in coco["annotations"] if row[f"{what}_id"] not in times]
+        examples = [f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown]
+        text = f'annotations with a {what} id that is not in "{section}"'
+        report.add_all("fatal", f"unknown_{what}_ids", text, examples, total=len(coco["annotations"]))
 
 
-def _check_boxes(report: DatasetReport, coco: Tables) -> None:
+def _check_boxes(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
     """Report boxes that are no numbers, have no size, or are not where their image is."""
-    boxes, (widths, heights) = coco.annotations["bbox"], coco.annotations["image_size"].T
-    x, y, w, h = boxes.T
+    boxes, sizes = box_arrays(coco["annotations"], coco["images"])
+    (x, y, w, h), (widths, heights) = boxes.T, sizes.T
     finite = np.isfinite(boxes).all(axis=1)
     has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
     negative = finite & (boxes[:, 2:] < 0).any(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
+    for level, code, text, mask in (
+        ("fatal", "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite),
+        ("error", "negative_boxes", _NEGATIVE, negative),
+        ("error", "zero_boxes", f"boxes without width or height ({_DROPPED})", finite & ~has_size & ~negative),
+        ("error", "boxes_outside", f"boxes entirely outside their image ({_DROPPED})", has_size & outside),
+        ("warning", "boxes_leave_image", _LEAVING, has_size & leaving & ~outside),
+    ):
+        found = [coco["annotations"][index] for index in np.flatnonzero(mask)]
+        report.add_all(level, code, text, found, _box_text, len(mask))
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
-    masks = {
-        "nonfinite_boxes": ~finite,
-        "negative_boxes": negative,
-        "zero_boxes": finite & ~has_size & ~negative,
-        "boxes_outside": has_size & outside,
-        "boxes_leave_image": has_size & leaving & ~outside,
-    }
-    for code, mask in masks.items():
-        rows = coco.annotations[mask]
-        form = "annotation {} (image {}): [{:g}, {:g}, {:g}, {:g}]".format
-        report.add(code, len(rows), (form(row["id"], row["image_id"], *row["bbox"]) for row in rows), total=len(mask))
-    num_finite = max(finite.sum(), 1)
+    num_finite = max(int(finite.sum()), 1)
     share = leaving[finite].sum() / num_finite
     if share >= _XYXY_MIN_LEAVING and fits_as_xyxy[finite].sum() / num_finite >= _XYXY_MIN_VALID:
-        report.add("xyxy_suspected", num_finite, share=share)
+        text = (
+            f"the boxes look like [x1, y1, x2, y2], while COCO's are [x, y, width, height]: {share:.0%} leave their "
+            "image as they are, and as corners nearly all would fit. Write [x1, y1, x2 - x1, y2 - y1]"
+        )
+        report.add("error", "xyxy_suspected", text, num_finite)
 
 
-def _check_objects(report: DatasetReport, coco: Tables, objects: np.ndarray, cfg: CfgNode | None) -> None:
+def _check_evaluation(report: DatasetReport, annotations: list[dict]) -> None:
+    """Report what training does not mind, but pycocotools' evaluation."""
+    text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
+    report.add_all("error", "missing_area", text, [row for row in annotations if "area" not in row], printable)
+    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
+    areas = [row["area"] for row in annotations if "area" in row]
+    wrong = [area for area in areas if not (is_number(area) and 0 <= area < math.inf)]
+    report.add_all("error", "bad_area", text, wrong, printable)
+    text = (
+        'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
+        "stops with a KeyError; write 0)"
+    )
+    report.add_all("warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], printable)
+    text = (
+        "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
+        "wrong and its object as missed; number from 1"
+    )
+    if any(is_number(row.get("id")) and row["id"] == 0 for row in annotations):
+        report.add("warning", "annotation_id_zero", text)
+
+
+def _box_text(row: dict) -> str:
+    return f"annotation {row['id']} (image {row['image_id']}): {printable(row['bbox'])}"
+
+
+def _check_objects(
+    report: DatasetReport, coco: dict[str, list[dict]], objects: list[dict], cfg: CfgNode | None
+) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
-    empty = coco.categories[~np.isin(coco.categories["id"], objects["category_id"])]
-    if len(coco.annotations):
-        examples = (f"{printable(name)} (id {key})" for key, name in empty)
-        report.add("empty_classes", len(empty), examples, total=len(coco.categories))
-        report.add("only_crowds", not len(objects))
-    times = Counter(coco.categories["name"])
-    repeated = (printable(name) for name, count in times.items() if count > 1)
-    report.add("duplicate_class_names", len(coco.categories) - len(times), repeated)
+    used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco["categories"]]
+    if coco["annotations"]:
+        empty = [f"{printable(row['name'])} (id {row['id']})" for row in coco["categories"] if row["id"] not in used]
+        report.add_all("warning", "empty_classes", "classes without boxes", empty, total=len(names))
+    if coco["annotations"] and not objects:
+        report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
+    text = "class names that an earlier class has (they are trained as different classes)"
+    repeated = list((Counter(names) - Counter(set(names))).elements())
+    report.add_all("warning", "duplicate_class_names", text, repeated, printable)
     use = {
         None: "DATALOADER.FILTER_EMPTY_ANNOTATIONS says whether training uses them",
         True: "training leaves them out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False would use them as background",
         False: "training uses them as background (DATALOADER.FILTER_EMPTY_ANNOTATIONS is False)",
     }[None if cfg is None else bool(cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)]
-    num_images = len(coco.images)
-    report.add("images_without_objects", num_images - report.summary["images_with_objects"], total=num_images, use=use)
+    if count := len(coco["images"]) - report.summary["images_with_objects"]:
+        text = f"images without objects: {count:,} of {len(coco['images']):,}; {use}"
+        report.add("note", "images_without_objects", text, count)
 
 
-def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_boxes: int | None) -> None:
+def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
+    """Let Detectron2 load the masks and keypoints that it might stumble over, and report what it refuses or drops.
+
+    It is not asked about plain polygons, which most masks are: to load a whole file costs more than all other checks.
+    """
+    asked = []
+    for index, row in enumerate(annotations):
+        mask, keypoints = row.get("segmentation"), row.get("keypoints")
+        is_plain = type(mask) is list and all(type(polygon) is list for polygon in mask)
+        is_plain = is_plain and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
+        if keypoints or (mask and not is_plain):
+            asked.append({"id": index, "image_id": 0, "segmentation": mask, "keypoints": keypoints})
+    if not asked:
+        return
+    content = {"images": [{"id": 0, "file_name": "", "width": 1, "height": 1}], "annotations": asked}
+    logger = logging.getLogger(load_coco_json.__module__)
+    was_disabled, logger.disabled = logger.disabled, True  # it would log what the report says
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "asked.json")
+            path.write_text(json.dumps(content))
+            (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
+    except Exception as problem:  # any, depending on what it stumbles over
+        text = (
+            f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}. As all else "
+            'is in order, look at "segmentation" and "keypoints": training on boxes needs neither, leave them out'
+        )
+        report.add("fatal", "not_loadable", text)
+        return
+    finally:
+        logger.disabled = was_disabled
+    kept = {annotation["id"] for annotation in record["annotations"]}
+    dropped = [annotations[row["id"]] for row in asked if row["id"] not in kept]
+    text = (
+        "annotations whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when "
+        "it loads the file (leave the segmentation out instead)"
+    )
+    report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text)
+
+
+def _check_sizes(
+    report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None, max_boxes: int | None
+) -> None:
     """Sum up the sizes of the boxes that training would use as they are, and report what no anchor matches."""
-    boxes, sizes = coco.annotations["bbox"], coco.annotations["image_size"]
-    usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    usable &= np.isfinite(sizes[:, 0]) & ~coco.annotations["iscrowd"]
+    usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1) & np.isfinite(sizes[:, 0])
     boxes, sizes = boxes[usable], sizes[usable]
     if len(boxes):
         with np.errstate(over="ignore"):
@@ -201,11 +261,13 @@ def _check_sizes(report: DatasetReport, coco: Tables, cfg: CfgNode | None, max_b
     if cfg is None:
         return
     try:
-        coverage = check_coverage(boxes, sizes, cfg, max_boxes)
+        coverage = report.summary["anchors"] = check_coverage(boxes, sizes, cfg, max_boxes)
     except ValueError as error:
-        report.add("anchors_not_checked", problem=error)
+        report.add("note", "anchors_not_checked", f"the anchors were not checked: {error}")
         return
-    report.summary["anchors"] = coverage
     if coverage.get("share", 0) >= _UNMATCHED_SHARE:
-        hints = "; ".join(coverage["hints"])
-        report.add("unmatched_boxes", coverage["unmatched"], share=coverage["share"], hints=hints)
+        text = (
+            f"{coverage['share']:.1%} of the boxes have an IoU < .5 with every anchor: they are trained through their "
+            f"one best anchor at most. {'; '.join(coverage['hints'])}"
+        )
+        report.add("warning", "unmatched_boxes", text.strip(), coverage["unmatched"])

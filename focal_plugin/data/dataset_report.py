@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from typing import Any
 
 from tabulate import tabulate
 
 from ..files import printable
 
 SEVERITIES = ("error", "warning", "note")
-MAX_EXAMPLES = 5
+_MAX_EXAMPLES = 5
 _MAX_CLASSES = 100  # rows of the class table
-_REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
-FINDINGS = {  # level -> code -> text
-    "fatal": {  # training would crash or learn something wrong
-        "not_json": "the file cannot be read as json: {problem}",
-        "no_coco": "no COCO json: it lacks a list of {sections}",
-        "wrong_type": "{problem}: {count} times",
-        "missing_key": '{section} without "{key}": {count} times',
-        "no_images": '"images" is empty',
-        "no_categories": '"categories" is empty',
-        "duplicate_image_ids": "image ids given more than once (one hides the other): {count}",
-        "duplicate_annotation_ids": "annotation ids given more than once (one hides the other): {count}",
-        "duplicate_category_ids": "category ids given more than once (one hides the other): {count}",
-        "unknown_image_ids": 'annotations with a image id that is not in "images": {count}',
-        "unknown_category_ids": 'annotations with a category id that is not in "categories": {count}',
-        "nonfinite_boxes": "boxes that are not finite (the loss becomes NaN): {count}",
-        "not_loadable": "Detectron2 cannot load the file: {problem}. As all else is in order, look at "
-        '"segmentation" and "keypoints": training on boxes needs neither, leave them out',
-        "escaping_file_names": "file names that leave the image folder by '..': {count}",
-        "missing_images": "images that are not in the image folder: {count}",
-        "mis_sized_images": "images of another size than the json gives, so that its boxes are elsewhere (save upright "
-        "what EXIF turns, or swap width, height and boxes in the json): {count}",
-    },
-    "error": {
-        "missing_area": 'annotations without "area" (pycocotools stops with a KeyError when it evaluates): {count} '
-        "times",
-        "bad_area": 'annotations whose "area" is no number >= 0, which evaluation compares with: {count} times',
-        "no_annotations": '"annotations" is empty: there is nothing to train on',
-        "negative_boxes": "boxes of negative width or height (Detectron2 trains on the box turned over, beside its "
-        "corner): {count}",
-        "zero_boxes": "boxes without width or height (Detectron2 drops them without a word): {count}",
-        "boxes_outside": "boxes entirely outside their image (Detectron2 drops them without a word): {count}",
-        "xyxy_suspected": "the boxes look like [x1, y1, x2, y2], while COCO's are [x, y, width, height]: {share:.0%} "
-        "leave their image as they are, and as corners nearly all would fit. Write [x1, y1, x2 - x1, y2 - y1]",
-        "unreadable_images": f"images that cannot be opened ({_REPLACED}): {{count}}",
-        "truncated_images": f"images that cannot be decoded to their end ({_REPLACED}): {{count}}",
-        "only_crowds": "all annotations are crowds: there is nothing to train on",
-    },
-    "warning": {
-        "missing_iscrowd": 'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled '
-        "part is absent, stops with a KeyError; write 0): {count} times",
-        "annotation_id_zero": "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its "
-        "detection is counted as wrong and its object as missed; number from 1",
-        "boxes_leave_image": "boxes that leave their image by more than a pixel (Detectron2 cuts them off): {count}",
-        "empty_classes": "classes without boxes: {count}",
-        "duplicate_class_names": "class names that an earlier class has (they are trained as different classes): "
-        "{count}",
-        "dropped_by_polygons": "annotations whose segmentation has no polygon of three points, which Detectron2 drops "
-        "with their boxes when it loads the file (leave the segmentation out instead): {count} times",
-        "repeated_file_names": "images with the file of an earlier image (objects of one are background in the other): "
-        "{count}",
-        "unmatched_boxes": "{share:.1%} of the boxes have an IoU < .5 with every anchor: they are trained through "
-        "their one best anchor at most. {hints}",
-    },
-    "note": {
-        "absolute_file_names": "absolute file names (the image folder is not used for them): {count}",
-        "symlinked_images": "images that are symbolic links: {count}",
-        "images_without_objects": "images without objects: {count}; {use}",
-        "anchors_not_checked": "the anchors were not checked: {problem}",
-    },
-}
-_LEVELS = {code: level for level, texts in FINDINGS.items() for code in texts}
 
 
 @dataclass
@@ -89,12 +29,9 @@ class Finding:
 
     def to_text(self) -> str:
         """Return a line, and one with the examples."""
-        label = self.severity.upper() + (" (fatal)" if self.fatal else "")
-        text = f"{label} {self.code}: {self.message}"
-        if self.examples:
-            more = ", ..." if self.count > len(self.examples) else ""
-            text += f"\n    {', '.join(self.examples)}{more}"
-        return text
+        text = f"{self.severity.upper()}{' (fatal)' * self.fatal} {self.code}: {self.message}"
+        more = ", ..." * (self.count > len(self.examples))
+        return f"{text}\n    {', '.join(self.examples)}{more}" if self.examples else text
 
 
 @dataclass
@@ -119,20 +56,18 @@ class DatasetReport:
         """Return the findings with which training would crash or learn something wrong."""
         return [finding for finding in self.findings if finding.fatal]
 
-    def add(
-        self, code: str, count: int = 1, examples: Iterable[str] = (), total: int = 0, level: str = "", **values
-    ) -> None:
-        """Add a finding of ``FINDINGS`` unless its count is 0.
+    def add(self, level: str, code: str, message: str, count: int = 1, examples: Iterable[str] = ()) -> None:
+        """Add a finding, whose level is "fatal" or a severity."""
+        fatal = level == "fatal"
+        self.findings.append(Finding(code, "error" if fatal else level, message, count, list(examples), fatal))
 
-        Of the examples the first few are kept; ``level`` replaces the one of ``FINDINGS``; ``values`` are what the text
-        names in braces beside the count (which reads "count of total" where there is a total).
-        """
-        if count:
-            level, text = level or _LEVELS[code], FINDINGS[_LEVELS[code]][code]
-            message = text.format(count=f"{count:,}" + (f" of {total:,}" if total else ""), **values).strip()
-            severity = "error" if level == "fatal" else level
-            first = list(islice(examples, MAX_EXAMPLES))
-            self.findings.append(Finding(code, severity, message, int(count), first, level == "fatal"))
+    def add_all(
+        self, level: str, code: str, text: str, found: Sequence, example: Callable[[Any], str] = str, total: int = 0
+    ) -> None:
+        """Add a finding about all elements ``found``, if there are any: how many, of what total, and a few examples."""
+        if found:
+            message = f"{text}: {len(found):,}" + (f" of {total:,}" if total else "")
+            self.add(level, code, message, len(found), map(example, found[:_MAX_EXAMPLES]))
 
     def to_dict(self) -> dict:
         """Return the summary, the findings and ``ok`` (no errors); what json can hold."""
@@ -140,7 +75,7 @@ class DatasetReport:
 
     def to_text(self) -> str:
         """Return counts, class table, box sizes, anchors, the findings, and a last line that sums up."""
-        summary, kinds = self.summary, [finding.severity for finding in self.findings]
+        summary = self.summary
         looked_at = {"all": "{:,} files looked at", "sample": "the headers of {:,} looked at", "none": "none looked at"}
         parts = [
             f"{summary['json_file']}: {summary['images']:,} images ({summary['images_with_objects']:,} with objects; "
@@ -151,15 +86,18 @@ class DatasetReport:
         if sizes := summary["box_sizes"]:
             texts = (f"{name} {size:.4g}" for name, size in sizes.items())
             parts.append(f"Box sizes, sqrt(w * h) in pixels: {', '.join(texts)}")
-        parts += [
-            _anchors(summary["anchors"] or {"boxes": 0}),
-            "\n".join(finding.to_text() for finding in self.findings),
-        ]
-        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-        texts = (f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items())
-        parts.append(f"Found: {', '.join(texts)}." if kinds else "Nothing found.")
-        if self.fatal:
-            parts[-1] += f" {len(self.fatal)} would break training."
+        anchors = summary["anchors"]
+        if anchors and anchors["boxes"]:  # the hints are in a finding
+            text = "Anchors: of {boxes:,} boxes, {unmatched:,} ({share:.1%}) have an IoU < .5 with their best anchor; "
+            parts.append((text + "mean best IoU {mean_best_iou:.2f}").format(**anchors))
+            if sizes := anchors["unmatched_sizes"]:
+                text = "\n  size of those in the resized image: median {1:.0f} pixels, 10 % to 90 %: {0:.0f} to {2:.0f}"
+                parts[-1] += text.format(*sizes)
+        parts.append("\n".join(finding.to_text() for finding in self.findings))
+        kinds = Counter(finding.severity for finding in self.findings)
+        texts = (f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
+        would_break = f" {len(self.fatal)} would break training." if self.fatal else ""
+        parts.append(f"Found: {', '.join(texts)}.{would_break}" if kinds else "Nothing found.")
         return "\n\n".join(part for part in parts if part)
 
 
@@ -173,17 +111,3 @@ def _class_table(classes: list[dict]) -> str:
     text = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=align) if classes else ""
     rarer = len(classes) - _MAX_CLASSES
     return text + (f"\n... and {rarer:,} rarer classes (--json has all)" if rarer > 0 else "")
-
-
-def _anchors(anchors: dict) -> str:
-    if not anchors["boxes"]:
-        return ""
-    lines = [
-        f"Anchors: of {anchors['boxes']:,} boxes, {anchors['unmatched']:,} ({anchors['share']:.1%}) have an IoU < .5 "
-        f"with their best anchor; mean best IoU {anchors['mean_best_iou']:.2f}"
-    ]
-    if anchors["unmatched_sizes"]:
-        low, middle, high = anchors["unmatched_sizes"]
-        spread = f"10 % to 90 %: {low:.0f} to {high:.0f}"
-        lines.append(f"  size of those in the resized image: median {middle:.0f} pixels, {spread}")
-    return "\n".join(lines)  # the hints are in a finding

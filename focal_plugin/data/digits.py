@@ -39,6 +39,7 @@ TRAIN_SHARE = 0.8  # of the source images of every class
 
 _CANVAS = 48  # side of the square on which a glyph is warped before it is shrunk to its size, pixels
 _STEPS = np.sqrt([2, 3, 5, 7, 11, 13, 17])  # rationally independent: one for the count, one for each digit
+_CLUTTER = ("line", "arc", "zigzag", "blob", "polygon")
 _MARGIN = 2  # empty source pixels around the 8x8 ones: room for the rotation
 _SOURCE = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning "
@@ -169,45 +170,31 @@ def _draw_background(rng, size):
     canvas = Image.fromarray(shading).resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(5, 16) * (size / 128) ** 2)):
-        draw = _CLUTTER[rng.integers(len(_CLUTTER))]
+        kind = _CLUTTER[rng.integers(len(_CLUTTER))]
         start = rng.integers(0, 2 * size, 2)
         ground = canvas.getpixel(tuple(start.tolist()))
-        draw(pen, rng, start, tuple(np.clip(ground + rng.integers(-70, 71, 3), 0, 255).tolist()))
+        _draw_clutter(rng, pen, kind, start, tuple(np.clip(ground + rng.integers(-70, 71, 3), 0, 255).tolist()))
     return np.asarray(canvas.reduce(2)).astype(np.int32)
 
 
-# Clutter takes a pen, a Generator, where to start (in half pixels) and a color.
-
-
-def _draw_line(pen, rng, start, color):
-    # Longer than any digit: a short straight stroke would be a "1" without a label.
-    angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(90, 260)
-    end = start + length * np.array([math.cos(angle), math.sin(angle)])
-    pen.line([*start.tolist(), *end.tolist()], fill=color, width=int(rng.integers(2, 7)))
-
-
-def _draw_arc(pen, rng, start, color):
-    # Never closed: that would be a "0" without a label.
-    corners = [*start.tolist(), *(start + rng.integers(16, 90, 2)).tolist()]
-    begin, sweep = rng.integers(360), rng.integers(60, 200)
-    pen.arc(corners, int(begin), int(begin + sweep), fill=color, width=int(rng.integers(3, 8)))
-
-
-def _draw_zigzag(pen, rng, start, color):
-    points = start + rng.integers(-28, 29, (rng.integers(6, 9), 2))
-    pen.line([tuple(p) for p in points.tolist()], fill=color, width=int(rng.integers(2, 6)), joint="curve")
-
-
-def _draw_blob(pen, rng, start, color):
-    pen.ellipse([*start.tolist(), *(start + rng.integers(6, 50, 2)).tolist()], fill=color)
-
-
-def _draw_patch(pen, rng, start, color):
-    points = start + rng.integers(-50, 51, (rng.integers(3, 6), 2))
-    pen.polygon([tuple(p) for p in points.tolist()], fill=color)
-
-
-_CLUTTER = (_draw_line, _draw_arc, _draw_zigzag, _draw_blob, _draw_patch)
+def _draw_clutter(rng, pen, kind, start, color):
+    """Draw clutter of a kind from a point, in half pixels."""
+    if kind == "line":  # longer than any digit: a short straight stroke would be a "1" without a label
+        angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(90, 260)
+        end = start + length * np.array([math.cos(angle), math.sin(angle)])
+        pen.line([*start.tolist(), *end.tolist()], fill=color, width=int(rng.integers(2, 7)))
+    elif kind == "arc":  # never closed: that would be a "0" without a label
+        corners = [*start.tolist(), *(start + rng.integers(16, 90, 2)).tolist()]
+        begin, sweep = rng.integers(360), rng.integers(60, 200)
+        pen.arc(corners, int(begin), int(begin + sweep), fill=color, width=int(rng.integers(3, 8)))
+    elif kind == "zigzag":
+        points = start + rng.integers(-28, 29, (rng.integers(6, 9), 2))
+        pen.line(list(map(tuple, points.tolist())), fill=color, width=int(rng.integers(2, 6)), joint="curve")
+    elif kind == "blob":
+        pen.ellipse([*start.tolist(), *(start + rng.integers(6, 50, 2)).tolist()], fill=color)
+    else:
+        points = start + rng.integers(-50, 51, (rng.integers(3, 6), 2))
+        pen.polygon(list(map(tuple, points.tolist())), fill=color)
 
 
 def _find_place(rng, width, height, size, taken):

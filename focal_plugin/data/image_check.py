@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import PurePath
@@ -21,42 +21,55 @@ SAMPLE_SIZE = 64  # images that the fast form looks at
 _CHUNK = 32  # images that a thread takes at a time
 _EXIF_ORIENTATION = 274
 _SWAPS_SIDES = (5, 6, 7, 8)
+_REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
+_FILE_FINDINGS = (
+    ("fatal", "missing_images", "images that are not in the image folder"),
+    (
+        "fatal",
+        "mis_sized_images",
+        "images of another size than the json gives, so that its boxes are elsewhere (save upright what EXIF turns, or "
+        "swap width, height and boxes in the json)",
+    ),
+    ("error", "unreadable_images", f"images that cannot be opened ({_REPLACED})"),
+    ("error", "truncated_images", f"images that cannot be decoded to their end ({_REPLACED})"),
+    ("note", "symlinked_images", "images that are symbolic links"),
+)
 
 
-def check_images(report: DatasetReport, table: np.ndarray, image_root: str, images: str, max_workers: int) -> int:
+def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str, max_workers: int) -> int:
     """Look at all file names and, as :func:`~focal_plugin.data.check_coco` says, at image files; return at how many.
 
     Args:
         report: takes the findings.
-        table: the images of :class:`~focal_plugin.data.coco_json.Tables`.
-        image_root, images, max_workers: as ``check_coco``'s.
+        images: complete elements of the json's "images".
+        image_root, mode, max_workers: as ``check_coco``'s; ``mode`` is its ``images``.
     """
-    faults, seen, rows = defaultdict(list), set(), []  # code -> examples in words
-    for row, name in enumerate(table["file_name"]):
-        if os.path.isabs(name):
-            faults["absolute_file_names"].append(printable(name))
-        if ".." in name and not os.path.isabs(name) and ".." in PurePath(name).parts:
-            if _escapes(image_root, name):
-                faults["escaping_file_names"].append(printable(name))
-        else:  # a name with ".." is never opened
-            rows.append(row)
-        if name in seen:
-            faults["repeated_file_names"].append(printable(name))
-        seen.add(name)
-    if images == "none":
-        rows = []
-    elif images == "sample" and len(rows) > SAMPLE_SIZE:
-        rows = [rows[place] for place in np.linspace(0, len(rows) - 1, SAMPLE_SIZE).astype(int)]
-    hidden = images != "all" or not sys.stderr.isatty()
+    names = [image["file_name"] for image in images]
+    text = "images with the file of an earlier image (objects of one are background in the other)"
+    repeated = list((Counter(names) - Counter(set(names))).elements())
+    report.add_all("warning", "repeated_file_names", text, repeated, printable)
+    text, absolute = "absolute file names (the image folder is not used for them)", list(filter(os.path.isabs, names))
+    report.add_all("note", "absolute_file_names", text, absolute, printable)
+    upward = [name for name in names if ".." in PurePath(name).parts and not os.path.isabs(name)]
+    escaping = [name for name in upward if _escapes(image_root, name)]
+    report.add_all(
+        "fatal", "escaping_file_names", "file names that leave the image folder by '..'", escaping, printable
+    )
+    never_opened = set(names if mode == "none" else upward)
+    files = [image for image in images if image["file_name"] not in never_opened]
+    if mode == "sample" and len(files) > SAMPLE_SIZE:
+        files = [files[index] for index in np.linspace(0, len(files) - 1, SAMPLE_SIZE).astype(int)]
+    faults = defaultdict(list)  # code -> examples in words
+    hidden = mode != "all" or not sys.stderr.isatty()
     with warnings.catch_warnings(), ThreadPool(max_workers) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and huge images
-        found = pool.imap(lambda row: list(_inspect(image_root, table[row], images == "all")), rows, _CHUNK)
-        for of_image in tqdm(found, total=len(rows), unit="image", file=sys.stderr, disable=hidden):
+        found = pool.imap(lambda image: list(_inspect(image_root, image, mode == "all")), files, _CHUNK)
+        for of_image in tqdm(found, total=len(files), unit="image", file=sys.stderr, disable=hidden):
             for code, example in of_image:
                 faults[code].append(example)
-    for code, examples in faults.items():
-        report.add(code, len(examples), examples)
-    return len(rows)
+    for level, code, text in _FILE_FINDINGS:
+        report.add_all(level, code, text, faults[code])
+    return len(files)
 
 
 def _escapes(image_root: str, name: str) -> bool:
@@ -71,7 +84,7 @@ def _escapes(image_root: str, name: str) -> bool:
         return True
 
 
-def _inspect(image_root: str, row: np.void, decode: bool) -> Iterator[tuple[str, str]]:
+def _inspect(image_root: str, row: dict, decode: bool) -> Iterator[tuple[str, str]]:
     """Yield (code, example) of each fault of an image file."""
     path, name = os.path.join(image_root, row["file_name"]), printable(row["file_name"])
     if not os.path.isfile(path):  # a folder, a pipe and a device are no images either

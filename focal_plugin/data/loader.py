@@ -184,11 +184,10 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         ) from error
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        if all("width" in image and "height" in image for image in dicts):
+        try:
             groups = np.array([image["width"] > image["height"] for image in dicts], dtype=np.uint8)
-        else:
-            lacking = "the data set does not say how wide and high they are"
-            logger.warning(f"images are not grouped by aspect ratio: {lacking}")
+        except KeyError:
+            logger.warning("images are not grouped by aspect ratio: the data set does not give their width and height")
     dataset = DatasetFromList(dicts, copy=False)
     del dicts  # packed by now, and much smaller
 
@@ -265,11 +264,10 @@ class _SigtermIgnoringLoader(DataLoader):
 
 
 def _init_worker(worker_id: int) -> None:
-    threading.Thread(target=_obey_parent, daemon=True).start()
+    def obey_parent() -> None:
+        # torch ends a worker that does not end by itself with SIGTERM; the interpreter would wait for it forever.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
-
-def _obey_parent() -> None:
-    # torch ends a worker that does not end by itself with SIGTERM; the interpreter would wait for it forever.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    threading.Thread(target=obey_parent, daemon=True).start()

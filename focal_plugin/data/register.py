@@ -10,22 +10,17 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ..files import printable
-from .coco_json import find_faults, read_lists
+from .coco_json import complete_elements, read_lists
+from .dataset_report import DatasetReport
 
 _FORM = "--register name=annotations.json:image_dir"
 
 
 def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
     """Add the flag ``--register``, repeatable, whose values :func:`register_from_args` takes."""
-    purpose = f", {purpose}" if purpose else ""
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR",
-        help=f"register a COCO-format data set under NAME{purpose}; repeatable",
-    )
+    form, purpose = "NAME=ANNOTATIONS.JSON:IMAGE_DIR", f", {purpose}" if purpose else ""
+    text = f"register a COCO-format data set under NAME{purpose}; repeatable"
+    parser.add_argument("--register", action="append", default=[], metavar=form, help=text)
 
 
 def register_from_args(
@@ -34,31 +29,23 @@ def register_from_args(
     """Register every data set of a repeatable `--register` flag, and return the class names by data set name.
 
     Args:
-        args: list of "name=annotations.json:image_dir", or None if the flag was not given.
+        args: list of "name=annotations.json:image_dir", split at the first "=" and at the last ":"; or None if the
+            flag was not given.
         known: what an earlier call returned, perhaps in another process: spares reading the annotations again.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`parse_register_arg` and :func:`register_coco_json`.
+        FileNotFoundError, ValueError: as :func:`register_coco_json`; or a part is missing, or there is white space in
+            the name.
     """
     thing_classes = {}
     for text in args or ():
-        name, *paths = parse_register_arg(text)
-        register_coco_json(name, *paths, (known or {}).get(name))
+        name, _, paths = text.partition("=")
+        json_file, _, image_root = paths.rpartition(":")
+        if not (name and json_file and image_root) or name.split() != [name]:
+            raise ValueError(f"--register {text}: not of the form {_FORM}")
+        register_coco_json(name, json_file, image_root, (known or {}).get(name))
         thing_classes[name] = MetadataCatalog.get(name).thing_classes
     return thing_classes
-
-
-def parse_register_arg(text: str) -> tuple[str, str, str]:
-    """Split "name=annotations.json:image_dir" at the first "=" and at the last ":", without a look at the disk.
-
-    Raises:
-        ValueError: a part is missing, or there is white space in the name.
-    """
-    name, _, paths = text.partition("=")
-    json_file, _, image_root = paths.rpartition(":")
-    if not (name and json_file and image_root) or name.split() != [name]:
-        raise ValueError(f"--register {text}: not of the form {_FORM}")
-    return name, json_file, image_root
 
 
 def register_coco_json(
@@ -91,9 +78,9 @@ def register_coco_json(
     json_file, image_root = (str(Path(os.path.expanduser(path)).absolute()) for path in (json_file, image_root))
     # Metadata cannot be overwritten either, and some built-in names have nothing else but their "name".
     meta = MetadataCatalog[name].as_dict() if name in MetadataCatalog else {}
+    if name in DatasetCatalog and [meta.get("json_file"), meta.get("image_root")] == [json_file, image_root]:
+        return
     if name in DatasetCatalog or meta.keys() > {"name"}:
-        if name in DatasetCatalog and [meta.get("json_file"), meta.get("image_root")] == [json_file, image_root]:
-            return
         raise ValueError(
             f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
             f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
@@ -102,33 +89,30 @@ def register_coco_json(
         raise FileNotFoundError(f"{argument}: there is no file {json_file}; {form}")
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"{argument}: there is no directory {image_root}; {form}")
-    metadata = {"thing_classes": thing_classes}
-    if not thing_classes:
-        try:
-            names = _read_classes(json_file)
-        except ValueError as error:
-            raise ValueError(f"{argument}: {json_file} {error}; {form}") from error
-        # As load_coco_json will set them again, for whoever has to know before the data set is loaded.
-        ids = {category: place for place, category in enumerate(names)}
-        metadata = {"thing_classes": list(names.values()), "thing_dataset_id_to_contiguous_id": ids}
+    try:
+        metadata = {"thing_classes": thing_classes} if thing_classes else _read_classes(json_file)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {json_file} {error}; {form}") from error
     register_coco_instances(name, metadata, json_file, image_root)
 
 
-def _read_classes(json_file: str) -> dict[int, str]:
-    """Return the class names by category id, in the order of the ids, in which `load_coco_json` numbers them."""
+def _read_classes(json_file: str) -> dict:
+    """Return the metadata that `load_coco_json` will set again, for whoever has to know before it does."""
     try:
         lists, missing = read_lists(json_file)
     except ValueError as error:
         raise ValueError(f"is not json ({error})") from error
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    categories = lists["categories"]
-    if not categories:
+    report = DatasetReport()
+    categories = complete_elements(report, "categories", lists["categories"])
+    if report.findings:
+        wrong = report.findings[0].examples[0]
+        raise ValueError(f"has a category without a whole number as id or without a name: {wrong}")
+    names = {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
+    if not names:
         raise ValueError("has no categories: there is nothing to learn")
-    for category in categories:
-        if any(find_faults("categories", category)):
-            raise ValueError(f"has a category without a whole number as id or without a name: {printable(category)}")
-    names = {category["id"]: category["name"] for category in categories}
     if len(names) < len(categories):
         raise ValueError("has two categories with the same id")
-    return dict(sorted(names.items()))
+    ids = {category: index for index, category in enumerate(names)}
+    return {"thing_classes": list(names.values()), "thing_dataset_id_to_contiguous_id": ids}

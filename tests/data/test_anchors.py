@@ -9,7 +9,7 @@ from detectron2.modeling import build_anchor_generator
 from detectron2.structures import Boxes, pairwise_iou
 
 from focal_plugin import get_config
-from focal_plugin.data.anchors import anchor_grid, best_ious, check_coverage, resized_sizes
+from focal_plugin.data.anchors import anchor_generator, best_ious, check_coverage, resized_sizes
 
 
 def config(*opts):
@@ -42,7 +42,7 @@ def test_best_iou_is_that_of_brute_force(opts, width, height):
     corners[:30, :, 0] = 0, width  # as wide as the image
     corners[30:60, 1] = width, height  # in its corner
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-    best = best_ious(boxes, np.full((len(boxes), 2), (width, height)), anchor_grid(cfg))
+    best = best_ious(boxes, np.full((len(boxes), 2), (width, height)), anchor_generator(cfg))
     assert best.min() >= 0 and best.max() <= 1 and best.std() > 0.02
     np.testing.assert_allclose(best, brute_force(boxes, width, height, cfg), atol=2e-5)
 
@@ -116,7 +116,7 @@ def test_few_boxes_stand_for_many():
 )
 def test_anchors_that_cannot_be_compared(opts):
     with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)"):
-        anchor_grid(config(*opts))
+        anchor_generator(config(*opts))
 
 
 def test_no_training_size():

@@ -46,65 +46,83 @@ def test_a_good_data_set_has_no_findings(check):
     assert report.to_dict()["ok"] is True
 
 
-def edit(section, index, **values):
-    """A function that sets keys of an element; a value of `del_` removes its key."""
+ANNOTATION_KEYS = "id", "image_id", "category_id", "bbox"
+REMOVED, NAN, INF = object(), float("nan"), float("inf")
+
+
+def edit(section, **values):
+    """A function that sets keys of an element, or removes them."""
 
     def apply(data):
-        data[section][index].update(values)
-        for key in [key for key, value in values.items() if value is del_]:
-            del data[section][index][key]
+        element = {**data[section][0], **values}
+        data[section][0] = {key: value for key, value in element.items() if value is not REMOVED}
 
     return apply
 
 
-del_ = object()
+def each(level, code, section, key, *values):
+    """A case of one finding for each value of a key."""
+    return [(level, code, 1, edit(section, **{key: value})) for value in values]
 
 
-def annotation(**values):
-    return edit("annotations", 2, **values)
-
-
-FATAL = [
-    ("duplicate_image_ids", 1, lambda data: data["images"].extend(data["images"][:1] * 2)),
-    ("duplicate_annotation_ids", 1, edit("annotations", 1, id=1)),
-    ("duplicate_category_ids", 2, lambda data: data["categories"].extend(data["categories"])),
-    ("unknown_image_ids", 2, lambda data: data["images"].pop()),
-    ("unknown_category_ids", 4, lambda data: data["categories"].pop()),
-    ("no_images", 1, lambda data: data["images"].clear()),
-    ("no_categories", 1, lambda data: data["categories"].clear()),
-    ("no_coco", 1, lambda data: data.update(images={})),
-    ("no_coco", 2, lambda data: (data.pop("annotations"), data.pop("categories"))),
-    *(("nonfinite_boxes", 1, annotation(bbox=[1, 1, x, 2])) for x in (float("nan"), float("inf"), 10**400)),
-    *(("missing_key", 1, edit("images", 2, **{key: del_})) for key in ("id", "file_name", "width", "height")),
-    *(("missing_key", 1, annotation(**{key: del_})) for key in ("id", "image_id", "category_id", "bbox")),
-    *(("missing_key", 1, edit("categories", 0, **{key: del_})) for key in ("id", "name")),
-    *(("wrong_type", 1, edit("images", 2, width=value)) for value in (True, "64", None, 0, -3, 2**31, 64.5, 1e300)),
-    *(("wrong_type", 1, edit("images", 2, file_name=value)) for value in (None, 3, "", ["2.png"])),
-    *(("wrong_type", 1, annotation(id=value)) for value in (True, "1", [1], 2**63, 1.5, float("nan"))),
-    *(("wrong_type", 1, annotation(bbox=value)) for value in ([], [1, 2, 3], [1, 2, 3, True], "1234", {}, None)),
-    *(("wrong_type", 1, annotation(iscrowd=value)) for value in ("0", None, 2, 0.5, [], {})),
-    *(("wrong_type", 1, annotation(ignore=value)) for value in (1, None, "")),
-    *(("wrong_type", 1, edit("categories", 0, id=value)) for value in (7.0, False, None)),
-    ("wrong_type", 1, edit("categories", 0, name=None)),
-    ("wrong_type", 1, lambda data: data["annotations"].append(["not", "an", "object"])),
-    *(
-        ("not_loadable", 1, annotation(segmentation=value))
-        for value in ([1, 2, 3], 7, True, [[1, 2, 3, 4, 5, 6], None], {"size": [2, 2]}, {"counts": [1, 2], "size": 4})
-    ),
-    *(("not_loadable", 1, annotation(keypoints=value)) for value in ("123", {"a": 1}, 3, [1, "a", 2], [10**400] * 3)),
+FINDINGS = [
+    ("fatal", "duplicate_image_ids", 1, lambda data: data["images"].extend(data["images"][:1] * 2)),
+    ("fatal", "duplicate_annotation_ids", 1, edit("annotations", id=2)),
+    ("fatal", "duplicate_category_ids", 2, lambda data: data["categories"].extend(data["categories"])),
+    ("fatal", "unknown_image_ids", 2, lambda data: data["images"].pop()),
+    ("fatal", "unknown_category_ids", 4, lambda data: data["categories"].pop()),
+    ("fatal", "no_images", 1, lambda data: data["images"].clear()),
+    ("fatal", "no_categories", 1, lambda data: data["categories"].clear()),
+    ("fatal", "no_coco", 1, lambda data: data.update(images={})),
+    ("fatal", "no_coco", 2, lambda data: (data.pop("annotations"), data.pop("categories"))),
+    *each("fatal", "nonfinite_boxes", "annotations", "bbox", [1, 1, NAN, 2], [1, 1, INF, 2], [1, 1, 10**400, 2]),
+    *(("fatal", "missing_key", 1, edit("images", **{key: REMOVED})) for key in ("id", "file_name", "width", "height")),
+    *(("fatal", "missing_key", 1, edit("annotations", **{key: REMOVED})) for key in ANNOTATION_KEYS),
+    *(("fatal", "missing_key", 1, edit("categories", **{key: REMOVED})) for key in ("id", "name")),
+    *each("fatal", "wrong_type", "images", "width", True, "64", None, 0, -3, 2**31, 64.5, 1e300),
+    *each("fatal", "wrong_type", "images", "file_name", None, 3, "", ["2.png"]),
+    *each("fatal", "wrong_type", "annotations", "id", True, "1", [1], 2**63, 1.5, NAN),
+    *each("fatal", "wrong_type", "annotations", "bbox", [], [1, 2, 3], [1, 2, 3, True], "1234", {}, None),
+    *each("fatal", "wrong_type", "annotations", "iscrowd", "0", None, 2, 0.5, [], {}),
+    *each("fatal", "wrong_type", "annotations", "ignore", 1, None, ""),
+    *each("fatal", "wrong_type", "categories", "id", 7.0, False, None),
+    *each("fatal", "wrong_type", "categories", "name", None),
+    ("fatal", "wrong_type", 1, lambda data: data["annotations"].append(["not", "an", "object"])),
+    *each("fatal", "not_loadable", "annotations", "segmentation", [1, 2, 3], 7, True, [[1, 2, 3, 4, 5, 6], None]),
+    *each("fatal", "not_loadable", "annotations", "segmentation", {"size": [2, 2]}, {"counts": [1, 2], "size": 4}),
+    *each("fatal", "not_loadable", "annotations", "keypoints", "123", {"a": 1}, 3, [1, "a", 2], [10**400] * 3),
+    *each("error", "zero_boxes", "annotations", "bbox", [4, 4, 0, 3], [4, 4, 1e-6, 3]),
+    *each("error", "negative_boxes", "annotations", "bbox", [14, 4, -5, 3]),
+    *each("error", "boxes_outside", "annotations", "bbox", [64, 4, 5, 3]),
+    ("error", "no_annotations", 1, lambda data: data["annotations"].clear()),
+    ("error", "only_crowds", 1, lambda data: [row.update(iscrowd=1) for row in data["annotations"]]),
+    *each("error", "missing_area", "annotations", "area", REMOVED),
+    *each("error", "bad_area", "annotations", "area", None, -1, NAN, True),
+    *each("warning", "boxes_leave_image", "annotations", "bbox", [60, 4, 6, 3]),
+    *each("warning", "missing_iscrowd", "annotations", "iscrowd", REMOVED),
+    *each("warning", "annotation_id_zero", "annotations", "id", 0),
+    ("warning", "empty_classes", 1, lambda data: data["categories"].append({"id": 9, "name": "none"})),
+    *each("warning", "duplicate_class_names", "categories", "name", "three"),
+    *each("warning", "repeated_file_names", "images", "file_name", "1.png"),
+    *each("warning", "dropped_by_polygons", "annotations", "segmentation", [[1, 2, 3, 4]]),
+    *each("note", "absolute_file_names", "images", "file_name", "/0.png"),
 ]
 
 
-@pytest.mark.parametrize(("code", "count", "damage"), FATAL)
-def test_fatal_faults(check, code, count, damage):
+@pytest.mark.parametrize(("level", "code", "count", "damage"), FINDINGS)
+def test_every_finding(check, folder, level, code, count, damage):
     data = content()
     damage(data)
     report = check(data, images="none")
-    assert [finding.code for finding in report.fatal] == [code]
-    finding = report.fatal[0]
-    assert finding.severity == "error" and finding.count == count
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is False
-    assert f"ERROR (fatal) {code}" in report.to_text()
+    finding, is_fatal, is_error = found(report)[code], level == "fatal", level in ("fatal", "error")
+    assert (finding.severity, finding.count) == ("error" if is_error else level, count)
+    assert [finding.code for finding in report.fatal] == [code] * is_fatal
+    assert is_fatal or found(report).keys() <= {code, "images_without_objects", "empty_classes"}
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is not is_error
+    assert f"{finding.severity.upper()}{' (fatal)' * is_fatal} {code}: {finding.message}" in report.to_text()
+    if code == "not_loadable" or not is_fatal:
+        with pytest.raises(Exception) if is_fatal else contextlib.nullcontext():
+            load_coco_json(str(folder / "a.json"), str(folder))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +180,13 @@ def test_what_detectron2_takes_is_fine(check):
     assert check(data).findings == []
 
 
+def test_plain_polygons_cost_no_second_reading(check, monkeypatch):
+    data = content()
+    data["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 5.5], [1, 2]]
+    monkeypatch.setattr("focal_plugin.data.dataset_check.load_coco_json", None)
+    assert check(data).findings == []
+
+
 def test_classes_are_counted_by_box_and_by_image(check):
     data = content()
     data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
@@ -170,39 +195,6 @@ def test_classes_are_counted_by_box_and_by_image(check):
     assert by_name == {"three": (5, 2), "seven": (0, 0)}
     table = ["id  class  boxes   share  images", " 3  three      5  100.0%       2", " 7  seven      0    0.0%       0"]
     assert "\n".join(table) in report.to_text()
-
-
-OTHERS = [
-    ("error", "zero_boxes", edit("annotations", 0, bbox=[4, 4, 0, 3])),
-    ("error", "zero_boxes", edit("annotations", 0, bbox=[4, 4, 1e-6, 3])),
-    ("error", "negative_boxes", edit("annotations", 0, bbox=[14, 4, -5, 3])),
-    ("error", "boxes_outside", edit("annotations", 0, bbox=[64, 4, 5, 3])),
-    ("warning", "boxes_leave_image", edit("annotations", 0, bbox=[60, 4, 6, 3])),
-    ("error", "no_annotations", lambda data: data["annotations"].clear()),
-    ("error", "missing_area", edit("annotations", 0, area=del_)),
-    *(("error", "bad_area", edit("annotations", 0, area=value)) for value in (None, -1, float("nan"), True)),
-    ("warning", "missing_iscrowd", edit("annotations", 0, iscrowd=del_)),
-    ("warning", "annotation_id_zero", edit("annotations", 0, id=0)),
-    ("warning", "empty_classes", lambda data: data["categories"].append({"id": 9, "name": "none"})),
-    ("warning", "duplicate_class_names", edit("categories", 0, name="three")),
-    ("warning", "repeated_file_names", edit("images", 0, file_name="1.png")),
-    ("warning", "dropped_by_polygons", edit("annotations", 0, segmentation=[[1, 2, 3, 4]])),
-    ("note", "absolute_file_names", edit("images", 0, file_name="/0.png")),
-    ("error", "only_crowds", lambda data: [row.update(iscrowd=1) for row in data["annotations"]]),
-]
-
-
-@pytest.mark.parametrize(("severity", "code", "damage"), OTHERS)
-def test_other_faults(check, severity, code, damage):
-    data = content()
-    damage(data)
-    report = check(data, images="none")
-    assert not report.fatal
-    finding = found(report)[code]
-    assert (finding.severity, finding.count) == (severity, 1)
-    assert bool(report.errors) == (severity == "error")
-    others = found(report).keys() - {code, "images_without_objects", "empty_classes"}
-    assert not others
 
 
 def test_xyxy_boxes_are_suspected(check):

@@ -3,7 +3,7 @@ import json
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_plugin.data.register import parse_register_arg, register_coco_json, register_from_args
+from focal_plugin.data.register import register_coco_json, register_from_args
 
 CONTENT = {
     "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 6}],
@@ -33,10 +33,11 @@ def test_known_classes_spare_a_second_reading(cells, monkeypatch):
     assert register_from_args(argument, known) == known
 
 
-def test_parse():
-    assert parse_register_arg("cells=a/b.json:c/d") == ("cells", "a/b.json", "c/d")
-    assert parse_register_arg("cells=a=b.json:images") == ("cells", "a=b.json", "images")
-    assert parse_register_arg("cells=a:b.json:images") == ("cells", "a:b.json", "images")
+@pytest.mark.parametrize("name", ["b.json", "a=b.json", "a:b.json"])
+def test_the_flag_is_split_at_the_first_equals_sign_and_at_the_last_colon(cells, name):
+    path = cells[0].rename(cells[0].with_name(name))
+    assert register_from_args([f"cells={path}:{cells[1]}"]) == {"cells": ["three", "seven"]}
+    assert MetadataCatalog.get("cells").json_file == str(path)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_parse():
 )
 def test_bad_syntax_says_the_form(text):
     with pytest.raises(ValueError, match=f"^--register {text}: .*name=annotations.json:image_dir$"):
-        parse_register_arg(text)
+        register_from_args([text])
 
 
 def test_registered_data_set_loads_as_upstream_does(cells):
