@@ -121,7 +121,7 @@ def main(job: Job) -> dict | None:
         with _refusing_bad_input():
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=job.resume)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         logger.info(describe_start(checkpointer, cfg))
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
@@ -129,7 +129,7 @@ def main(job: Job) -> dict | None:
         return results
     with _refusing_bad_input():
         trainer = FocalTrainer(cfg)
-        trainer.resume_or_load(resume=job.resume)
+        trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
         logger.info("\n" + start_banner(trainer))
         for line in filter(None, [*job.warnings, learning_rate_warning(trainer.cfg)]):  # last, where it is seen

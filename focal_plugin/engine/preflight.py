@@ -34,10 +34,9 @@ class Job:
     """What the workers are given, all of it checked."""
 
     args: Namespace
-    """As typed."""
+    """As typed, but that a run which was started again is one with ``--resume``."""
     cfg: CfgNode
     """Frozen; not yet scaled to the number of workers."""
-    resume: bool
     thing_classes: Mapping[str, Sequence[str]]
     """The class names of the data sets that the command line registers."""
     warnings: Sequence[str]
@@ -50,8 +49,8 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     Raises:
         FileNotFoundError, ValueError: it cannot be trained or evaluated; the message says why and what to type.
     """
-    resume = args.resume or workers.restarts > 0
-    cfg = load_checked_config(args, resume)
+    args = Namespace(**{**vars(args), "resume": args.resume or workers.restarts > 0})
+    cfg = load_checked_config(args)
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and workers.per_machine > num_gpus:
         raise ValueError(f"{workers.per_machine} workers on this machine (--num-gpus), which has {num_gpus} GPU(s)")
@@ -65,10 +64,10 @@ def preflight(args: Namespace, workers: Workers) -> Job:
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {e}") from e
     has_to_look = not (args.eval_only or workers.local_rank)  # the first worker of a machine
     warnings = check_training_data(cfg) if has_to_look else []
-    return Job(args, cfg, resume, register_from_args(args.register), warnings)
+    return Job(args, cfg, register_from_args(args.register), warnings)
 
 
-def load_checked_config(args: Namespace, resume: bool | None = None) -> CfgNode:
+def load_checked_config(args: Namespace) -> CfgNode:
     """Return the frozen config of a command line, its data sets registered; write nothing.
 
     ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
@@ -85,8 +84,7 @@ def load_checked_config(args: Namespace, resume: bool | None = None) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMPTrainer needs CUDA
     check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    is_resumed = args.resume if resume is None else resume
-    if not (is_resumed and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         weights = cfg.MODEL.WEIGHTS
         if args.eval_only and not weights:
             raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
