@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,6 +52,7 @@ def run(args: Namespace) -> int:
         The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
         stopped by SIGTERM with all saved, the same command with ``--resume`` goes on.
     """
+    error, code = "", EXIT_PREEMPTED
     try:
         with _refusing_bad_input():
             workers = Workers.find(args)
@@ -59,19 +61,21 @@ def run(args: Namespace) -> int:
             workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
         return 0
     except Preempted:
-        return EXIT_PREEMPTED
+        pass
     except (ConfigError, FloatingPointError) as e:
         error, code = str(e), 2 if isinstance(e, ConfigError) else 1
     except multiprocessing.ProcessExitedException as e:
         # A worker that was still importing when SIGTERM was handed on to it has died of it.
-        if e.exit_code == EXIT_PREEMPTED or (stop_requested() and e.exit_code == -signal.SIGTERM):
-            return EXIT_PREEMPTED
-        error, code = f"{e}; why, it has printed above", 1
+        if e.exit_code != EXIT_PREEMPTED and not (stop_requested() and e.exit_code == -signal.SIGTERM):
+            error, code = f"{e}; why, it has printed above", 1
     except multiprocessing.ProcessRaisedException as e:
         # What a worker has raised on purpose says it all, without its traceback.
         *_, error = re.split(rf"\n(?:{__name__}.ConfigError|FloatingPointError): ", str(e))
         code = 2 if f"\n{__name__}.ConfigError: " in str(e) else 1
-    print(f"error: {error.rstrip()}", file=sys.stderr)
+    if error:
+        print(f"error: {error.rstrip()}", file=sys.stderr)
+    elif threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the process by the signal, not with 75
     return code
 
 
