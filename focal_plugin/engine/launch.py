@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -73,6 +74,8 @@ def run(args: Namespace) -> int:
         *_, error = re.split(rf"\n(?:{__name__}.ConfigError|FloatingPointError): ", str(e))
         code = 2 if f"\n{__name__}.ConfigError: " in str(e) else 1
     if error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # mostly the first worker says the same, and torchrun then ends this one
         print(f"error: {error.rstrip()}", file=sys.stderr)
     elif threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the process by the signal, not with 75
