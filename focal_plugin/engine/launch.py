@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
+import threading
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,10 +18,14 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
 from torch import multiprocessing
 
 from ..config import find_config
+from ..config_yaml import all_keys, lookup
 from ..data import add_register_argument, register_from_args
+from ..data.loader import stream_of
+from .auto_scale import learning_rate_warning
 from .checkpoint import SafeCheckpointer
 from .preemption import EXIT_PREEMPTED, Preempted, fail_together, stop_requested, stopped_by_sigterm
 from .preflight import Job, preflight
@@ -46,38 +53,46 @@ def run(args: Namespace) -> int:
         The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
         stopped by SIGTERM with all saved, the same command with ``--resume`` goes on.
     """
+    error, code = "", EXIT_PREEMPTED
     try:
-        workers = Workers.find(args)
-        job = preflight(args, workers)
-    except (FileNotFoundError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    try:
+        with _refusing_bad_input():
+            workers = Workers.find(args)
+            job = preflight(args, workers)
         with _stopping(job):
             workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
+        return 0
     except Preempted:
-        return EXIT_PREEMPTED
+        pass
     except (ConfigError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, ConfigError) else 1
+        error, code = str(e), 2 if isinstance(e, ConfigError) else 1
     except multiprocessing.ProcessExitedException as e:
         # A worker that was still importing when SIGTERM was handed on to it has died of it.
-        if e.exit_code == EXIT_PREEMPTED or (stop_requested() and e.exit_code == -signal.SIGTERM):
-            return EXIT_PREEMPTED
-        print(f"error: {e}; why, it has printed above", file=sys.stderr)
-        return 1
+        if e.exit_code != EXIT_PREEMPTED and not (stop_requested() and e.exit_code == -signal.SIGTERM):
+            error, code = f"{e}; why, it has printed above", 1
     except multiprocessing.ProcessRaisedException as e:
-        text = str(e)
-        for error in (f"\n{__name__}.ConfigError: ", "\nFloatingPointError: "):
-            if error in text:  # what the worker has raised says it all, without its traceback
-                text = text.rpartition(error)[2].rstrip()
-        print(f"error: {text}", file=sys.stderr)
-        return 1
-    return 0
+        # What a worker has raised on purpose says it all, without its traceback.
+        *_, error = re.split(rf"\n(?:{__name__}.ConfigError|FloatingPointError): ", str(e))
+        code = 2 if f"\n{__name__}.ConfigError: " in str(e) else 1
+    if error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # mostly the first worker says the same, and torchrun then ends this one
+        print(f"error: {error.rstrip()}", file=sys.stderr)
+    elif threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the process by the signal, not with 75
+    return code
 
 
 class ConfigError(ValueError):
-    """What a worker was told to start from or to train on cannot be used; the message says why and what to do."""
+    """What was typed, or what a worker is to start from or to train on, cannot be; the message says what to do."""
+
+
+@contextmanager
+def _refusing_bad_input() -> Iterator[None]:
+    """Make a missing file and a bad value in what follows a :class:`ConfigError`, of which the message is printed."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        raise ConfigError(str(e)) from e
 
 
 def _stopping(job: Job):
@@ -86,14 +101,15 @@ def _stopping(job: Job):
 
 
 def _worker(job: Job) -> None:
-    try:
-        with _stopping(job), fail_together():
-            main(job)
-            comm.synchronize()
-    finally:
-        if comm.get_world_size() > 1:
-            # Not left to the end of the process, in which the threads of a process group can abort it.
-            torch.distributed.destroy_process_group()
+    with _stopping(job):  # to the end: a second SIGTERM comes while the process group is taken down
+        try:
+            with fail_together():
+                main(job)
+                comm.synchronize()
+        finally:
+            if comm.get_world_size() > 1:
+                # Not left to the end of the process, in which the threads of a process group can abort it.
+                torch.distributed.destroy_process_group()
 
 
 def main(job: Job) -> dict | None:
@@ -112,7 +128,7 @@ def main(job: Job) -> dict | None:
         with _refusing_bad_input():
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=job.resume)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         logger.info(describe_start(checkpointer, cfg))
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
@@ -120,18 +136,38 @@ def main(job: Job) -> dict | None:
         return results
     with _refusing_bad_input():
         trainer = FocalTrainer(cfg)
-        trainer.resume_or_load(resume=job.resume)
+        trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
-        logger.info("\n" + trainer.banner(job.sizes))
-        for line in job.warnings:  # last, where it is seen
+        logger.info("\n" + start_banner(trainer))
+        for line in filter(None, [*job.warnings, learning_rate_warning(trainer.cfg)]):  # last, where it is seen
             logger.warning(line)
     return trainer.train()
 
 
-@contextmanager
-def _refusing_bad_input() -> Iterator[None]:
-    """Make a missing file and a bad value in what follows a :class:`ConfigError`, of which the message is printed."""
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        raise ConfigError(str(e)) from e
+def start_banner(trainer: FocalTrainer) -> str:
+    """Return a table of what is going to be trained, from where and on what, and of what was scaled."""
+    cfg, written = trainer.cfg, trainer.unscaled_cfg
+    solver, model, clip = cfg.SOLVER, cfg.MODEL, cfg.SOLVER.CLIP_GRADIENTS
+    rows = {"start": describe_start(trainer.checkpointer, cfg, trainer.start_iter)}
+    for key in all_keys(cfg):
+        if lookup(cfg, key) != lookup(written, key):
+            rows[key] = f"{lookup(written, key)} -> {lookup(cfg, key)}"
+    if "SOLVER.REFERENCE_WORLD_SIZE" in rows:
+        rows["SOLVER.REFERENCE_WORLD_SIZE"] += "; scales overrides as well, and 0 takes all as it stands"
+    is_ours = stream_of(trainer.data_loader) is not None
+    images = len(trainer.data_loader.dataset) if is_ours else 0  # without those that are left out
+    train, test = (", ".join(names) or "nothing" for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    rows["data"] = f"{images or '?'} images of {train}; tested on {test}"
+    epochs = f"{solver.MAX_ITER * solver.IMS_PER_BATCH / images:.3g}" if images else "?"
+    rows["schedule"] = f"{solver.MAX_ITER} steps of {solver.IMS_PER_BATCH} images, {epochs} epochs"
+    clipped = f"clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "not clipped"
+    precision = solver.AMP.PRECISION if solver.AMP.ENABLED else "float32"
+    rows["optimizer"] = (
+        f"{solver.OPTIMIZER}, {solver.LR_SCHEDULER_NAME} of {solver.BASE_LR:g}, gradients {clipped}, {precision}"
+    )
+    rows["loss"] = f"that of {model.META_ARCHITECTURE}"
+    if model.META_ARCHITECTURE == "FocalRetinaNet":
+        weighting = {key: model.RETINANET[key] for key in ("FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA")}
+        mined = model.OHEM if model.FOCAL.HEAD == "OHEMHead" else {}
+        rows["loss"] = ", ".join(f"{key} {value}" for key, value in {**model.FOCAL, **weighting, **mined}.items())
+    return tabulate(rows.items(), tablefmt="plain", disable_numparse=True)

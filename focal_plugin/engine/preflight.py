@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from ..config import find_config, load_config
 from ..config_yaml import lookup
 from ..data import check_coco, register_from_args
+from ..files import printable
 from ..heads import build_retinanet_head
 from .auto_scale import check_scale
 from .torchrun import Workers
@@ -32,14 +34,11 @@ class Job:
     """What the workers are given, all of it checked."""
 
     args: Namespace
-    """As typed."""
+    """As typed, but that a run which was started again is one with ``--resume``."""
     cfg: CfgNode
     """Frozen; not yet scaled to the number of workers."""
-    resume: bool
     thing_classes: Mapping[str, Sequence[str]]
     """The class names of the data sets that the command line registers."""
-    sizes: Mapping[str, int]
-    """Images by data set name, where they are known."""
     warnings: Sequence[str]
     """What is wrong with the data and can be trained on."""
 
@@ -50,8 +49,8 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     Raises:
         FileNotFoundError, ValueError: it cannot be trained or evaluated; the message says why and what to type.
     """
-    resume = args.resume or workers.restarts > 0
-    cfg = load_checked_config(args, resume)
+    args = Namespace(**{**vars(args), "resume": args.resume or workers.restarts > 0})
+    cfg = load_checked_config(args)
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and workers.per_machine > num_gpus:
         raise ValueError(f"{workers.per_machine} workers on this machine (--num-gpus), which has {num_gpus} GPU(s)")
@@ -60,16 +59,15 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     if "://" not in cfg.OUTPUT_DIR:
         try:
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
         except OSError as e:
-            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {e}") from e
-        if not os.access(cfg.OUTPUT_DIR, os.W_OK):
-            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
-    has_to_look = workers.is_first and not args.eval_only
-    sizes, warnings = check_training_data(cfg) if has_to_look else ({}, [])
-    return Job(args, cfg, resume, register_from_args(args.register), sizes, warnings)
+            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {e}") from e
+    has_to_look = not (args.eval_only or workers.local_rank)  # the first worker of a machine
+    warnings = check_training_data(cfg) if has_to_look else []
+    return Job(args, cfg, register_from_args(args.register), warnings)
 
 
-def load_checked_config(args: Namespace, resume: bool | None = None) -> CfgNode:
+def load_checked_config(args: Namespace) -> CfgNode:
     """Return the frozen config of a command line, its data sets registered; write nothing.
 
     ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
@@ -86,8 +84,7 @@ def load_checked_config(args: Namespace, resume: bool | None = None) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMPTrainer needs CUDA
     check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    is_resumed = args.resume if resume is None else resume
-    if not (is_resumed and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         weights = cfg.MODEL.WEIGHTS
         if args.eval_only and not weights:
             raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
@@ -111,99 +108,81 @@ def check_values(cfg: CfgNode) -> None:
         ValueError: with a line for each value that cannot be, which says what can.
     """
     problems = []
-    for key, (is_valid, expected) in _RULES.items():
-        value = lookup(cfg, key)
-        if not is_valid(value):
-            problems.append(f"{key} {value!r}: must be {expected}")
-    retinanet = cfg.MODEL.RETINANET
-    if not problems and len(retinanet.IOU_LABELS) != len(retinanet.IOU_THRESHOLDS) + 1:
-        problems.append(
-            f"MODEL.RETINANET.IOU_LABELS {retinanet.IOU_LABELS}: must be one more than IOU_THRESHOLDS "
-            f"{retinanet.IOU_THRESHOLDS}, which part the IoUs"
-        )
-    if not problems and len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+    for key, (expected, is_valid) in _RULES.items():
+        try:
+            valid = is_valid(lookup(cfg, key))
+        except (TypeError, RuntimeError):  # None, a text among numbers, no device
+            valid = False
+        if not valid:
+            problems.append(f"{key} {printable(lookup(cfg, key))}: must be {expected}")
+    model = cfg.MODEL
+    if not problems and len(model.RETINANET.IOU_LABELS) != len(model.RETINANET.IOU_THRESHOLDS) + 1:
+        problems.append("MODEL.RETINANET.IOU_LABELS: must be one more than IOU_THRESHOLDS, which part the IoUs")
+    if not problems and len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         problems.append("MODEL.PIXEL_MEAN and PIXEL_STD: must be as long as each other")
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+_Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
-def _is_whole(low: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= low
+def _each(rule: _Rule, least: int = 1) -> _Rule:
+    words, is_valid = rule
+    return f"a list, each {words}", lambda values: len(values) >= least and all(map(is_valid, values))
 
 
-def _all(is_valid: Callable[[Any], bool], least: int = 1, increasing: bool = False) -> Callable[[Any], bool]:
-    def check(values: Any) -> bool:
-        is_list = isinstance(values, (list, tuple)) and len(values) >= least and all(map(is_valid, values))
-        return is_list and (not increasing or all(a < b for a, b in zip(values, values[1:])))
+_FROM_0 = "a whole number from 0", lambda number: number >= 0
+_FROM_1 = "a whole number from 1", lambda number: number >= 1
+_POSITIVE = "a positive number", lambda number: 0 < number < math.inf
+_NAME = "a name", lambda name: isinstance(name, str) and name != ""
 
-    return check
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_device(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and torch.device(value).type in ("cpu", "cuda")
-    except RuntimeError:
-        return False
-
-
-_SIZES = _all(_all(_is_positive))
-_DATASETS = (lambda value: isinstance(value, str) or _all(_is_name, 0)(value), 'names: ("name",)')
-_LEAST = {  # of whole numbers
-    "MODEL.RETINANET.NUM_CLASSES": 1,
-    "MODEL.RETINANET.NUM_CONVS": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-    "DATALOADER.MAX_BAD_IMAGES": 0,
-    "INPUT.MIN_SIZE_TEST": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.WARMUP_ITERS": 0,
-    "SOLVER.REFERENCE_WORLD_SIZE": 0,
-    "SOLVER.CHECKPOINT_PERIOD": 1,
-    "SOLVER.CHECKPOINTS_TO_KEEP": 0,
-    "TEST.EVAL_PERIOD": 0,
-    "TEST.EARLY_STOP_PATIENCE": 0,
-}
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "OUTPUT_DIR": (_is_name, "a folder"),
-    "SEED": (lambda value: type(value) is int, "a whole number; negative: another one each time"),
-    "MODEL.DEVICE": (_is_device, "cuda or cpu; it is no device"),
+# What yacs lets pass: it has seen to the types, but takes None for any value, and does not look into lists.
+_RULES: dict[str, _Rule] = {
+    "OUTPUT_DIR": _NAME,
+    "SEED": ("a whole number; negative: another one each time", lambda seed: seed is not None),
+    "MODEL.DEVICE": ("cuda or cpu; it is no device", lambda name: torch.device(name).type in ("cpu", "cuda")),
     "MODEL.META_ARCHITECTURE": (
-        lambda name: name in META_ARCH_REGISTRY,
-        "a registered meta-architecture; it is not registered, and FocalRetinaNet is this plugin's",
+        "a meta-architecture such as FocalRetinaNet; it is not registered",
+        META_ARCH_REGISTRY.__contains__,
     ),
     "MODEL.BACKBONE.NAME": (
-        lambda name: name in BACKBONE_REGISTRY,
-        "a name in Detectron2's BACKBONE_REGISTRY, such as build_retinanet_resnet_fpn_backbone",
+        "a backbone such as build_retinanet_resnet_fpn_backbone; it is not registered",
+        BACKBONE_REGISTRY.__contains__,
     ),
-    "MODEL.PIXEL_MEAN": (
-        _all(lambda value: type(value) in (int, float) and math.isfinite(value)),
-        "a number for each channel",
-    ),
-    "MODEL.PIXEL_STD": (_all(_is_positive), "a positive number for each channel"),
-    "MODEL.ANCHOR_GENERATOR.SIZES": (_SIZES, "lists of positive numbers (pixels), one for each level"),
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (_SIZES, "lists of positive numbers, one for each level or one for all"),
-    "MODEL.RETINANET.IN_FEATURES": (_all(_is_name), 'names of levels, such as ["p3", "p4"]'),
+    "MODEL.PIXEL_MEAN": _each(("a number", math.isfinite)),
+    "MODEL.PIXEL_STD": _each(_POSITIVE),
+    "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE)),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE)),
+    "MODEL.RETINANET.NUM_CLASSES": _FROM_1,
+    "MODEL.RETINANET.NUM_CONVS": _FROM_0,
+    "MODEL.RETINANET.IN_FEATURES": _each(_NAME),
     "MODEL.RETINANET.IOU_THRESHOLDS": (
-        _all(lambda value: _is_positive(value) and value <= 1, increasing=True),
         "increasing numbers in (0, 1]",
+        lambda ious: list(ious) == sorted(iou for iou in set(ious) if 0 < iou <= 1) != [],
     ),
-    "MODEL.RETINANET.IOU_LABELS": (_all(lambda value: value in (-1, 0, 1)), "a list of -1, 0 and 1"),
-    "DATASETS.TRAIN": _DATASETS,
-    "DATASETS.TEST": _DATASETS,
-    "INPUT.MIN_SIZE_TRAIN": (_all(_is_whole(1)), "whole numbers from 1 (pixels): (800,)"),
-    "SOLVER.BASE_LR": (_is_positive, "a positive number"),
-    "SOLVER.STEPS": (_all(_is_whole(0), 0, increasing=True), "increasing whole numbers: (60000, 80000)"),
-    "SOLVER.OPTIMIZER": (lambda value: value in ("SGD", "ADAMW"), "one of SGD, ADAMW"),
-    "SOLVER.AMP.PRECISION": (lambda value: value in ("float16", "bfloat16"), "one of float16, bfloat16"),
-    **{key: (_is_whole(low), f"a whole number from {low}") for key, low in _LEAST.items()},
+    "MODEL.RETINANET.IOU_LABELS": _each(("-1, 0 or 1", (-1, 0, 1).__contains__)),
+    "DATASETS.TRAIN": _each(_NAME, least=0),
+    "DATASETS.TEST": _each(_NAME, least=0),
+    "DATALOADER.NUM_WORKERS": _FROM_0,
+    "DATALOADER.MAX_BAD_IMAGES": _FROM_0,
+    "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1),
+    "INPUT.MIN_SIZE_TEST": _FROM_0,
+    "SOLVER.IMS_PER_BATCH": _FROM_1,
+    "SOLVER.BASE_LR": _POSITIVE,
+    "SOLVER.MAX_ITER": _FROM_1,
+    "SOLVER.WARMUP_ITERS": _FROM_0,
+    "SOLVER.STEPS": (
+        "increasing whole numbers: (60000, 80000)",
+        lambda steps: list(steps) == sorted(step for step in set(steps) if step >= 0),
+    ),
+    "SOLVER.OPTIMIZER": ("one of SGD, ADAMW", ("SGD", "ADAMW").__contains__),
+    "SOLVER.AMP.PRECISION": ("one of float16, bfloat16", ("float16", "bfloat16").__contains__),
+    "SOLVER.REFERENCE_WORLD_SIZE": _FROM_0,
+    "SOLVER.CHECKPOINT_PERIOD": _FROM_1,
+    "SOLVER.CHECKPOINTS_TO_KEEP": _FROM_0,
+    "TEST.EVAL_PERIOD": _FROM_0,
+    "TEST.EARLY_STOP_PATIENCE": _FROM_0,
 }
 
 
@@ -218,78 +197,64 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
     Raises:
         ValueError: with one line per problem, each saying what to type.
     """
-    problems = []
-    for key in splits:
-        names = cfg.DATASETS[key]
-        if isinstance(names, str):
-            problems.append(f'DATASETS.{key} is the string "{names}", not a tuple: write ("{names}",)')
-            continue
-        problems += [missing_dataset(f"DATASETS.{key}", name) or _wrong_classes(cfg, name) for name in names]
-        if key == "TRAIN" and not names:
-            problems.append("DATASETS.TRAIN is empty: there is nothing to train on")
+    problems = [_dataset_problem(cfg, key, name) for key in splits for name in cfg.DATASETS[key]]
+    if "TRAIN" in splits and not cfg.DATASETS.TRAIN:
+        problems.append("DATASETS.TRAIN is empty: there is nothing to train on")
     problems = [problem for problem in dict.fromkeys(problems) if problem]  # in order, each once
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def missing_dataset(key: str, name: str) -> str:
-    """Return what a data set, which the config has under ``key``, lacks on this machine; "" if nothing."""
+def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
+    """Return what is wrong with a data set of ``DATASETS[key]``; "" if nothing."""
     if name not in DatasetCatalog:
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         own = f"--register {name}=annotations.json:image_dir"
-        return f"{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
+        return f"DATASETS.{key}: no data set '{name}' is registered.{hint} To add your own: {own}"
     meta = MetadataCatalog.get(name)
     for path in (meta.get("json_file"), meta.get("image_root")):
         if path and "://" not in path and not os.path.exists(path) and not meta.get("lazily_generated"):
             return (
-                f"{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
+                f"DATASETS.{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
                 "folder that holds them (Detectron2's own data sets), or --register them"
             )
-    return ""
-
-
-def _wrong_classes(cfg: CfgNode, name: str) -> str:
-    classes, expected = MetadataCatalog.get(name).get("thing_classes"), cfg.MODEL.RETINANET.NUM_CLASSES
+    classes, expected = meta.get("thing_classes"), cfg.MODEL.RETINANET.NUM_CLASSES
     if classes is None or len(classes) == expected:
         return ""
-    shown = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
     is_wrong_key = cfg.MODEL.ROI_HEADS.NUM_CLASSES != 80 == expected
     return (
-        f"'{name}' has {len(classes)} classes ({shown}), but MODEL.RETINANET.NUM_CLASSES is {expected}: "
-        f"set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+        f"'{name}' has {len(classes)} classes {printable(list(classes), 100)}, but MODEL.RETINANET.NUM_CLASSES is "
+        f"{expected}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
         + (" (RetinaNet does not read MODEL.ROI_HEADS.NUM_CLASSES, which was changed)" if is_wrong_key else "")
     )
 
 
-def check_training_data(cfg: CfgNode) -> tuple[dict[str, int], list[str]]:
+def check_training_data(cfg: CfgNode) -> list[str]:
     """Run the fast form of ``tools/check_dataset.py`` on every data set that has a COCO json on this machine.
 
     Returns:
-        Images by data set name, where they are known, and a warning for each data set with faults.
+        A warning for each data set with faults.
 
     Raises:
         ValueError: training or evaluation on one of them would crash or be wrong.
     """
-    sizes, warnings, fatal = {}, [], []
+    warnings, fatal = [], []
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name)
         if meta.get("lazily_generated"):
-            sizes[name] = len(DatasetCatalog.get(name))
+            DatasetCatalog.get(name)  # makes it, before workers wait for each other
             continue
-        json_file = meta.get("json_file")
+        json_file, image_root = meta.get("json_file"), meta.get("image_root", "")
         if not json_file or "://" in json_file or meta.get("evaluator_type") != "coco":
             continue  # Cityscapes, LVIS and others have a json of another form
-        image_root = meta.get("image_root", "")
         report = check_coco(json_file, image_root, cfg, images="sample")
-        sizes[name] = report.summary["images"]
-        more = f"tools/check_dataset.py {json_file} {image_root}"
-        faults = [f"  {f.to_text()}" for f in report.findings if f.severity != "note" and not f.fatal]
-        if report.fatal:
-            lines = "\n".join(f"  {finding.to_text()}" for finding in report.fatal)
-            fatal.append(f"'{name}' cannot be trained on:\n{lines}\n  All that is wrong: {more}")
-        elif faults:
-            warnings.append("\n".join([f"'{name}' has faults ({more} says more):", *faults]))
+        shown = report.fatal or [finding for finding in report.findings if finding.severity != "note"]
+        if shown:
+            problem = "cannot be trained on" if report.fatal else "has faults"
+            lines = [f"'{name}' {problem} (tools/check_dataset.py {json_file} {image_root} says more):"]
+            lines += [f"  {finding.to_text()}" for finding in shown]
+            (fatal if report.fatal else warnings).append("\n".join(lines))
     if fatal:
         raise ValueError("\n".join(fatal))
-    return sizes, warnings
+    return warnings

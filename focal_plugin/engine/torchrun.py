@@ -20,8 +20,7 @@ class Workers:
 
     Attributes:
         per_machine, num_machines: how many there are.
-        machine_rank: of this machine.
-        dist_url: where they meet, for :func:`detectron2.engine.launch`.
+        machine_rank, dist_url: of this machine, and where they meet, for :func:`detectron2.engine.launch`.
         local_rank: of this process among those of its machine; None: it is no worker, and starts them.
         restarts: how often torchrun or SLURM has started the run before.
     """
@@ -38,62 +37,39 @@ class Workers:
         """Return what torchrun has decided, in ``env``, or else what the flags of Detectron2's parser say.
 
         Raises:
-            ValueError: they contradict each other, or a number cannot be.
+            ValueError: they contradict each other.
         """
         # Without a LOCAL_RANK they are of something that starts machines, as Kubeflow does, and not workers.
-        of_a_worker = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        if "TORCHELASTIC_RUN_ID" in env or of_a_worker <= env.keys():
-            return cls._of_torchrun(args, env)
-        tasks = _number(env, "SLURM_STEP_NUM_TASKS", "SLURM", "1")
+        if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= env.keys():
+            count = int(env["WORLD_SIZE"])
+            here = int(env.get("LOCAL_WORLD_SIZE", count))
+            if count % here or args.num_gpus not in (1, here) or args.num_machines not in (1, count // here):
+                raise ValueError(
+                    f"torchrun has started {count} workers, {here} of them here: leave out --num-gpus and "
+                    "--num-machines, torchrun decides; it has to start as many on each machine"
+                )
+            restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+            return cls(here, count // here, local_rank=int(env["LOCAL_RANK"]), restarts=restarts)
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks > args.num_machines:
             raise ValueError(
                 f"srun has started {tasks} tasks of this, each of which would be a run of its own: start torchrun once "
                 "a node, as tools/launch/slurm.sbatch does"
             )
-        if args.num_gpus < 1 or args.num_machines < 1:
+        if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
             raise ValueError(
-                f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 1 of each is needed; on the "
-                "CPU --num-gpus counts workers"
-            )
-        if not 0 <= args.machine_rank < args.num_machines:
-            raise ValueError(
-                f"--machine-rank {args.machine_rank}: the ranks of {args.num_machines} machine(s) start at 0"
+                f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}: at "
+                "least 1 of each is needed (on the CPU --num-gpus counts workers), and the ranks start at 0"
             )
         if args.num_machines > 1 and args.dist_url == "auto":
             raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
-        restarts = _number(env, "SLURM_RESTART_COUNT", "SLURM", "0")
+        restarts = int(env.get("SLURM_RESTART_COUNT", 0))
         return cls(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, restarts=restarts)
-
-    @classmethod
-    def _of_torchrun(cls, args: Namespace, env: Mapping[str, str]) -> Workers:
-        rank, world_size, local_rank = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        per_machine = _number(env, "LOCAL_WORLD_SIZE", default=env["WORLD_SIZE"])
-        machines, rest = divmod(world_size, per_machine)
-        if rest:
-            raise ValueError(
-                f"torchrun has started {world_size} workers, {per_machine} of them here: all machines need the same "
-                "number"
-            )
-        for flag, typed, here in (
-            ("--num-gpus", args.num_gpus, per_machine),
-            ("--num-machines", args.num_machines, machines),
-        ):
-            if typed not in (1, here):
-                raise ValueError(
-                    f"{flag} {typed}, but torchrun has started {here}: leave the flag out, the launcher decides"
-                )
-        restarts = _number(env, "TORCHELASTIC_RESTART_COUNT", default="0")
-        return cls(per_machine, machines, rank // per_machine, "env://", local_rank, restarts)
 
     @property
     def count(self) -> int:
         """All workers."""
         return self.per_machine * self.num_machines
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the first process of its machine, which looks at the data and says things once."""
-        return not self.local_rank
 
     def launch(self, main: Callable, *args, on_cpu: bool) -> None:
         """Run ``main(*args)`` as the worker that this process is, or in as many processes as there shall be.
@@ -107,27 +83,16 @@ class Workers:
         if self.local_rank is None:
             launch(main, self.per_machine, self.num_machines, self.machine_rank, self.dist_url, args)
             return
-        if self.count > 1:
-            self._join_process_group(on_cpu)
+        if self.count > 1:  # what a worker of Detectron2's launch does before it runs main
+            store, rank, count = next(distributed.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps the store, in which the addresses of dead workers are (pytorch/pytorch#135712): a run
+                # that is started again would call those. On several machines the counts differ: see torchrun.sh.
+                store = distributed.PrefixStore(f"attempt {self.restarts}", store)
+            backend = "gloo" if on_cpu else "nccl"
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=DEFAULT_TIMEOUT)
+            comm.create_local_process_group(self.per_machine)
+            if not on_cpu:
+                torch.cuda.set_device(self.local_rank)
+            comm.synchronize()
         main(*args)
-
-    def _join_process_group(self, on_cpu: bool) -> None:
-        """Do what a worker of Detectron2's ``launch`` does before it runs ``main``."""
-        store, rank, world_size = next(distributed.rendezvous(self.dist_url, timeout=DEFAULT_TIMEOUT))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps the store, in which the addresses of dead workers are (pytorch/pytorch#135712): a run that
-            # is started again would wait for those. On several machines the counts differ: see torchrun.sh.
-            store = distributed.PrefixStore(f"attempt {self.restarts}", store)
-        backend = "gloo" if on_cpu else "nccl"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
-        comm.create_local_process_group(self.per_machine)
-        if not on_cpu:
-            torch.cuda.set_device(self.local_rank)
-        comm.synchronize()
-
-
-def _number(env: Mapping[str, str], name: str, launcher: str = "torchrun", default: str = "") -> int:
-    text = env.get(name) or default
-    if not text.isdigit():
-        raise ValueError(f"{launcher} has left {name}={text!r} in the environment, which is no number")
-    return int(text)

@@ -8,14 +8,14 @@ import logging
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -28,7 +28,7 @@ from ..config import unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
 from ..files import atomic_write
 from ..scalars import flush_scalars
-from .auto_scale import learning_rate_warning, scale_to_workers, start_banner
+from .auto_scale import scale_to_workers
 from .checkpoint import SafeCheckpointer
 from .guard import NonFiniteGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
@@ -110,20 +110,6 @@ class FocalTrainer(DefaultTrainer):
                 f"{self.max_iter}: raise SOLVER.MAX_ITER, or start afresh in another OUTPUT_DIR"
             )
         self._worker_states = rest.get("workers", [])
-
-    def banner(self, sizes: Mapping[str, int]) -> str:
-        """Return what is going to be trained, from where and on what, for the start of the log.
-
-        Args:
-            sizes: images by data set name.
-        """
-        cfg, stream, sizes = self.cfg, stream_of(self.data_loader), dict(sizes)
-        if stream is not None and len(cfg.DATASETS.TRAIN) == 1:
-            sizes[cfg.DATASETS.TRAIN[0]] = len(self.data_loader.dataset)  # without those that are left out
-        start = describe_start(self.checkpointer, cfg, self.start_iter)
-        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
-        text = start_banner(self.unscaled_cfg, cfg, comm.get_world_size(), start=start, sizes=sizes, classes=classes)
-        return "\n".join(filter(None, [text, learning_rate_warning(cfg)]))
 
     def train(self) -> dict | None:
         if self._worker_states is not None:

@@ -60,6 +60,8 @@ def test_trains_evaluates_and_resumes(digits, tmp_path):
     done = train_net(digits, tmp_path, opts=["SOLVER.CHECKPOINT_PERIOD", "2"])
     assert done.returncode == 0, done.stderr
     assert "No GPU found: running on the CPU" in done.stdout
+    assert "data       12 images of my_train; tested on my_val" in done.stdout
+    assert "schedule   4 steps of 4 images, 1.33 epochs" in done.stdout
     out = tmp_path / "out"
     assert {"model_final.pth", "config.yaml", "metrics.json", "log.txt"} <= {p.name for p in out.iterdir()}
     assert (out / "inference" / "coco_instances_results.json").is_file()

@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_gpus_there_are(runs_of):
     """The configs are for 8; upstream scales batch and steps, and the plan counts what will be trained."""
     (run,) = runs_of("1d", "coco", rows=[BEST_OHEM.key], num_gpus=2)
     assert (run.max_iter, run.images_per_step) == (360000, 4)
-    with pytest.raises(ValueError, match="IMS_PER_BATCH 12 is for the 8 workers of SOLVER"):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 12 cannot be shared out evenly among 8 workers"):
         runs_of("1d", "coco", "SOLVER.IMS_PER_BATCH", "12", rows=[BEST_OHEM.key])
 
 
