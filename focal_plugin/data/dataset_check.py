@@ -197,7 +197,7 @@ def _check_objects(
     if coco["annotations"] and not objects:
         report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
     text = "class names that an earlier class has (they are trained as different classes)"
-    repeated = list((Counter(names) - Counter(set(names))).elements())
+    repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
     report.add_all("warning", "duplicate_class_names", text, repeated, printable)
     use = {
         None: "DATALOADER.FILTER_EMPTY_ANNOTATIONS says whether training uses them",
