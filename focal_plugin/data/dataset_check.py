@@ -28,9 +28,6 @@ _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
 _EMPTY_SIDE = 1e-5  # pixels; Detectron2's filter_empty_instances drops boxes that are not wider and higher
 _SLACK = 1.0  # pixels by which rounding may push a box out of its image
-_DROPPED = "Detectron2 drops them without a word"
-_NEGATIVE = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
-_LEAVING = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
 _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make XYXY a suspicion
 
 
@@ -85,15 +82,18 @@ def check_coco(
         "anchors": None,
     }
     if is_coco:
+        boxes, sizes = box_arrays(coco["annotations"], coco["images"])
         _check_ids(report, coco)
-        _check_boxes(report, coco)
+        _check_boxes(report, coco["annotations"], boxes, sizes)
         _check_evaluation(report, [row for row in lists["annotations"] if type(row) is dict])
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
             _ask_detectron2(report, coco["annotations"])
         workers = max_workers or min(8, os.cpu_count() or 1)
         report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images, workers)
-        _check_sizes(report, *box_arrays(objects, coco["images"]), cfg, None if images == "all" else _MAX_BOXES_FAST)
+        is_object = np.array([not row.get("iscrowd") for row in coco["annotations"]], bool)
+        max_boxes = None if images == "all" else _MAX_BOXES_FAST
+        _check_sizes(report, boxes[is_object], sizes[is_object], cfg, max_boxes)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
@@ -128,9 +128,8 @@ def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
         report.add_all("fatal", f"unknown_{what}_ids", text, examples, total=len(coco["annotations"]))
 
 
-def _check_boxes(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
+def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarray, sizes: np.ndarray) -> None:
     """Report boxes that are no numbers, have no size, or are not where their image is."""
-    boxes, sizes = box_arrays(coco["annotations"], coco["images"])
     (x, y, w, h), (widths, heights) = boxes.T, sizes.T
     finite = np.isfinite(boxes).all(axis=1)
     has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
@@ -138,14 +137,17 @@ def _check_boxes(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
+    dropped = "(Detectron2 drops them without a word)"
+    turned_over = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
+    cut_off = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
     for level, code, text, mask in (
         ("fatal", "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite),
-        ("error", "negative_boxes", _NEGATIVE, negative),
-        ("error", "zero_boxes", f"boxes without width or height ({_DROPPED})", finite & ~has_size & ~negative),
-        ("error", "boxes_outside", f"boxes entirely outside their image ({_DROPPED})", has_size & outside),
-        ("warning", "boxes_leave_image", _LEAVING, has_size & leaving & ~outside),
+        ("error", "negative_boxes", turned_over, negative),
+        ("error", "zero_boxes", f"boxes without width or height {dropped}", finite & ~has_size & ~negative),
+        ("error", "boxes_outside", f"boxes entirely outside their image {dropped}", has_size & outside),
+        ("warning", "boxes_leave_image", cut_off, has_size & leaving & ~outside),
     ):
-        found = [coco["annotations"][index] for index in np.flatnonzero(mask)]
+        found = [annotations[index] for index in np.flatnonzero(mask)]
         report.add_all(level, code, text, found, _box_text, len(mask))
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
@@ -195,7 +197,7 @@ def _check_objects(
     if coco["annotations"] and not objects:
         report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
     text = "class names that an earlier class has (they are trained as different classes)"
-    repeated = list((Counter(names) - Counter(set(names))).elements())
+    repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
     report.add_all("warning", "duplicate_class_names", text, repeated, printable)
     use = {
         None: "DATALOADER.FILTER_EMPTY_ANNOTATIONS says whether training uses them",

@@ -323,17 +323,14 @@ def register_digits() -> None:
 
 
 def _load_registered(name, split, size):
-    make_digits(_registered_root(), image_size=size)
     meta = _set_metadata(name, split, size)
+    make_digits(Path(meta.json_file).parents[1], image_size=size)
     return load_coco_json(meta.json_file, meta.image_root, name)
 
 
-def _registered_root():
-    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digits"
-
-
 def _set_metadata(name, split, size):
-    meta, folder = MetadataCatalog.get(name), _folder(_registered_root(), image_size=size)
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digits"
+    meta, folder = MetadataCatalog.get(name), _folder(root, image_size=size)
     for key in ("json_file", "image_root"):  # Metadata refuses to change an attribute, but not to lose it
         meta.__dict__.pop(key, None)
     return meta.set(

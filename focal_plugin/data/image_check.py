@@ -46,7 +46,7 @@ def check_images(report: DatasetReport, images: list[dict], image_root: str, mod
     """
     names = [image["file_name"] for image in images]
     text = "images with the file of an earlier image (objects of one are background in the other)"
-    repeated = list((Counter(names) - Counter(set(names))).elements())
+    repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
     report.add_all("warning", "repeated_file_names", text, repeated, printable)
     text, absolute = "absolute file names (the image folder is not used for them)", list(filter(os.path.isabs, names))
     report.add_all("note", "absolute_file_names", text, absolute, printable)

@@ -51,7 +51,7 @@ REMOVED, NAN, INF = object(), float("nan"), float("inf")
 
 
 def edit(section, **values):
-    """A function that sets keys of an element, or removes them."""
+    """Return a function that sets keys of the first element of a section, or removes them."""
 
     def apply(data):
         element = {**data[section][0], **values}
@@ -61,7 +61,7 @@ def edit(section, **values):
 
 
 def each(level, code, section, key, *values):
-    """A case of one finding for each value of a key."""
+    """Return a case for each value of a key, of one finding."""
     return [(level, code, 1, edit(section, **{key: value})) for value in values]
 
 

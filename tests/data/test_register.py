@@ -1,17 +1,12 @@
 import json
 
 import pytest
+from coco_files import content
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_plugin.data.register import register_coco_json, register_from_args
 
-CONTENT = {
-    "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 6}],
-    "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 1, 3, 2], "area": 6}],
-    "categories": [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}],
-}
-
-
+CONTENT = content(1)
 pytestmark = pytest.mark.usefixtures("restore_catalogs")
 
 
@@ -54,8 +49,8 @@ def test_registered_data_set_loads_as_upstream_does(cells):
     assert meta.thing_classes == ["three", "seven"]
     assert meta.evaluator_type == "coco" and meta.json_file == str(cells[0])
     (record,) = DatasetCatalog.get("cells")  # upstream sets thing_classes again and refuses a difference
-    assert record["file_name"] == str(cells[1] / "a.png")
-    assert record["annotations"][0]["category_id"] == 1
+    assert record["file_name"] == str(cells[1] / "0.png")
+    assert [row["category_id"] for row in record["annotations"]] == [0, 1]
 
 
 def test_the_same_again_is_a_no_op_and_relative_paths_survive_a_change_of_directory(cells, monkeypatch):
