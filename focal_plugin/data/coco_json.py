@@ -86,11 +86,13 @@ def complete_elements(report: DatasetReport, section: str, elements: list) -> li
         wrong = {index: row[key] for index, row in objects.items() if key in row and not is_valid(row[key])}
         faults.append(("missing_key", f'{section} without "{key}"', missing))
         faults.append(("wrong_type", f'"{key}" of {section} {problem}', wrong))
+
+    def example(item: tuple[int, Any]) -> str:
+        return f"{section}[{item[0]}] = {printable(item[1])}"
+
     incomplete = set()
     for code, text, values in faults:
-        report.add_all(
-            "fatal", code, text, list(values.items()), lambda item: f"{section}[{item[0]}] = {printable(item[1])}"
-        )
+        report.add_all("fatal", code, text, list(values.items()), example, " times")
         incomplete.update(values)
     return [row for index, row in objects.items() if index not in incomplete]
 

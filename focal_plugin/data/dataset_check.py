@@ -125,7 +125,7 @@ def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
         unknown = [row for row in coco["annotations"] if row[f"{what}_id"] not in times]
         examples = [f"annotation {row['id']}: {what} {row[f'{what}_id']}" for row in unknown]
         text = f'annotations with a {what} id that is not in "{section}"'
-        report.add_all("fatal", f"unknown_{what}_ids", text, examples, total=len(coco["annotations"]))
+        report.add_all("fatal", f"unknown_{what}_ids", text, examples, of=f" of {len(coco['annotations']):,}")
 
 
 def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarray, sizes: np.ndarray) -> None:
@@ -148,7 +148,7 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
         ("warning", "boxes_leave_image", cut_off, has_size & leaving & ~outside),
     ):
         found = [annotations[index] for index in np.flatnonzero(mask)]
-        report.add_all(level, code, text, found, _box_text, len(mask))
+        report.add_all(level, code, text, found, _box_text, f" of {len(mask):,}")
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
     num_finite = max(int(finite.sum()), 1)
@@ -164,16 +164,20 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
 def _check_evaluation(report: DatasetReport, annotations: list[dict]) -> None:
     """Report what training does not mind, but pycocotools' evaluation."""
     text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-    report.add_all("error", "missing_area", text, [row for row in annotations if "area" not in row], printable)
+    report.add_all(
+        "error", "missing_area", text, [row for row in annotations if "area" not in row], printable, " times"
+    )
     text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
     areas = [row["area"] for row in annotations if "area" in row]
     wrong = [area for area in areas if not (is_number(area) and 0 <= area < math.inf)]
-    report.add_all("error", "bad_area", text, wrong, printable)
+    report.add_all("error", "bad_area", text, wrong, printable, " times")
     text = (
         'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
         "stops with a KeyError; write 0)"
     )
-    report.add_all("warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], printable)
+    report.add_all(
+        "warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], printable, " times"
+    )
     text = (
         "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
         "wrong and its object as missed; number from 1"
@@ -193,7 +197,7 @@ def _check_objects(
     used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco["categories"]]
     if coco["annotations"]:
         empty = [f"{printable(row['name'])} (id {row['id']})" for row in coco["categories"] if row["id"] not in used]
-        report.add_all("warning", "empty_classes", "classes without boxes", empty, total=len(names))
+        report.add_all("warning", "empty_classes", "classes without boxes", empty, of=f" of {len(names):,}")
     if coco["annotations"] and not objects:
         report.add("error", "only_crowds", "all annotations are crowds: there is nothing to train on")
     text = "class names that an earlier class has (they are trained as different classes)"
@@ -246,7 +250,7 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
         "annotations whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when "
         "it loads the file (leave the segmentation out instead)"
     )
-    report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text)
+    report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text, " times")
 
 
 def _check_sizes(

@@ -62,11 +62,11 @@ class DatasetReport:
         self.findings.append(Finding(code, "error" if fatal else level, message, count, list(examples), fatal))
 
     def add_all(
-        self, level: str, code: str, text: str, found: Sequence, example: Callable[[Any], str] = str, total: int = 0
+        self, level: str, code: str, text: str, found: Sequence, example: Callable[[Any], str] = str, of: str = ""
     ) -> None:
-        """Add a finding about all elements ``found``, if there are any: how many, of what total, and a few examples."""
+        """Add a finding about all elements ``found``, if there are any: how many (and ``of`` what), a few examples."""
         if found:
-            message = f"{text}: {len(found):,}" + (f" of {total:,}" if total else "")
+            message = f"{text}: {len(found):,}{of}"
             self.add(level, code, message, len(found), map(example, found[:_MAX_EXAMPLES]))
 
     def to_dict(self) -> dict:
