@@ -169,8 +169,8 @@ def test_opcodes(guard, name):
 
 
 def test_arrays(guard):
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    bare = (multiarray._reconstruct, (np.ndarray, (0,), b"b"))
+    core = np._core if hasattr(np, "_core") else np.core
+    bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
     forged = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
     for array in (
@@ -182,6 +182,8 @@ def test_arrays(guard):
         Call(*bare, (1, (1,), obj, False, b"12345678")),
         Call(*bare, (1, (1,), forged, False, b"12345678")),  # read as an address: a crash of Python
         Call(np.ndarray, ((1,), "O", b"12345678")),
+        Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
+        Call(core.numeric._frombuffer, (b"12345678", f4, (3,), "C")),
     ):
         for protocol in (2, 4):
             with guard():
