@@ -181,6 +181,7 @@ def test_arrays(guard):
         Call(*bare, (1, (-1,), f4, False, b"1234")),
         Call(*bare, (1, (1,), obj, False, b"12345678")),
         Call(*bare, (1, (1,), forged, False, b"12345678")),  # read as an address: a crash of Python
+        Call(*bare, (1, (1,), np.dtype("O,i8"), False, b"1" * 16)),
         Call(np.ndarray, ((1,), "O", b"12345678")),
         Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
         Call(core.numeric._frombuffer, (b"12345678", f4, (3,), "C")),
@@ -196,9 +197,11 @@ def test_zoo_pickles_load_bit_for_bit(state):
         if protocol < 5:  # in which numpy turns the bytes around itself
             arrays["0.weight"] = np.asfortranarray(arrays["0.weight"]).astype(">f4")
         with open("zoo.pkl", "wb") as file:
-            pickle.dump({"model": arrays, "__author__": "x", "n": np.int64(7), "s": np.zeros(0)}, file, protocol)
+            more = {"n": np.int64(7), "empty": np.zeros(0), "classes": np.array(["cat"])}
+            pickle.dump({"model": arrays, "__author__": "x", **more}, file, protocol)
         checkpointer = make_checkpointer()
-        assert checkpointer.load("zoo.pkl")["n"] == 7
+        rest = checkpointer.load("zoo.pkl")
+        assert (rest["n"], rest["classes"].tolist(), rest["empty"].shape) == (7, ["cat"], (0,))
         for name, value in checkpointer.model.state_dict().items():
             assert torch.equal(value, state["model"][name])
 
