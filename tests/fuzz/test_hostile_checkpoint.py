@@ -173,6 +173,7 @@ def test_arrays(guard):
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
     forged = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
+    forged_array = Call(*bare, (1, (1,), forged, False, b"12345678"))
     for array in (
         np.array([SYSTEM], dtype=object),
         np.zeros(3, [("a", "f4")]),
@@ -180,7 +181,7 @@ def test_arrays(guard):
         Call(*bare, (1, (1 << 60,), f4, False, b"")),
         Call(*bare, (1, (-1,), f4, False, b"1234")),
         Call(*bare, (1, (1,), obj, False, b"12345678")),
-        Call(*bare, (1, (1,), forged, False, b"12345678")),  # read as an address: a crash of Python
+        forged_array,
         Call(*bare, (1, (1,), np.dtype("O,i8"), False, b"1" * 16)),
         Call(np.ndarray, ((1,), "O", b"12345678")),
         Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
@@ -189,6 +190,10 @@ def test_arrays(guard):
         for protocol in (2, 4):
             with guard():
                 assert not loads("x.pkl", pickle.dumps({"model": {"0.weight": array}, "__author__": "x"}, protocol))
+    with open("x.pkl", "wb") as file:
+        pickle.dump({"model": {}, "__author__": "x", "forged": forged_array}, file)
+    # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
+    assert make_checkpointer().load("x.pkl")["forged"].dtype.fields is None
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
