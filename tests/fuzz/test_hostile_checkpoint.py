@@ -114,24 +114,6 @@ def test_mutants_of_real_files(fuzz, mutate, files):
     fuzz.run("bytes", 300, case)
 
 
-def test_resume_goes_back_to_a_good_one(fuzz, mutate, state, tmp_path):
-    """True: from the newest, which was hurt where it does not matter; False: from the one before."""
-    older, newest = tmp_path / "model_0000001.pth", tmp_path / "model_0000003.pth"
-    older.write_bytes(saved({**state, "iteration": 1}))
-    content, tag = saved(state), b"model_0000003.pth"
-
-    def case(rng):
-        newest.write_bytes(mutate.bytes(rng, content, WORDS) if rng.random() < 0.9 else content)
-        named = tag if rng.random() < 0.7 else mutate.bytes(rng, tag, [b"../", b"\0"])
-        (tmp_path / "last_checkpoint").write_bytes(named)
-        checkpointer = make_checkpointer(tmp_path)
-        rest = checkpointer.resume_or_load("", resume=True)
-        assert (checkpointer.resumed_from, rest["iteration"]) in ((str(older), 1), (str(newest), 3))
-        return checkpointer.resumed_from == str(newest)
-
-    fuzz.run("resume", 150, case)
-
-
 @pytest.mark.parametrize("attack", [SYSTEM, Call(exec, ("open('canary', 'w')",))])
 def test_code(guard, state, attack):
     with guard():
@@ -193,7 +175,8 @@ def test_arrays(guard):
     with open("x.pkl", "wb") as file:
         pickle.dump({"model": {}, "__author__": "x", "forged": forged_array}, file)
     # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
-    assert make_checkpointer().load("x.pkl")["forged"].dtype.fields is None
+    fields = make_checkpointer().load("x.pkl")["forged"].dtype.fields
+    assert fields is None
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
