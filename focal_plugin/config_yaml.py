@@ -110,7 +110,7 @@ def did_you_mean(key: str, known: list[str]) -> str:
     known = known + sorted({name.rpartition(".")[0] for name in known} - {""})  # and the groups
     alike = [other for other in known if other.endswith((f".{last}", f"_{last}"))]
     guesses = (
-        # A slip of the keyboard. From .85 down, groups alike make names alike: DATASETS.VAL and DATASETS.TRAIN.
+        # A slip of the keyboard. Further off, keys are alike by their group alone, as DATASETS.VAL and DATASETS.TRAIN.
         difflib.get_close_matches(key, known, n=1, cutoff=0.88),
         [other for other in known if other.endswith(f".{key}")],  # its group left out: BASE_LR, FPN.NORM
         [other for other in alike if other.startswith(("MODEL.RETINANET.", "MODEL.FOCAL."))][:1],  # read here

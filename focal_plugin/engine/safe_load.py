@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import zipfile
@@ -109,24 +108,22 @@ class _DType:
     """Stand in for numpy's dtype, which would believe a file that eight bytes in it are the address of an object."""
 
     def __init__(self, code: str, *_: Any):
-        self.dtype = np.dtype(str(code))
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
+        self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])  # and none of the fields that the state may have
 
 
 class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
-        if math.prod(shape) * dtype.dtype.itemsize != len(data):  # before numpy makes room for what a file claims
-            raise pickle.UnpicklingError(f"it holds an array of another size than its {len(data)} bytes")
         super().__setstate__((version, shape, dtype.dtype, bool(is_fortran), data))
 
 
-def _numbers(data: bytes | str, dtype: _DType) -> np.ndarray:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else bytearray(data), dtype.dtype)
+def _numbers(data: Any, dtype: _DType, shape: Any = -1, order: str = "C") -> np.ndarray:
+    # Of an integer bytearray would make that many bytes; memoryview refuses it.
+    data = data.encode("latin1") if isinstance(data, str) else bytearray(memoryview(data))
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
 
 _ALLOWED = {
@@ -137,7 +134,5 @@ _ALLOWED = {
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),
     "numpy.core.multiarray.scalar": lambda dtype, data: _numbers(data, dtype)[0],
-    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: _numbers(data, dtype).reshape(
-        shape, order=order
-    ),
+    "numpy.core.numeric._frombuffer": _numbers,
 }

@@ -48,7 +48,7 @@ def test_mutants_of_the_configs(fuzz, mutate, configs, name, num_cases):
         mutant = real.parent / "mutant.yaml"
         if name == "files":
             mutant.write_bytes(mutate.bytes(rng, real.read_bytes(), WORDS))
-        else:  # other values, written as json, which is YAML too and can have a key twice
+        else:  # other values, written as json, which is YAML too
             mutant.write_text(json.dumps(mutate.tree(rng, yaml.safe_load(real.read_text()), [*LITERALS, "\x1b[2J"])))
         return loads(mutant)
 
@@ -78,10 +78,7 @@ def test_overrides(fuzz, mutate, configs):
         ("- " * 50_000, "nested too deeply"),
         ("_BASE_: [x.yaml, [y.yaml]]", "_BASE_ must be a path"),
         ("_BASE_: ~", "_BASE_ must be a path"),
-        (
-            "_BASE_: [https://example.com/x.yaml]",
-            "_BASE_ must be a path .* and is not fetched: 'https://example.com/x.yaml'",
-        ),
+        ("_BASE_: [https://example.com/x.yaml]", "_BASE_ must be a path .* and is not fetched: 'https://exam"),
         ("_BASE_: ./../{here}/c.yaml", "leads back to itself"),
         ("_BASE_: b0.yaml", "leads .* to more than 20 files"),  # each of 40 files names the next one twice
         ("_BASE_: five.yaml", r"MODEL is a group of keys, such as MODEL\."),
@@ -102,10 +99,7 @@ def test_overrides(fuzz, mutate, configs):
         ("SOLVER: {MAX_ITER: 0x" + "f" * 9000 + "}", "4300 digits"),  # which dump() could not write
         ("SOLVER: {MAX_ITER: '0x" + "f" * 9000 + "'}", "4300 digits"),
         ("SOLVER: {MAX_ITER: 1" + ":1" * 120_000 + "}", "4300 digits"),
-        (
-            "SOLVER: {BASE_LR: \"'> vs. <class 'int'>) with \\e[2J key: x\"}",
-            r"Type mismatch .*config key: SOLVER\.BASE_LR",
-        ),
+        ("SOLVER: {BASE_LR: \"'> vs. <class 'x'>) with \\e[2J key: x\"}", r"mismatch .* key: SOLVER\.BASE_LR"),
         ('"A key: \\e[2J": 1', r"unknown config key 'A key: \\x1b\[2J'"),
         ('OUTPUT_DIR: "a\\0b"', r"OUTPUT_DIR 'a\\x00b': embedded null"),
         ("VERSION: [2]", "VERSION must be 2"),
@@ -144,9 +138,8 @@ def test_what_is_no_file(guard, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.yaml")
     for name in ("pipe.yaml", str(tmp_path), "/dev/zero", "x" * 5000, "a\0b"):
-        for load in (load_config, get_config):
-            with guard(), pytest.raises(FileNotFoundError, match="no config file"):
-                load(name)
+        with guard(), pytest.raises(FileNotFoundError, match="no config file"):
+            load_config(name)
         (tmp_path / "c.yaml").write_text(json.dumps({"_BASE_": name}))
         with guard(), pytest.raises((FileNotFoundError, ValueError), match=r"^c\.yaml: "):
             load_config("c.yaml")
