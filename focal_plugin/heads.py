@@ -308,7 +308,7 @@ class HardExampleHead(FocalHead):
         logits, gathered = [], []
         for x, y in per_level_views(pred_logits, labels.masked_fill(~sampled, IGNORE), self.num_outputs):
             # In the order in which the logits lie in memory, so that their gradient is written in it, too.
-            layout = Layout.of(x, class_dim=-1)
+            layout = Layout(x, class_dim=-1)
             flat_labels = layout.flat(y[..., None])
             outer, _, inner = (flat_labels != IGNORE).nonzero(as_tuple=True)
             logits.append(layout.flat(x)[outer, :, inner])

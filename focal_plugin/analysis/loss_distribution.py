@@ -78,7 +78,7 @@ class LossDistribution:
         check_labels(labels, logits.shape, class_dim, logits.shape[class_dim])
         if logits.numel() == 0:
             return
-        layout = Layout.of(logits, class_dim)
+        layout = Layout(logits, class_dim)
         x, labels = layout.flat(logits), layout.flat(labels.unsqueeze(class_dim))
         # An index that is valid for background and ignored rows as well.
         index = labels.clamp(0, x.shape[1] - 1).long()

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import NamedTuple, Union
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class BlockwiseLoss(ABC):
             class_dim: the dimension of ``inputs`` that runs over classes.
             sum_classes: sum over the classes, to the shape of the labels; else the shape of ``inputs`` is kept.
         """
-        layout = Layout.of(inputs, class_dim)
+        layout = Layout(inputs, class_dim)
         x = layout.flat(inputs)
         if self.has_labels:
             # The smallest type that holds -1 to K: they are read again in each pass.
@@ -159,20 +159,18 @@ class _Blockwise(torch.autograd.Function):
         return gradient, None, None, None
 
 
-class Layout(NamedTuple):
+class Layout:
     """How logits lie in memory, and the way to (outer, K, inner) and back.
 
     What each anchor has one of, as its label, goes the same way with a class dimension of size 1.
+
+    Args:
+        x: the logits. If they are not one dense piece of memory, the layout is that of their contiguous copy.
+        class_dim: the dimension of ``x`` that runs over classes.
     """
 
-    sizes: tuple[int, ...]
-    class_dim: int
-    order: tuple[int, ...]
-    """The dimensions in the order in which they lie in memory."""
-
-    @classmethod
-    def of(cls, x: Tensor, class_dim: int) -> "Layout":
-        """Return that of ``x``, or, if ``x`` is not one dense piece of memory, of its contiguous copy."""
+    def __init__(self, x: Tensor, class_dim: int):
+        # The dimensions in the order in which they lie in memory.
         order = []
         for dim in range(x.dim()):
             # A sort by comparisons: torch.compile cannot follow sorted() where the sizes are symbols.
@@ -180,9 +178,8 @@ class Layout(NamedTuple):
             while place and x.stride(order[place - 1]) < x.stride(dim):
                 place -= 1
             order.insert(place, dim)
-        if not x.permute(order).is_contiguous():
-            order = range(x.dim())
-        return cls(tuple(x.shape), class_dim % x.dim(), tuple(order))
+        self.order = order if x.permute(order).is_contiguous() else list(range(x.dim()))
+        self.sizes, self.class_dim = x.shape, class_dim % x.dim()
 
     def flat(self, x: Tensor) -> Tensor:
         """Return a tensor of the logits' shape as (outer, K, inner): a view if it lies as they do."""

@@ -139,7 +139,9 @@ class LabelLoss(BlockwiseLoss):
     def block_loss(self, x: Tensor, buffers: list[Tensor], index: Tensor, at_class: Tensor) -> Tensor:
         return self.formula.value(x, *buffers).mul_(self.weights.neg).scatter_(1, index, at_class)
 
-    def block_gradient(self, x, buffers, index: Tensor, at_class: Tensor, grad: Optional[Tensor] = None) -> Tensor:
+    def block_gradient(
+        self, x: Tensor, buffers: list[Tensor], index: Tensor, at_class: Tensor, grad: Optional[Tensor] = None
+    ) -> Tensor:
         gradient = self.formula.derivative(x, *buffers).mul_(self.weights.neg).scatter_(1, index, at_class)
         return gradient if grad is None else gradient.mul_(grad)
 

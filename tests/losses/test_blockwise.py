@@ -24,7 +24,7 @@ def conv_output(memory_format):
 def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
     x = conv_output(memory_format)
     logits = x.view(N, A, K, H, W)
-    layout = Layout.of(logits, 2)
+    layout = Layout(logits, 2)
     flat = layout.flat(logits)
     assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous()
     assert flat.shape == ((N * A, K, H * W) if memory_format == torch.contiguous_format else (N * H * W * A, K, 1))
