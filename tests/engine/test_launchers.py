@@ -54,8 +54,8 @@ def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     assert "type the same command with --resume to go on" in (tmp_path / "console.txt").read_text()
 
 
-def test_sigterm_ends_an_evaluation_and_its_workers(zygote, command, tmp_path):
-    """As it ends a training: workers that were only left would go on by themselves."""
+def test_sigterm_ends_an_evaluation(zygote, command, tmp_path):
+    """Before the next image, as in a training: at once, it would leave workers that were started here behind."""
     console, weights = tmp_path / "console.txt", tmp_path / "run" / "model_final.pth"
     assert zygote.run(command(tmp_path / "run", "SOLVER.MAX_ITER", "1"), console) == 0, console.read_text()
     argv = command(tmp_path / "run", "MODEL.WEIGHTS", weights, flags=("--eval-only",))

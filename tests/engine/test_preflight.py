@@ -34,6 +34,8 @@ WRONG = [
     ("TEST.EARLY_STOP_PATIENCE", [-1]),
     ("OUTPUT_DIR", [None, ""]),
     ("SEED", [None]),
+    ("TEST.EVAL_PERIOD", [None]),
+    ("SOLVER.WARMUP_ITERS", [None]),
 ]
 
 
