@@ -11,7 +11,7 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from detectron2.engine import default_argument_parser, default_setup
@@ -51,14 +51,14 @@ def run(args: Namespace) -> int:
 
     Returns:
         The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
-        stopped by SIGTERM with all saved, the same command with ``--resume`` goes on.
+        stopped by SIGTERM with all saved, the same command (of a training, with ``--resume``) goes on.
     """
     error, code = "", EXIT_PREEMPTED
     try:
         with _refusing_bad_input():
             workers = Workers.find(args)
             job = preflight(args, workers)
-        with _stopping(job):
+        with stopped_by_sigterm():
             workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
         return 0
     except Preempted:
@@ -95,13 +95,8 @@ def _refusing_bad_input() -> Iterator[None]:
         raise ConfigError(str(e)) from e
 
 
-def _stopping(job: Job):
-    """Let SIGTERM stop a training with a checkpoint; an evaluation has nothing to save."""
-    return nullcontext() if job.args.eval_only else stopped_by_sigterm()
-
-
 def _worker(job: Job) -> None:
-    with _stopping(job):  # to the end: a second SIGTERM comes while the process group is taken down
+    with stopped_by_sigterm():  # to the end: a second SIGTERM comes while the process group is taken down
         try:
             with fail_together():
                 main(job)

@@ -21,7 +21,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..config import find_config, load_config
-from ..config_yaml import lookup
+from ..config_yaml import all_keys, lookup
 from ..data import check_coco, register_from_args
 from ..files import printable
 from ..heads import build_retinanet_head
@@ -107,7 +107,12 @@ def check_values(cfg: CfgNode) -> None:
     Raises:
         ValueError: with a line for each value that cannot be, which says what can.
     """
-    problems = []
+    defaults = load_config("")
+    problems = [  # yacs takes None for any value; for a name, such as that of a norm, it can be meant
+        f"{key} None: must be a value, such as its default, {printable(lookup(defaults, key))}"
+        for key in all_keys(cfg)
+        if key not in _RULES and lookup(cfg, key) is None and not isinstance(lookup(defaults, key), (str, type(None)))
+    ]
     for key, (expected, is_valid) in _RULES.items():
         try:
             valid = is_valid(lookup(cfg, key))
@@ -137,10 +142,9 @@ _FROM_1 = "a whole number from 1", lambda number: number >= 1
 _POSITIVE = "a positive number", lambda number: 0 < number < math.inf
 _NAME = "a name", lambda name: isinstance(name, str) and name != ""
 
-# What yacs lets pass: it has seen to the types, but takes None for any value, and does not look into lists.
+# yacs has seen to the types, but for None and for what is in lists.
 _RULES: dict[str, _Rule] = {
     "OUTPUT_DIR": _NAME,
-    "SEED": ("a whole number; negative: another one each time", lambda seed: seed is not None),
     "MODEL.DEVICE": ("cuda or cpu; it is no device", lambda name: torch.device(name).type in ("cpu", "cuda")),
     "MODEL.META_ARCHITECTURE": (
         "a meta-architecture such as FocalRetinaNet; it is not registered",

@@ -54,6 +54,14 @@ def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     assert "type the same command with --resume to go on" in (tmp_path / "console.txt").read_text()
 
 
+def test_sigterm_ends_an_evaluation(zygote, command, tmp_path):
+    """Before the next image, as in a training: at once, it would leave workers that were started here behind."""
+    console, weights = tmp_path / "console.txt", tmp_path / "run" / "model_final.pth"
+    assert zygote.run(command(tmp_path / "run", "SOLVER.MAX_ITER", "1"), console) == 0, console.read_text()
+    argv = command(tmp_path / "run", "MODEL.WEIGHTS", weights, flags=("--eval-only",))
+    assert zygote.run(argv, console, fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, console.read_text()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds torchrun's workers in /proc")
 def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_port, tmp_path):
     """Without --resume on the command line: the restart is what says so."""

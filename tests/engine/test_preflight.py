@@ -30,8 +30,12 @@ WRONG = [
     ("SOLVER.MAX_ITER", [0, -5, None]),
     ("SOLVER.STEPS", [("a",), (5, 3), (5, 5), None]),
     ("SOLVER.CHECKPOINT_PERIOD", [0, None]),
+    ("SOLVER.REFERENCE_WORLD_SIZE", [-2, None]),
+    ("TEST.EARLY_STOP_PATIENCE", [-1]),
     ("OUTPUT_DIR", [None, ""]),
     ("SEED", [None]),
+    ("TEST.EVAL_PERIOD", [None]),
+    ("SOLVER.WARMUP_ITERS", [None]),
 ]
 
 
