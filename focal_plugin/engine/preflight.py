@@ -159,6 +159,7 @@ _RULES: dict[str, _Rule] = {
     "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE)),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE)),
     "MODEL.RETINANET.NUM_CLASSES": _FROM_1,
+    "MODEL.RETINANET.NUM_CONVS": _FROM_0,
     "MODEL.RETINANET.IN_FEATURES": _each(_NAME),
     "MODEL.RETINANET.IOU_THRESHOLDS": (
         "increasing numbers in (0, 1]",
@@ -169,6 +170,7 @@ _RULES: dict[str, _Rule] = {
     "DATASETS.TEST": _each(_NAME, least=0),
     "DATALOADER.MAX_BAD_IMAGES": _FROM_0,
     "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1),
+    "INPUT.MIN_SIZE_TEST": _FROM_0,
     "SOLVER.IMS_PER_BATCH": _FROM_1,
     "SOLVER.BASE_LR": _POSITIVE,
     "SOLVER.MAX_ITER": _FROM_1,
