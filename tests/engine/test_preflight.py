@@ -20,6 +20,8 @@ WRONG = [
     ("MODEL.RETINANET.IOU_THRESHOLDS", [[], ["a"], [0.5, 0.4], [0.0, 0.5], [0.4, 1.5]]),
     ("MODEL.RETINANET.IOU_LABELS", [[], [7, 8, 9], [0, 1]]),
     ("MODEL.PIXEL_MEAN", [["a", "b", "c"], [], [float("nan")] * 3]),
+    ("MODEL.RETINANET.NUM_CONVS", [-1, None]),
+    ("INPUT.MIN_SIZE_TEST", [-1, None]),
     ("MODEL.PIXEL_STD", [[0.0, 0.0, 0.0], [1.0]]),
     ("MODEL.BACKBONE.NAME", ["nope", None]),
     ("MODEL.DEVICE", [None, "gpu", "meta"]),
