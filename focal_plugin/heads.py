@@ -87,6 +87,10 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
+# Up to so many logits, a copy of all levels as one costs less than the calls for a loss of each.
+_ONE_LEVEL = 2**17
+
+
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits as (N, Hi, Wi, A, num_outputs) beside their labels as (N, Hi, Wi, A), level by level, uncopied.
 
@@ -192,6 +196,8 @@ class FocalHead(Float32Buffers, RetinaNetHead):
     def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return the (N, R) :meth:`classification_loss` of all levels; refuse (N, R) labels that are out of range."""
         check_label_range(labels, self.num_classes)
+        if sum(x.numel() for x in pred_logits) <= _ONE_LEVEL:
+            pred_logits = [torch.cat([x.flatten(2) for x in pred_logits], dim=2)[..., None]]
         views = per_level_views(pred_logits, labels, self.num_outputs)
         return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
 

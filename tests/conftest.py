@@ -45,6 +45,12 @@ def refused(tiny_config):
     return check
 
 
+@pytest.fixture(params=[0, 2**17], ids=["level by level", "levels as one"])
+def levels(request, monkeypatch):
+    """Computes the loss of each level by itself, as for large images, and of all levels at once, as for small ones."""
+    monkeypatch.setattr("focal_plugin.heads._ONE_LEVEL", request.param)
+
+
 @pytest.fixture
 def make_batch():
     """make_batch([2, 0]): inputs of a model in training, with 2 objects in the first image and none in the second."""

@@ -11,6 +11,7 @@ from focal_plugin.heads import AnchorTargets
 from focal_plugin.losses import sigmoid_focal_loss
 from focal_plugin.mining import mine_hard_examples
 
+pytestmark = pytest.mark.usefixtures("levels")
 K, A = 3, 2
 
 

@@ -39,6 +39,7 @@ def relative(got, want):
 BOX_LOSSES = [("smooth_l1", 0.0), ("smooth_l1", 0.1), ("giou", 0.0), ("diou", 0.0), ("ciou", 0.0)]
 
 
+@pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
 def test_losses_and_gradients_equal_stock(tiny_config, make_batch, box_loss, beta):
     """Over several steps, so that the normaliser's running mean is covered; same seed, so the same weights.
@@ -189,6 +190,7 @@ def test_every_input_gives_finite_losses_that_reach_every_parameter(tiny_config,
         assert losses["loss_box_reg"] == 0
 
 
+@pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("num_images", [0, 2])
 def test_all_ignored_and_no_image_at_all(tiny_config, head, num_images):
@@ -209,6 +211,7 @@ def test_works_without_an_event_storage(tiny_config, make_batch):
     assert torch.isfinite(sum(build(tiny_config())(make_batch([1])).values()))
 
 
+@pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
 def test_channels_last_gives_the_same(tiny_config, make_batch, head):
     model = build(tiny_config(*HEADS[head]))

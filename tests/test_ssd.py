@@ -11,6 +11,7 @@ from focal_plugin import SSDHead
 from focal_plugin.heads import AnchorTargets
 from focal_plugin.losses import softmax_focal_loss
 
+pytestmark = pytest.mark.usefixtures("levels")
 A = 2
 CE = ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1.0", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0")
 
