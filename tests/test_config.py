@@ -9,12 +9,12 @@ from pathlib import Path
 import detectron2
 import pytest
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from focal_plugin import add_focal_config, extend_config, get_config, load_config
-from focal_plugin.config import config_dir
-from focal_plugin.config_yaml import all_keys, did_you_mean
+from focal_plugin.config import config_dir, unknown_keys
+from focal_plugin.config_yaml import all_keys, did_you_mean, lookup
 
 COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "retina_ohem_1to3.yaml", "retina_ce.yaml"]
 ALL = sorted(p.relative_to(config_dir()).as_posix() for p in config_dir().rglob("*.yaml"))
@@ -229,6 +229,27 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, me
 )
 def test_a_wrong_hint_is_worse_than_none(key, meant):
     assert did_you_mean(key, all_keys(load_config(""))) == (f"; did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [("base_lr", "SOLVER.BASE_LR"), ("MODEL.OHEM.NMS_TRESH", "MODEL.OHEM.NMS_THRESH"), ("QUX", None)],
+)
+def test_keys_that_nobody_reads(key, meant):
+    cfg = load_config("")
+    group, _, name = key.rpartition(".")
+    setattr(lookup(cfg, group) if group else cfg, name, 1)
+    (line,) = unknown_keys(cfg)
+    assert line.startswith(f"{key}: no such key ")
+    assert line.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in line
+
+
+def test_our_own_keys_and_other_projects_nodes_are_known():
+    for name in ("retina_ohem.yaml", "digits/dense.yaml", "paper/Base-paper.yaml"):
+        cfg = get_config(name)
+        cfg.COMPUTED_SIZE = 3
+        cfg.OTHER, cfg.MODEL.OTHER = CfgNode({"BASE_LR": 1}), CfgNode({"BASE_LR": 1})
+        assert unknown_keys(cfg) == []
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
 
 from focal_plugin import get_config
-from focal_plugin.config import unknown_keys
-from focal_plugin.config_yaml import lookup
 from focal_plugin.engine.auto_scale import check_scale, learning_rate_warning, scale_to_workers
 from focal_plugin.engine.launch import start_banner
 
@@ -167,27 +164,6 @@ def test_a_learning_rate_for_a_larger_batch_is_warned_of(batch):
     assert learning_rate_warning(config(*opts, better)) == ""
     assert learning_rate_warning(config(*opts, 8 * usual, "SOLVER.CLIP_GRADIENTS.ENABLED", True)) == ""
     assert learning_rate_warning(config(*opts, 8 * usual, "SOLVER.OPTIMIZER", "ADAMW")) == ""
-
-
-@pytest.mark.parametrize(
-    "key, meant",
-    [("base_lr", "SOLVER.BASE_LR"), ("MODEL.OHEM.NMS_TRESH", "MODEL.OHEM.NMS_THRESH"), ("QUX", None)],
-)
-def test_keys_that_nobody_reads(key, meant):
-    cfg = config()
-    group, _, name = key.rpartition(".")
-    setattr(lookup(cfg, group) if group else cfg, name, 1)
-    (line,) = unknown_keys(cfg)
-    assert line.startswith(f"{key}: no such key ")
-    assert line.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in line
-
-
-def test_our_own_keys_and_other_projects_nodes_are_known():
-    for name in ("retina_ohem.yaml", "digits/dense.yaml", "paper/Base-paper.yaml"):
-        cfg = config(name=name)
-        cfg.COMPUTED_SIZE = 3
-        cfg.OTHER, cfg.MODEL.OTHER = CfgNode({"BASE_LR": 1}), CfgNode({"BASE_LR": 1})
-        assert unknown_keys(cfg) == []
 
 
 # ------------------------------ said
