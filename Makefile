@@ -37,7 +37,7 @@ test-mmdet: setup ## test focal_plugin.mmdet with MMDetection, which is put into
 	$(RUN) -m pip install -q --no-deps --target "$(MMDET).part" -r requirements/mmdet.txt && mv "$(MMDET).part" "$(MMDET)"; }
 	PYTHONPATH="$(CURDIR):$(MMDET)" "$(VENV)/bin/python" -m pytest tests/test_mmdet.py $(ARGS)
 
-bench: setup ## measure a training step beside stock RetinaNet's, and the losses beside fvcore's and torchvision's
+bench: setup ## measure the losses beside fvcore's and torchvision's, and a training step beside stock RetinaNet's
 	$(RUN) tools/benchmark_loss.py $(ARGS)
 	$(RUN) benchmark/step.py
 

@@ -85,8 +85,8 @@ def compare(config_file: str, opts: Sequence[str], steps: int, blocks: int, fold
     runs = {}
     for name, (trainer_class, model) in CONTENDERS.items():
         fixed = ["MODEL.META_ARCHITECTURE", model, "OUTPUT_DIR", os.path.join(folder, name), "MODEL.DEVICE", "cpu"]
-        fixed += ["DATALOADER.NUM_WORKERS", "0"]
-        cfg = get_config(config_file, ["SOLVER.OPTIMIZER", "SGD", "MODEL.WEIGHTS", "", *opts, *fixed])
+        fixed += ["DATALOADER.NUM_WORKERS", "0", "SOLVER.OPTIMIZER", "SGD"]
+        cfg = get_config(config_file, ["MODEL.WEIGHTS", "", *opts, *fixed])
         cfg.SOLVER.MAX_ITER = max(cfg.SOLVER.MAX_ITER, size * (blocks + 1) + 1)  # the last step would evaluate
         runs[name] = Run(trainer_class, cfg)
         runs[name].measure(size)

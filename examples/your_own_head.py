@@ -18,10 +18,12 @@ def add_poly_config(cfg):
 
 
 @RETINANET_HEAD_REGISTRY.register()
-class PolyHead(FocalHead):  # of OHEMHead: it would be mined by this loss
+class PolyHead(FocalHead):  # subclass OHEMHead instead to mine by this loss
     @configurable
     def __init__(self, *, poly_epsilon: float = 1.0, **kwargs):
         super().__init__(**kwargs)
+        if self.class_alpha is not None:
+            raise ValueError("PolyHead has one alpha for all classes: leave MODEL.FOCAL.CLASS_ALPHA empty")
         self.poly_epsilon = poly_epsilon
 
     @classmethod

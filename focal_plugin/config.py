@@ -63,7 +63,7 @@ def add_focal_config(cfg: CN) -> None:
     # SSDHead: negatives kept for each positive, the hardest of each image
     ssd.setdefault("NEG_POS_RATIO", 3.0)
 
-    # SGD, or ADAMW with the same keys but MOMENTUM and NESTEROV, for FocalTrainer
+    # SGD, or ADAMW, which reads the same keys except MOMENTUM and NESTEROV; for FocalTrainer
     cfg.SOLVER.setdefault("OPTIMIZER", "SGD")
     # What AMP.ENABLED computes in: float16 (with a loss scaler) or bfloat16 (without), for FocalTrainer
     cfg.SOLVER.AMP.setdefault("PRECISION", "float16")

@@ -44,14 +44,17 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             os.close(folder)
 
 
-def printable(value: object, limit: int = 60) -> str:
-    """Return the repr of a value out of somebody's file, safe to print: one line, no control characters, not long."""
+def printable(value: object, limit: int = 60, quotes: bool = True) -> str:
+    """Return the repr of a value out of somebody's file, safe to print: one line, no control characters, not long.
+
+    ``quotes`` says whether those of a text are shown.
+    """
     if isinstance(value, str):
         value = value[: limit + 1]  # repr of a huge string takes a while
     elif isinstance(value, (list, dict)) and len(value) > limit:
         value = list(value)[:limit]
     try:
-        text = repr(value)
+        text = repr(value) if quotes else repr(value)[1:-1]
     except ValueError:  # an integer of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= limit else text[: limit - 3] + "..."

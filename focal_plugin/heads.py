@@ -87,8 +87,8 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
-# Up to so many logits, a copy of all levels as one costs less than the calls for a loss of each.
-_ONE_LEVEL = 2**17
+# With no more logits than this, copying all levels into one costs less than a call for the loss of each.
+_FEW_LOGITS = 2**17
 
 
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +139,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
             gamma: focusing parameter; 0 is cross entropy.
             star_beta: beta of FL*.
             class_alpha: one alpha a class; empty: ``alpha`` for all.
-            num_outputs: logits of an anchor, for a loss that needs others than one a class (None).
+            num_outputs: logits of an anchor; None: one a class.
             kwargs: of Detectron2's ``RetinaNetHead``: input_shape, num_anchors, conv_dims, norm, prior_prob.
 
         Raises:
@@ -158,7 +158,9 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         self.num_classes, self.num_outputs = num_classes, num_outputs
         self.loss, self.alpha, self.gamma, self.star_beta = loss, alpha, gamma, star_beta
         # Not persistent: a stock checkpoint must load key for key.
-        self.register_buffer("class_alpha", torch.tensor(class_alpha) if len(class_alpha) else None, False)
+        self.register_buffer(
+            "class_alpha", torch.tensor(class_alpha, dtype=torch.float32) if len(class_alpha) else None, False
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
@@ -196,7 +198,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
     def anchor_losses(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return the (N, R) :meth:`classification_loss` of all levels; refuse (N, R) labels that are out of range."""
         check_label_range(labels, self.num_classes)
-        if sum(x.numel() for x in pred_logits) <= _ONE_LEVEL:
+        if sum(x.numel() for x in pred_logits) <= _FEW_LOGITS:
             pred_logits = [torch.cat([x.flatten(2) for x in pred_logits], dim=2)[..., None]]
         views = per_level_views(pred_logits, labels, self.num_outputs)
         return torch.cat([self.classification_loss(x, y).flatten(1) for x, y in views], dim=1)
@@ -227,8 +229,8 @@ class HardExampleHead(FocalHead):
     ):
         """
         Args:
-            ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as the next eight, described in
-                :func:`focal_plugin.add_focal_config` under the key of its name.
+            ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as the next eight, described under the key of its name in
+                ``config.py`` and docs/config.md.
             gamma, alpha: as in FocalHead; here cross entropy without weighting by default.
             kwargs: of :class:`FocalHead`.
 
@@ -324,10 +326,7 @@ class HardExampleHead(FocalHead):
 
 @RETINANET_HEAD_REGISTRY.register()
 class OHEMHead(HardExampleHead):
-    """OHEM. The loss is FocalHead's, so cross entropy is gamma = 0.
-
-    Which choices the paper leaves open: see ``MODEL.OHEM`` in the config.
-    """
+    """Mine the hardest anchors by FocalHead's loss (cross entropy with gamma = 0), as ``MODEL.OHEM`` says."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:

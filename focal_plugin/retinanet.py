@@ -21,11 +21,11 @@ from .losses.modules import Float32Buffers
 from .scalars import DeferredScalars
 
 
-def iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
+def iou_loss(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
     """Return ``1 - IoU`` of each pair of (M, 4) XYXY boxes; the rest of its family is fvcore's and Detectron2's.
 
     Where boxes do not touch it is 1 and has no gradient, which is what its successors change. ``eps`` keeps the
-    quotient of two empty boxes finite; ``reduction`` can only be "none".
+    quotient of two empty boxes finite.
     """
     top_left = torch.maximum(boxes1[:, :2], boxes2[:, :2])
     bottom_right = torch.minimum(boxes1[:, 2:], boxes2[:, 2:])
@@ -162,7 +162,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
 
         Args:
             anchors: per level, (Hi * Wi * A) boxes.
-            pred_logits: per level, (N, A * K, Hi, Wi), as the head returns them (RetinaNet: transposed).
+            pred_logits: per level, (N, A * num_outputs, Hi, Wi), as the head returns them (RetinaNet: transposed).
             gt_labels: per image, (R,) as from ``label_anchors``: a class in [0, K), K for background, -1 ignored.
             pred_deltas: per level, (N, A * 4, Hi, Wi).
             gt_boxes: per image, the (R, 4) matched boxes; of no meaning where there is no foreground.
@@ -225,7 +225,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             gt_deltas = self.box2box_transform.get_deltas(anchors, gt_boxes)
             return smooth_l1_loss(deltas, gt_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
         pred_boxes = self.box2box_transform.apply_deltas(deltas, anchors)
-        return _IOU_LOSSES[self.box_reg_loss_type](pred_boxes, gt_boxes, reduction="none")
+        return _IOU_LOSSES[self.box_reg_loss_type](pred_boxes, gt_boxes)
 
     def _normalizer(self, count: Tensor, running_mean: bool = False) -> Tensor:
         """Return what to divide a sum over ``count`` examples by: at least 1; or the running mean, moved on."""

@@ -48,7 +48,7 @@ def refused(tiny_config):
 @pytest.fixture(params=[0, 2**17], ids=["level by level", "levels as one"])
 def levels(request, monkeypatch):
     """Computes the loss of each level by itself, as for large images, and of all levels at once, as for small ones."""
-    monkeypatch.setattr("focal_plugin.heads._ONE_LEVEL", request.param)
+    monkeypatch.setattr("focal_plugin.heads._FEW_LOGITS", request.param)
 
 
 @pytest.fixture

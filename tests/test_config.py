@@ -1,5 +1,6 @@
 """Keys and loading: what is added, what is refused, and how the COCO configs differ from Detectron2's."""
 
+import html
 import re
 import shlex
 import subprocess
@@ -51,11 +52,13 @@ def test_every_key_has_a_comment_and_stands_in_the_docs():
     root = Path(__file__).resolve().parents[1]
     source = (root / "focal_plugin" / "config.py").read_text(encoding="utf-8")
     body = source.partition("def add_focal_config")[2].partition("\ndef ")[0]
-    with_comment = re.findall(r"# .{4,}\n +[\w.]+\.setdefault\(\"(\w+)\"", body)
+    comments = re.findall(r"# (.{4,})\n +[\w.]+\.setdefault\(\"(\w+)\"", body)
     added = {key: value for key, value in flat(both).items() if key not in stock}
-    assert sorted(with_comment) == sorted(key.rpartition(".")[2] for key in added)
+    assert sorted(name for _, name in comments) == sorted(key.rpartition(".")[2] for key in added)
     page = (root / "docs" / "config.md").read_text(encoding="utf-8")
-    documented = dict(re.findall(r"^\| `([A-Z][\w.]+)` \| `(.*?)` \| .{10,} \|$", page, re.MULTILINE))
+    rows = re.findall(r"^\| `([A-Z][\w.]+)` \| `(.*?)` \| (.{10,}) \|$", page, re.MULTILINE)
+    documented, words = {key: default for key, default, _ in rows}, [html.unescape(text) for *_, text in rows]
+    assert not [text for text, _ in comments if text not in words]
     assert added.keys() <= documented.keys() and len(documented) > len(added)
     for key, default in documented.items():
         value = flat(both)[key]

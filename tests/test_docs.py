@@ -4,20 +4,27 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 import focal_plugin
 from focal_plugin import load_config
 from focal_plugin.config_yaml import all_keys
+from focal_plugin.losses.focal import _sigmoid_loss
+from focal_plugin.losses.formulas import softplus
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-PATH = re.compile(r"(?<![\w/.-])(?:configs|docs|focal_plugin|requirements|tests|tools|\.ci)/[\w./-]*\w(?![\w/]*[*<{$])")
+PATH = re.compile(
+    r"(?<![\w/.-])(?:benchmark|configs|docs|examples|focal_plugin|requirements|tests|tools|\.ci)/[\w./-]*\w(?![\w/]*[*<{$])"
+)
 KEY = re.compile(r"(?<![\w./-])[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+(?![\w/])")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -65,6 +72,19 @@ def test_flags_of_tools_exist(monkeypatch, capsys):
     assert len(known) > 4
     flags = {(words[0], word.partition("=")[0]) for words in calls for word in words if word.startswith("--")}
     assert not {(tool, flag) for tool, flag in flags if flag not in known[tool]}
+
+
+def test_the_recipe_for_a_loss_works():
+    """The code of CONTRIBUTING, run through the function and the gradient that it names."""
+    scope = {"NamedTuple": NamedTuple, "torch": torch, "softplus": softplus}
+    exec(textwrap.dedent(re.search(r"^ *```python\n(.*?)^ *```", TEXTS["CONTRIBUTING.md"], re.M | re.S)[1]), scope)
+    x, labels = (8 * torch.randn(20, 3, dtype=torch.float64)).requires_grad_(), torch.arange(20) % 5 - 1
+    loss = _sigmoid_loss(scope["Margin"](0.5), x, labels, 0.25, "sum", -1)
+    present = labels[:, None] == torch.arange(3)
+    entries = torch.where(present, 0.25, 0.75) * torch.nn.functional.softplus(torch.where(present, -x, x) + 0.5)
+    want = entries[labels >= 0].sum()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(each, x)[0] for each in (loss, want)))
 
 
 def test_versions_agree():

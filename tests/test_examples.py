@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 
@@ -85,6 +86,13 @@ def test_own_heads_loss_is_poly_1():
     want = alpha_t * ((1 - p_t) ** head.gamma * -p_t.log() + epsilon * (1 - p_t) ** (head.gamma + 1))
     want[labels == -1] = 0
     torch.testing.assert_close(head.classification_loss(logits, labels), want.sum(dim=-1))
+
+
+def test_own_head_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match=r"leave MODEL\.FOCAL\.CLASS_ALPHA empty"):
+        importlib.import_module("your_own_head").PolyHead(
+            num_classes=2, class_alpha=[0.2, 0.3], input_shape=[ShapeSpec(channels=8)], num_anchors=1, conv_dims=[8]
+        )
 
 
 @pytest.mark.parametrize("mined", [False, True])

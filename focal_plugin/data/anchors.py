@@ -15,8 +15,8 @@ MATCH_IOU = 0.5  # of a box with its best anchor, below which the box counts as 
 FACTORS = (0.125, 0.177, 0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)  # of all sizes, tried for the hint
 _MAX_TRIED = 20_000  # boxes that the hint is made from
 _DIVISIBILITY = 32  # an FPN over res3-res5 pads its input to multiples of this
-_MIN_GAIN = 0.02  # share of all boxes by which other sizes must help to be worth a hint,
-_MAX_LEFT = 0.7  # and the part of the unmatched boxes that they may leave
+_MIN_GAIN = 0.02  # share of all boxes that other sizes must match beyond the present ones to be worth a hint
+_MAX_LEFT = 0.7  # part of the unmatched boxes that they may leave
 
 
 def anchor_generator(cfg: CfgNode) -> DefaultAnchorGenerator:

@@ -46,7 +46,7 @@ _RULES = {  # section -> key -> (is a value valid?, what is wrong if not)
         "ignore": (lambda value: value == 0, "is not 0, which Detectron2 refuses"),
     },
     "categories": {
-        # 1.0 is none: --register and Detectron2 list and sort these ids.
+        # 1.0 is refused: --register and Detectron2 list and sort these ids.
         "id": (lambda value: type(value) is int and -(2**63) <= value < 2**63, "is no whole number"),
         "name": (lambda value: type(value) is str, "is no text"),
     },

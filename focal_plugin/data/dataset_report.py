@@ -105,7 +105,7 @@ def _class_table(classes: list[dict]) -> str:
     total = max(sum(entry["boxes"] for entry in classes), 1)
     rows = [("id", "class", "boxes", "share", "images")]
     for entry in sorted(classes, key=lambda entry: -entry["boxes"])[:_MAX_CLASSES]:
-        name, share = printable(entry["name"], 32).strip("'"), f"{entry['boxes'] / total:.1%}"
+        name, share = printable(entry["name"], 32, quotes=False), f"{entry['boxes'] / total:.1%}"
         rows.append((entry["id"], name, f"{entry['boxes']:,}", share, f"{entry['images']:,}"))
     align = ("right", "left", "right", "right", "right")
     text = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=align) if classes else ""

@@ -118,4 +118,4 @@ def _first_line(problem: Exception, path: str) -> str:
     if os.path.getsize(path) == 0:
         return "an empty file"
     lines = str(problem).replace(repr(path), "it").replace(path, "it").splitlines() or [type(problem).__name__]
-    return printable(lines[0], 100).strip("'\"")
+    return printable(lines[0], 100, quotes=False)

@@ -25,6 +25,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..files import printable
+
 logger = logging.getLogger(__name__)
 
 _MAX_TRIES = 1000  # images, to find one that can be trained on
@@ -114,7 +116,7 @@ class SeededDataset(Dataset):
             _seed(seed, position)
             image, reason = _read(self._mapper, self._dataset[index])
             if reason:
-                skipped.append((image["file_name"], reason))
+                skipped.append((printable(image["file_name"], 500, quotes=False), reason))
                 if len(skipped) > self._max_bad_images:
                     raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
             elif image is not None:  # a mapper returns None to ask for another image
@@ -133,8 +135,9 @@ class NamingMapper:
     def __call__(self, image: dict) -> dict:
         image, reason = _read(self._mapper, image)
         if reason:
+            name = printable(image["file_name"], 500, quotes=False)
             raise ValueError(
-                f"{image['file_name']} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
+                f"{name} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
                 "it out of the annotations (tools/check_dataset.py lists all such images)"
             )
         return image
@@ -151,7 +154,7 @@ def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
         except MemoryError:
             raise
         except Exception as error:
-            return image, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return image, printable(f"{type(error).__name__}: {error}", 500, quotes=False)
         raise
 
 

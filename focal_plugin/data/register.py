@@ -104,7 +104,7 @@ def _read_classes(json_file: str) -> dict:
         raise ValueError(f"is not json ({error})") from error
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
-    report = DatasetReport()
+    report = DatasetReport()  # asked for its first example only
     categories = complete_elements(report, "categories", lists["categories"])
     if report.findings:
         wrong = report.findings[0].examples[0]

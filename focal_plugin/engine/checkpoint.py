@@ -111,7 +111,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.path_manager.open(path, mode) if "://" in path else atomic_write(path, mode)
 
     def save_again(self, name: str) -> None:
-        """Save what was resumed from under another name, if it has not got it, as it is."""
+        """Copy the checkpoint that was resumed from to NAME.pth, unless that is there."""
         target = os.path.join(self.save_dir, f"{name}.pth")
         if self.resumed_from and not os.path.isfile(target):
             with open(self.resumed_from, "rb") as source, atomic_write(target, "wb") as file:

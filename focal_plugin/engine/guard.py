@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
 from ..config import load_config
-from ..files import atomic_write
+from ..files import atomic_write, printable
 from ..scalars import flush_scalars
 from .auto_scale import REFERENCE_BATCH, REFERENCE_LR
 from .preemption import stop_requested
@@ -73,7 +73,8 @@ class NonFiniteGuard(HookBase):
             self._losses = {name: loss.detach() for name, loss in losses.items() if isinstance(loss, Tensor)}
 
     def after_backward(self) -> None:
-        """
+        """Look at this step, with the weights still those of before it.
+
         Raises:
             FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
         """
@@ -119,7 +120,8 @@ class NonFiniteGuard(HookBase):
         path = self._save(facts) if is_mine else ""
         # On all workers, for norms over all of them.
         facts["largest |logit|"] = largest_logit(self.trainer.model, self.batch)
-        workers = comm.all_gather((is_mine, facts, [image.get("file_name", "?") for image in self.batch], path))
+        files = [printable(image.get("file_name", "?"), 300, quotes=False) for image in self.batch]
+        workers = comm.all_gather((is_mine, facts, files, path))
         what = "Gradients, not the loss, are" if loss_is_finite else "Loss became"
         lines = [f"{what} infinite or NaN at iteration={self.trainer.iter}!"]
         for rank, (is_broken, facts, files, path) in enumerate(workers):
@@ -257,7 +259,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
     yield f"{'gradients':<16} {where}"
     if logit == BROKEN:
         yield "The logits themselves are not finite: the weights are broken already, and no image is to blame."
-    yield "each image alone, its losses divided by the same normalizer:"
+    yield "each image alone, its losses divided by a normalizer of its own:"
     for image in batch:
         with torch.no_grad():
             values = ", ".join(f"{name} {float(loss):.6g}" for name, loss in losses_of([image]).items())
@@ -267,4 +269,5 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         if len(boxes):
             index = int(torch.where(torch.isfinite(sides).all(1), sides.min(1).values, -torch.inf).argmin())
             worst = ", the smallest " + " x ".join(f"{side:.3g}" for side in sides[index].tolist())
-        yield f"{os.path.basename(image.get('file_name', '?'))} {values}, {len(boxes)} boxes{worst}"
+        name = printable(os.path.basename(image.get("file_name", "?")), 300, quotes=False)
+        yield f"{name} {values}, {len(boxes)} boxes{worst}"

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Save with each worker's own state; on all workers, and the place where a preempted run ends.
+    """Save each worker's own state, too, and end a preempted run; on all workers.
 
     Of the numbered checkpoints ``keep`` stay; 0: all. Detectron2's ``max_to_keep`` forgets those of before a resume.
     """
@@ -112,7 +112,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self.trainer.finish()
 
     def _remember_file(self) -> None:
-        """Learn from the file, where a run that is killed after an evaluation has a better model than it has saved."""
+        """Take the best metric from the file, which a run may have written right before it was killed."""
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
         if not os.path.isfile(path):
             return
@@ -188,7 +188,7 @@ class BadImages(HookBase):
         self._reasons: dict[str, str] = {}
 
     def before_train(self) -> None:
-        # Not after the step, which may run the model several times, and may break on what took an image's place.
+        # Before the forward pass: a step may run the model several times, or break on what took an image's place.
         self.trainer.model.register_forward_pre_hook(self._look)
 
     def _look(self, model, args) -> None:

@@ -21,7 +21,6 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import multiprocessing
 
-from ..config import find_config
 from ..config_yaml import all_keys, lookup
 from ..data import add_register_argument, register_from_args
 from ..data.loader import stream_of
@@ -53,21 +52,22 @@ def run(args: Namespace) -> int:
         The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
         stopped by SIGTERM with all saved, the same command (of a training, with ``--resume``) goes on.
     """
-    error, code = "", EXIT_PREEMPTED
+    error, code = "", 0
     try:
         with _refusing_bad_input():
             workers = Workers.find(args)
             job = preflight(args, workers)
         with stopped_by_sigterm():
             workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
-        return 0
     except Preempted:
-        pass
+        code = EXIT_PREEMPTED
     except (ConfigError, FloatingPointError) as e:
         error, code = str(e), 2 if isinstance(e, ConfigError) else 1
     except multiprocessing.ProcessExitedException as e:
         # A worker that was still importing when SIGTERM was handed on to it has died of it.
-        if e.exit_code != EXIT_PREEMPTED and not (stop_requested() and e.exit_code == -signal.SIGTERM):
+        if e.exit_code == EXIT_PREEMPTED or (stop_requested() and e.exit_code == -signal.SIGTERM):
+            code = EXIT_PREEMPTED
+        else:
             error, code = f"{e}; why, it has printed above", 1
     except multiprocessing.ProcessRaisedException as e:
         # What a worker has raised on purpose says it all, without its traceback.
@@ -77,18 +77,18 @@ def run(args: Namespace) -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)  # mostly the first worker says the same, and torchrun then ends this one
         print(f"error: {error.rstrip()}", file=sys.stderr)
-    elif threading.current_thread() is threading.main_thread():
+    elif code and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the process by the signal, not with 75
     return code
 
 
 class ConfigError(ValueError):
-    """What was typed, or what a worker is to start from or to train on, cannot be; the message says what to do."""
+    """Refuse a command line, config, checkpoint or data set; the message says what to type."""
 
 
 @contextmanager
 def _refusing_bad_input() -> Iterator[None]:
-    """Make a missing file and a bad value in what follows a :class:`ConfigError`, of which the message is printed."""
+    """Turn an OSError or ValueError raised inside into a :class:`ConfigError`, of which the message is printed."""
     try:
         yield
     except (OSError, ValueError) as e:
@@ -107,14 +107,13 @@ def _worker(job: Job) -> None:
                 torch.distributed.destroy_process_group()
 
 
-def main(job: Job) -> dict | None:
-    """Train or, with ``--eval-only``, evaluate as one worker. Return the results of the last evaluation."""
+def main(job: Job) -> None:
+    """Train or, with ``--eval-only``, evaluate as one worker."""
     args, cfg = job.args, job.cfg
     register_from_args(args.register, job.thing_classes)  # in a process of its own a worker knows of none
     if cfg.MODEL.DEVICE == "cpu" and comm.get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
-    # It opens the config file again, for the log.
-    default_setup(cfg, Namespace(**{**vars(args), "config_file": str(find_config(args.config_file))}))
+    default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_plugin")
     if cfg.MODEL.DEVICE == "cpu":
         found = "" if torch.cuda.is_available() else "No GPU found: "
@@ -124,11 +123,12 @@ def main(job: Job) -> dict | None:
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        logger.info(describe_start(checkpointer, cfg))
+        skipped = f"; skipped: {'; '.join(checkpointer.skipped)}" if checkpointer.skipped else ""
+        logger.info(f"EVALUATING {checkpointer.resumed_from or cfg.MODEL.WEIGHTS}{skipped}")
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
-        return results
+        return
     with _refusing_bad_input():
         trainer = FocalTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -136,7 +136,7 @@ def main(job: Job) -> dict | None:
         logger.info("\n" + start_banner(trainer))
         for line in filter(None, [*job.warnings, learning_rate_warning(trainer.cfg)]):  # last, where it is seen
             logger.warning(line)
-    return trainer.train()
+    trainer.train()
 
 
 def start_banner(trainer: FocalTrainer) -> str:

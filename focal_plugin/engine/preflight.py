@@ -34,7 +34,7 @@ class Job:
     """What the workers are given, all of it checked."""
 
     args: Namespace
-    """As typed, but that a run which was started again is one with ``--resume``."""
+    """The flags as typed; ``resume`` is also set where torchrun or SLURM has started the run again."""
     cfg: CfgNode
     """Frozen; not yet scaled to the number of workers."""
     thing_classes: Mapping[str, Sequence[str]]
@@ -51,6 +51,7 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     """
     args = Namespace(**{**vars(args), "resume": args.resume or workers.restarts > 0})
     cfg = load_checked_config(args)
+    args.config_file = str(find_config(args.config_file))  # which Detectron2 opens again, for the log
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and workers.per_machine > num_gpus:
         raise ValueError(f"{workers.per_machine} workers on this machine (--num-gpus), which has {num_gpus} GPU(s)")
@@ -78,7 +79,7 @@ def load_checked_config(args: Namespace) -> CfgNode:
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
     register_from_args(args.register)
-    cfg = load_config(find_config(args.config_file), args.opts)
+    cfg = load_config(args.config_file, args.opts)
     check_values(cfg)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu" or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -123,6 +124,8 @@ def check_values(cfg: CfgNode) -> None:
     model = cfg.MODEL
     if not problems and len(model.RETINANET.IOU_LABELS) != len(model.RETINANET.IOU_THRESHOLDS) + 1:
         problems.append("MODEL.RETINANET.IOU_LABELS: must be one more than IOU_THRESHOLDS, which part the IoUs")
+    if cfg.TEST.EARLY_STOP_PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.TEST.BEST_METRIC):
+        problems.append("TEST.EARLY_STOP_PATIENCE: needs TEST.EVAL_PERIOD > 0 and a TEST.BEST_METRIC, such as bbox/AP")
     if not problems and len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         problems.append("MODEL.PIXEL_MEAN and PIXEL_STD: must be as long as each other")
     if problems:
@@ -255,7 +258,7 @@ def check_training_data(cfg: CfgNode) -> list[str]:
         report = check_coco(json_file, image_root, cfg, images="sample")
         shown = report.fatal or [finding for finding in report.findings if finding.severity != "note"]
         if shown:
-            problem = "cannot be trained on" if report.fatal else "has faults"
+            problem = "cannot be used" if report.fatal else "has faults"
             lines = [f"'{name}' {problem} (tools/check_dataset.py {json_file} {image_root} says more):"]
             lines += [f"  {finding.to_text()}" for finding in shown]
             (fatal if report.fatal else warnings).append("\n".join(lines))

@@ -68,7 +68,7 @@ class Workers:
 
     @property
     def count(self) -> int:
-        """All workers."""
+        """Return how many workers there are on all machines."""
         return self.per_machine * self.num_machines
 
     def launch(self, main: Callable, *args, on_cpu: bool) -> None:

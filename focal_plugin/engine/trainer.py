@@ -122,7 +122,7 @@ class FocalTrainer(DefaultTrainer):
         try:
             return super().train()
         except FinishedEarly:
-            return getattr(self, "_last_eval_results", None)
+            return None
         except FloatingPointError as error:  # of the guard, or of Detectron2 in a subclass that steps in its own way
             if comm.is_main_process():
                 with suppress(OSError), atomic_write(diverged) as file:
@@ -242,7 +242,11 @@ class FocalTrainer(DefaultTrainer):
             logger.warning(
                 f"the checkpoint has a state for hooks that are not here: {sorted(saved.keys() - named.keys())}"
             )
-        self._continue_data(state_dict.get("data"))
+        stream, data = stream_of(self.data_loader), state_dict.get("data")
+        if stream is None or data is None:
+            logger.warning("the training images start again from the first: the checkpoint or the loader has no order")
+        else:
+            stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
 
     def _named_hooks(self):
         """Yield each hook with a name of its own, its class for the first of a class."""
@@ -251,13 +255,6 @@ class FocalTrainer(DefaultTrainer):
             name = type(hook).__qualname__
             seen[name] += 1
             yield (name if seen[name] == 1 else f"{name} {seen[name]}"), hook
-
-    def _continue_data(self, data) -> None:
-        stream = stream_of(self.data_loader)
-        if stream is None or data is None:
-            logger.warning("the training images start again from the first: the checkpoint or the loader has no order")
-        else:
-            stream.start_from(data["images"] // self.cfg.SOLVER.IMS_PER_BATCH, data["seed"])
 
 
 class _Evaluator(COCOEvaluator):
@@ -273,19 +270,19 @@ class _Evaluator(COCOEvaluator):
     def evaluate(self, img_ids=None):
         if any(comm.all_gather(stop_requested())):
             raise Preempted
-        results = super().evaluate(img_ids)
-        if comm.is_main_process() and not results.get("bbox", {}).get("AP", 0.0) > 0:
-            logger.warning(self._why_nothing())
-        return results
+        return super().evaluate(img_ids)
 
-    def _why_nothing(self) -> str:
-        """Explain an AP of 0 or NaN, which says nothing by itself."""
-        predicted = [detection for image in self._predictions for detection in image["instances"]]
+    def _eval_predictions(self, predictions, img_ids=None):
+        """Explain an AP of 0 or NaN, which says nothing by itself; ``predictions`` are those of all workers."""
+        super()._eval_predictions(predictions, img_ids)
+        if not self._do_evaluation or self._results["bbox"]["AP"] > 0:
+            return
+        predicted = [detection for image in predictions for detection in image["instances"]]
         found = Counter(detection["category_id"] for detection in predicted)
         there = Counter(annotation["category_id"] for annotation in self._coco_api.anns.values())
         scores = sorted(detection["score"] for detection in predicted)
         best = f", scores {scores[0]:.3f} to {scores[-1]:.3f}" if scores else ""
-        return (
+        logger.warning(
             f"AP is 0: {len(predicted)} detections{best} for {sum(there.values())} objects. Category ids detected: "
             f"{sorted(found) or 'none'}, annotated: {sorted(there)}. Is it too early in training, were weights skipped "
             "(see the start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the "

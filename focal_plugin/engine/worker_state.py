@@ -28,10 +28,10 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
     # Stock RetinaNet's is a plain number, which no state_dict has.
     normalizer = normalizer if isinstance(normalizer, (int, float)) else None
     states = comm.gather({"rng": get_rng_state(), "buffers": buffers, "normalizer": normalizer})
-    # What is equal to the main worker's, such as frozen statistics, is in the checkpoint already: its own, the last
-    # to be looked at, are.
-    for state in states[::-1]:
-        state["buffers"] = {k: v for k, v in state["buffers"].items() if not torch.equal(v, states[0]["buffers"][k])}
+    # The main worker's are in the checkpoint already, and so is what equals them, such as frozen statistics.
+    main = states[0]["buffers"] if states else {}
+    for state in states:
+        state["buffers"] = {k: v for k, v in state["buffers"].items() if not torch.equal(v, main[k])}
     return states
 
 

@@ -93,9 +93,8 @@ def check_gamma(gamma: float, *, star: bool = False, name: str = "gamma") -> Non
     check(is_valid, name, f"a finite number {'> 0 for FL*' if star else '>= 0'}", gamma)
 
 
-def check_call(inputs: Tensor, gamma: float, reduction: str, class_dim: int, *, star: bool = False) -> tuple[int, int]:
+def check_call(inputs: Tensor, reduction: str, class_dim: int) -> tuple[int, int]:
     """Check what every loss function takes; return ``class_dim`` counted from the first dimension, and K."""
-    check_gamma(gamma, star=star)
     check_choice("reduction", reduction, REDUCTIONS)
     if not inputs.is_floating_point():
         raise ValueError(f"inputs must be floating-point logits, got {inputs.dtype}")

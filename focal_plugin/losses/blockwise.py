@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from .args import IGNORE, Weights, float_dtype
-from .formulas import Focal, FocalStar
+from .formulas import Formula
 
 # Logits in a block: on a CPU three float32 buffers of this size fit into a second-level cache of 1 MiB, on a GPU the
 # size only bounds the memory.
 _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
-
-Formula = Union[Focal, FocalStar]
 
 
 class BlockwiseLoss(ABC):
@@ -140,22 +138,22 @@ class _Blockwise(torch.autograd.Function):
     """Keeps logits and targets only; the gradient is computed from them, so a second backward gives the same."""
 
     @staticmethod
-    def forward(x, target, loss, sum_classes):
-        return loss.loss(x, target, sum_classes)
+    def forward(x, target, criterion, sum_classes):
+        return criterion.loss(x, target, sum_classes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, target, ctx.loss, ctx.sum_classes = inputs
+        x, target, ctx.criterion, ctx.sum_classes = inputs
         ctx.save_for_backward(x, target)
 
     @staticmethod
     def backward(ctx, grad):
         x, target = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in its turn
-            loss = ctx.loss.differentiable_loss(x, target, ctx.sum_classes)
+            loss = ctx.criterion.differentiable_loss(x, target, ctx.sum_classes)
             gradient = torch.autograd.grad(loss, x, grad, create_graph=True)[0]
         else:
-            gradient = ctx.loss.gradient(x, target, grad)
+            gradient = ctx.criterion.gradient(x, target, grad)
         return gradient, None, None, None
 
 

@@ -7,7 +7,7 @@ the focal loss of Lin et al. 2017, eq. (5), and its derivative are::
     dFL/ds   = a * exp(-gamma * softplus(-s)) * (gamma * sigmoid(-s) * softplus(s) + sigmoid(s))
 
 There is no ``1 - p_t`` that rounds to zero and no ``pow(., gamma - 1)`` of that zero, which is where the usual
-forms return NaN gradients for 0 < gamma < 1 as soon as one easy logit passes |x| = 17. In eight lines, which the rest
+forms return NaN gradients for 0 < gamma < 1 as soon as one easy logit passes |x| = 17. In seven lines, which the rest
 of this file evaluates without the temporaries and for all kinds of targets::
 
     def focal_loss(x, labels, alpha, gamma):  # (R, K) logits; (R,) labels in 0 to K, K for background
@@ -26,10 +26,21 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .args import IGNORE, Alpha, Weights, alpha_weights, check, check_call, check_dense, check_labels, float_dtype
-from .blockwise import BlockwiseLoss, Formula
+from .args import (
+    IGNORE,
+    Alpha,
+    Weights,
+    alpha_weights,
+    check,
+    check_call,
+    check_dense,
+    check_gamma,
+    check_labels,
+    float_dtype,
+)
+from .blockwise import BlockwiseLoss
 from .dense import DenseLoss
-from .formulas import Focal, FocalStar
+from .formulas import Focal, FocalStar, Formula
 
 
 def sigmoid_focal_loss(
@@ -46,7 +57,7 @@ def sigmoid_focal_loss(
     A drop-in for ``fvcore.nn.sigmoid_focal_loss`` and ``torchvision.ops.sigmoid_focal_loss``, finite for every
     gamma >= 0 and every finite logit. The defaults are torchvision's; fvcore's alpha is -1. float16 and bfloat16
     inputs are computed in, and returned as, float32; their gradient is rounded after it was multiplied by the
-    upstream one, so that a loss scaler keeps it from underflowing. No gradient flows to targets and alpha. Forward and
+    incoming one, so that a loss scaler keeps it from underflowing. No gradient flows to targets and alpha. Forward and
     backward each read the logits once; only they and the targets are kept in between.
 
     Args:
@@ -67,7 +78,8 @@ def sigmoid_focal_loss(
         ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
             assertion, since reading them would make the host wait).
     """
-    return _apply(Focal(float(gamma)), inputs, targets, alpha, reduction, class_dim)
+    check_gamma(gamma)
+    return _sigmoid_loss(Focal(float(gamma)), inputs, targets, alpha, reduction, class_dim)
 
 
 def sigmoid_focal_loss_star(
@@ -86,13 +98,15 @@ def sigmoid_focal_loss_star(
     name has no beta. Arguments, result and errors as :func:`sigmoid_focal_loss`, but gamma must be > 0 and dense
     targets should be 0 or 1: between them FL* is taken at ``x_t = (2 t - 1) x``.
     """
+    check_gamma(gamma, star=True)
     check(math.isfinite(beta), "beta", "a finite number", beta)
-    return _apply(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
+    return _sigmoid_loss(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
 
 
-def _apply(formula: Formula, inputs: Tensor, targets: Tensor, alpha: Alpha, reduction: str, class_dim: int) -> Tensor:
-    is_star = isinstance(formula, FocalStar)
-    class_dim, num_classes = check_call(inputs, formula.gamma, reduction, class_dim, star=is_star)
+def _sigmoid_loss(
+    formula: Formula, inputs: Tensor, targets: Tensor, alpha: Alpha, reduction: str, class_dim: int
+) -> Tensor:
+    class_dim, num_classes = check_call(inputs, reduction, class_dim)
     weights = alpha_weights(alpha, num_classes, inputs)
     if targets.shape == inputs.shape:
         check_dense(targets)

@@ -7,7 +7,7 @@ Every function takes two optional buffers of the shape of ``s`` to compute in, `
 with them ``s`` is overwritten, without them it is an ordinary differentiable function of ``s``.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,9 @@ class FocalStar(NamedTuple):
         """``sigmoid(gamma * s - beta)``."""
         z = torch.mul(s, self.gamma, out=out)
         return torch.sigmoid(torch.sub(z, self.beta, out=out), out=out)
+
+
+Formula = Union[Focal, FocalStar]
 
 
 def softplus(s: Tensor, out: Optional[Tensor] = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .args import IGNORE, Alpha, alpha_weights, check_alpha, check_call, check_labels, float_dtype
+from .args import IGNORE, Alpha, alpha_weights, check_alpha, check_call, check_gamma, check_labels, float_dtype
 from .blockwise import BlockwiseLoss
 from .formulas import Focal
 
@@ -48,7 +48,8 @@ def softmax_focal_loss(
         ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
             assertion).
     """
-    class_dim, num_classes = check_call(inputs, gamma, reduction, class_dim)
+    check_gamma(gamma)
+    class_dim, num_classes = check_call(inputs, reduction, class_dim)
     if num_classes < 2:
         raise ValueError(f"a softmax needs 2 classes or more along class_dim {class_dim}, got {num_classes}")
     weights = softmax_weights(alpha, num_classes, background, inputs)

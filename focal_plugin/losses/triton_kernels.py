@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .args import Weights
-from .blockwise import Formula
-from .formulas import Focal, FocalStar
+from .formulas import Focal, FocalStar, Formula
 
 try:
     import triton
@@ -26,7 +25,7 @@ except ImportError:  # Triton has wheels for Linux only
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_usable(x: Tensor, formula: object) -> bool:
+def is_usable(x: Tensor, formula: Formula) -> bool:
     """Return whether the kernels can take these logits and this formula.
 
     FOCAL_PLUGIN_TRITON=0 in the environment switches them off.

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.samplers import TrainingSampler
 
 from focal_plugin import get_config
 from focal_plugin.data import build_train_loader, make_digits
-from focal_plugin.data.loader import SKIPPED, SeededDataset, TrainingStream, seeded, stream_of
+from focal_plugin.data.loader import SKIPPED, NamingMapper, SeededDataset, TrainingStream, seeded, stream_of
 from focal_plugin.engine.worker_state import get_rng_state, set_rng_state
 
 
@@ -180,3 +180,9 @@ def test_seeded_is_the_same_inside_and_leaves_no_trace():
             inside.append(draw())
     assert draw() == want
     assert inside[0] == inside[1] and len(set(inside)) == 3
+
+
+def test_names_out_of_a_json_are_printed_safely():
+    mapper = NamingMapper(DatasetMapper(get_config("retina_focal.yaml"), is_train=False))
+    with pytest.raises(ValueError, match=r"^a\\x1b\[2Jb\.png cannot be read \(FileNotFoundError: .*\), and an eval"):
+        mapper({"file_name": "a\x1b[2Jb.png", "height": 1, "width": 1})

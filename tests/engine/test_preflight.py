@@ -68,6 +68,12 @@ def message(cfg):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("opts", [(), ("TEST.EVAL_PERIOD", "5", "TEST.BEST_METRIC", "")])
+def test_patience_without_an_evaluation_to_wait_for(opts):
+    with pytest.raises(ValueError, match=r"^TEST\.EARLY_STOP_PATIENCE: needs TEST\.EVAL_PERIOD > 0 and a TEST\.BEST"):
+        check_values(get_config("retina_focal.yaml", ["TEST.EVAL_PERIOD", "0", "TEST.EARLY_STOP_PATIENCE", "3", *opts]))
+
+
 def test_what_fits_passes():
     check_datasets(config(("cells_train",), ("cells_train", "unknown_classes")))
     check_datasets(config(["cells_train"], []))

@@ -227,6 +227,31 @@ def test_vis_period_draws_on_the_main_worker(digits, tmp_path, monkeypatch, peri
     assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
 
 
+# ------------------------------ an evaluation that finds nothing
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_an_ap_of_0_is_explained(digits, tmp_path, caplog, annotated):
+    """With the detections of all workers and the data set's ids; not for a set that is there to be submitted."""
+    content = json.loads((digits / "val.json").read_text())
+    if not annotated:
+        del content["annotations"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    name = f"ap_{tmp_path.name}"
+    register_coco_instances(name, {}, str(tmp_path / "val.json"), str(digits / "val"))
+    DatasetCatalog.get(name)
+    evaluator = FocalTrainer.build_evaluator(get_config("digits/focal.yaml"), name, str(tmp_path))
+    evaluator.reset()
+    evaluator._results = {}
+    box = {"category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}
+    evaluator._eval_predictions([{"image_id": n, "instances": [{"image_id": n, **box}]} for n in (1, 2)])
+    told = [record.getMessage() for record in caplog.records if "AP is 0" in record.getMessage()]
+    assert len(told) == annotated
+    assert not annotated or re.search(
+        r"AP is 0: 2 detections, scores 0\.500 to 0\.500 for \d+ .* detected: \[4\],", told[0]
+    )
+
+
 # ------------------------------ checkpoints
 
 
