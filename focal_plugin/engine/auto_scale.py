@@ -13,9 +13,7 @@ from detectron2.engine import DefaultTrainer
 
 logger = logging.getLogger(__name__)
 
-# SGD's learning rate, and its batch, in Detectron2's and the paper's recipe.
-REFERENCE_LR = 0.01
-REFERENCE_BATCH = 16
+_USUAL_LR, _USUAL_BATCH = 0.01, 16  # of SGD, in Detectron2's and the paper's recipe
 
 
 def check_scale(cfg: CfgNode, num_workers: int) -> None:
@@ -86,18 +84,23 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     return scaled
 
 
-def learning_rate_warning(cfg: CfgNode) -> str:
-    """Return a warning if SGD has over twice the reference's learning rate for its batch, unclipped; "" if it has not.
+def usual_lr(solver: CfgNode) -> float:
+    """Return the learning rate that SGD has in the paper's recipe for a batch of ``IMS_PER_BATCH``."""
+    return _USUAL_LR * solver.IMS_PER_BATCH / _USUAL_BATCH
 
-    ``cfg`` is what is trained by, i.e. scaled. The warning names the learning rate in the reference's ratio.
+
+def learning_rate_warning(cfg: CfgNode) -> str:
+    """Return a warning if SGD has over twice the usual learning rate for its batch, unclipped; "" if it has not.
+
+    ``cfg`` is what is trained by, i.e. scaled. The warning names the usual one.
     """
     solver = cfg.SOLVER
-    usual = REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH
+    usual = usual_lr(solver)
     times = solver.BASE_LR / usual
     if solver.OPTIMIZER != "SGD" or solver.CLIP_GRADIENTS.ENABLED or times <= 2 * (1 + 1e-9):
         return ""
     return (
         f"SOLVER.BASE_LR {solver.BASE_LR:g} is {times:.3g} times what a batch of "
-        f"{solver.IMS_PER_BATCH} usually has ({REFERENCE_LR} for {REFERENCE_BATCH} images), and gradients are not "
+        f"{solver.IMS_PER_BATCH} usually has ({_USUAL_LR} for {_USUAL_BATCH} images), and gradients are not "
         f"clipped: if the loss becomes infinite, set SOLVER.BASE_LR {usual:g} or SOLVER.CLIP_GRADIENTS.ENABLED True"
     )

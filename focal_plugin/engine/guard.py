@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 from ..config import load_config
 from ..files import atomic_write, printable
 from ..scalars import flush_scalars
-from .auto_scale import REFERENCE_BATCH, REFERENCE_LR
+from .auto_scale import usual_lr
 from .preemption import stop_requested
 from .safe_load import load_plain
 from .worker_state import unwrap_ddp
@@ -167,9 +167,9 @@ class NonFiniteGuard(HookBase):
         solver = self.cfg.SOLVER
         ratio, lower, amp = "", solver.BASE_LR / 4, " (not likely here: it is float32)"
         if solver.OPTIMIZER == "SGD":
-            times = solver.BASE_LR / solver.IMS_PER_BATCH * REFERENCE_BATCH / REFERENCE_LR
+            times = solver.BASE_LR / usual_lr(solver)
             ratio = f" for the batch: per image it is {times:.3g} times that of the published schedules"
-            lower = min(lower, REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH)
+            lower = min(lower, usual_lr(solver))
         else:
             lower = min(lower, 1e-3)  # more than what AdamW is commonly given
         if solver.AMP.ENABLED:
