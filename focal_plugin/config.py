@@ -15,6 +15,8 @@ from .files import printable
 
 _EXTENSIONS: list[Callable[[CN], None]] = []
 
+NO_KEYS = "the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg()"
+
 
 def add_focal_config(cfg: CN) -> None:
     """Add the keys of focal_plugin to ``cfg``; no key or default of Detectron2 is changed.
@@ -132,7 +134,7 @@ def find_config(config_file: str | os.PathLike) -> Path:
     """Return the path of a config file: one that exists, or one under the installed ``configs`` folder.
 
     Raises:
-        FileNotFoundError: there is neither; the message has the nearest name, or all.
+        FileNotFoundError: there is neither; the message lists the configs that there are.
     """
     folder = config_dir()
     for path in (Path(config_file), folder / config_file):
@@ -141,8 +143,10 @@ def find_config(config_file: str | os.PathLike) -> Path:
     shipped = sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.yaml"))
     near = difflib.get_close_matches(str(config_file)[-200:], shipped, n=1)
     names = ", ".join(name for name in shipped if not name.startswith("paper/"))
-    hint = f"did you mean {near[0]}?" if near else f"focal_plugin has {names}, and those of paper/"
-    raise FileNotFoundError(f"no config file {printable(str(config_file), 300)}; {hint}")
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"no config file {printable(str(config_file), 300)}; {hint}focal_plugin has {names}, and those of paper/"
+    )
 
 
 def config_dir() -> Path:

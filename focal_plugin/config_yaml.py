@@ -85,7 +85,10 @@ def check_output_dir(cfg: CfgNode, file: str) -> None:
         # Of what is there already symbolic links are followed, as they will be when it is written to.
         here, there = os.path.realpath("."), os.path.realpath(folder)
         if not os.path.isabs(folder) and os.path.commonpath([here, there]) != here:
-            raise ValueError("leads out of the working directory; give it on the command line, or an absolute path")
+            raise ValueError(
+                f"leads out of the working directory, to {printable(there, 300)}: give it on the command line, or an "
+                "absolute path"
+            )
 
 
 def all_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -108,13 +111,15 @@ def did_you_mean(key: str, known: list[str]) -> str:
     key = key.upper()[-200:]
     top, last = key.split(".")[0], key.split(".")[-1]
     known = known + sorted({name.rpartition(".")[0] for name in known} - {""})  # and the groups
+    ends = [other for other in known if other.endswith(f".{key}")]
     alike = [other for other in known if other.endswith((f".{last}", f"_{last}"))]
     guesses = (
         # A slip of the keyboard. Further off, keys are alike by their group alone, as DATASETS.VAL and DATASETS.TRAIN.
         difflib.get_close_matches(key, known, n=1, cutoff=0.88),
-        [other for other in known if other.endswith(f".{key}")],  # its group left out: BASE_LR, FPN.NORM
+        ends if "." in key else [],  # the first groups left out: FPN.NORM
         [other for other in alike if other.startswith(("MODEL.RETINANET.", "MODEL.FOCAL."))][:1],  # read here
         [other for other in alike if other.startswith(f"{top}.")],
+        ends,  # BASE_LR
     )
     return next((f"; did you mean {guess[0]}?" for guess in guesses if len(guess) == 1), "")
 
@@ -145,7 +150,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     if isinstance(error, (RecursionError, MemoryError)):
         return "a value is nested too deeply"
     if isinstance(error, yaml.reader.ReaderError):
-        return f"not valid YAML: no text in UTF-8, {error.reason} (character {error.position + 1})"
+        return f"not valid YAML in UTF-8: {error.reason} (character {error.position + 1})"
     if isinstance(error, (yaml.YAMLError, OverflowError)):
         return f"not valid YAML: {getattr(error, 'problem', error)}{_line(getattr(error, 'problem_mark', None))}"
     message = str(error.args[0] if isinstance(error, KeyError) else error)
@@ -173,12 +178,13 @@ def _read(file: str) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"more than {MAX_SIZE:,} bytes: this is no config")
     content = _PlainLoader(data).get_single_data()
     if not isinstance(content, dict):
-        raise ValueError("holds no KEY: VALUE pairs at its top level")
+        raise ValueError("holds no KEY: VALUE pairs at its top level" + (": it is empty" if content is None else ""))
     bases = content.pop("_BASE_", [])
     bases = bases if isinstance(bases, list) else [bases]
     for base in bases:
         if not isinstance(base, str) or not base or "://" in base:
-            raise ValueError(f"_BASE_ must be a path or a list of paths, and is not fetched: {printable(base)}")
+            rule = "_BASE_ must be a path or a list of paths, and is not fetched"
+            raise ValueError(f"{rule}: {printable(base)}; save it here, and name its path")
     return content, bases
 
 

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
+from .config import NO_KEYS
 from .heads import AnchorTargets, FocalHead, HeadLosses, build_retinanet_head, is_foreground
 from .losses.args import check
 from .losses.modules import Float32Buffers
@@ -104,7 +105,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         if "FOCAL" not in cfg.MODEL or "OHEM" not in cfg.MODEL:
-            raise ValueError("the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg()")
+            raise ValueError(NO_KEYS)
         # Not from RetinaNet's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
         # from other random weights than stock RetinaNet with the same seed.
         retinanet = cfg.MODEL.RETINANET

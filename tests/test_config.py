@@ -202,7 +202,7 @@ def test_bad_overrides(opts, message):
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", ValueError, r"write a float with a point"),
         ("MODEL: [", ValueError, "not valid YAML"),
         ("\xff\xfe\x00", ValueError, "not valid YAML"),
-        ("OUTPUT_DIR: caf\xe9", ValueError, "not valid YAML: no text in UTF-8, .*character 16"),
+        ("OUTPUT_DIR: caf\xe9", ValueError, "not valid YAML in UTF-8: .*character 16"),
         ("SOLVER: {MAX_ITER: 9e4}", ValueError, "SOLVER.MAX_ITER .write a whole number: 90000"),
         ("SOLVR: {BASE_LR: 0.1}", ValueError, "unknown config key 'SOLVR'; did you mean SOLVER"),
         ("_BASE_: c.yaml", ValueError, "its _BASE_ .* leads back"),
@@ -224,6 +224,8 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, me
         ("MODEL.RETINANET.NMS_THRESH", "MODEL.RETINANET.NMS_THRESH_TEST"),  # and not MODEL.OHEM's
         ("solver.base_lr", "SOLVER.BASE_LR"),
         ("FPN.NORM", "MODEL.FPN.NORM"),
+        ("GAMMA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),  # and not the schedule's
+        ("BASE_LR", "SOLVER.BASE_LR"),
         ("MODEL.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
         ("MODEL.FOCAL.ALPHA", "MODEL.RETINANET.FOCAL_LOSS_ALPHA"),
         ("SOLVER.LR", "SOLVER.BASE_LR"),

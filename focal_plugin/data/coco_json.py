@@ -47,7 +47,7 @@ _RULES = {  # section -> key -> (is a value valid?, what is wrong if not)
     },
     "categories": {
         # 1.0 is refused: --register and Detectron2 list and sort these ids.
-        "id": (lambda value: type(value) is int and -(2**63) <= value < 2**63, "is no whole number"),
+        "id": (lambda value: type(value) is int and _ID[0](value), _ID[1]),
         "name": (lambda value: type(value) is str, "is no text"),
     },
 }

@@ -85,7 +85,7 @@ def check_coco(
         boxes, sizes = box_arrays(coco["annotations"], coco["images"])
         _check_ids(report, coco)
         _check_boxes(report, coco["annotations"], boxes, sizes)
-        _check_evaluation(report, [row for row in lists["annotations"] if type(row) is dict])
+        _check_evaluation(report, lists["annotations"])
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
             _ask_detectron2(report, coco["annotations"])
@@ -161,28 +161,26 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
         report.add("error", "xyxy_suspected", text, num_finite)
 
 
-def _check_evaluation(report: DatasetReport, annotations: list[dict]) -> None:
-    """Report what training does not mind, but pycocotools' evaluation."""
+def _check_evaluation(report: DatasetReport, annotations: list) -> None:
+    """Report what training does not mind, but pycocotools' evaluation; of incomplete annotations as well."""
+    rows = {f"annotations[{index}]": row for index, row in enumerate(annotations) if type(row) is dict}
+    lacking = {key: [place for place, row in rows.items() if key not in row] for key in ("area", "iscrowd")}
     text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-    report.add_all(
-        "error", "missing_area", text, [row for row in annotations if "area" not in row], printable, " times"
-    )
+    report.add_all("error", "missing_area", text, lacking["area"], of=" times")
     text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
-    areas = [row["area"] for row in annotations if "area" in row]
-    wrong = [area for area in areas if not (is_number(area) and 0 <= area < math.inf)]
-    report.add_all("error", "bad_area", text, wrong, printable, " times")
+    areas = {place: row["area"] for place, row in rows.items() if "area" in row}
+    wrong = [(place, area) for place, area in areas.items() if not (is_number(area) and 0 <= area < math.inf)]
+    report.add_all("error", "bad_area", text, [f"{place} = {printable(area)}" for place, area in wrong], of=" times")
     text = (
         'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
         "stops with a KeyError; write 0)"
     )
-    report.add_all(
-        "warning", "missing_iscrowd", text, [row for row in annotations if "iscrowd" not in row], printable, " times"
-    )
-    text = (
-        "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
-        "wrong and its object as missed; number from 1"
-    )
-    if any(is_number(row.get("id")) and row["id"] == 0 for row in annotations):
+    report.add_all("warning", "missing_iscrowd", text, lacking["iscrowd"], of=" times")
+    if any(is_number(row.get("id")) and row["id"] == 0 for row in rows.values()):
+        text = (
+            "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
+            "wrong and its object as missed; number from 1"
+        )
         report.add("warning", "annotation_id_zero", text)
 
 

@@ -123,7 +123,9 @@ class SeededDataset(Dataset):
                 return {**image, SKIPPED: skipped} if skipped else image
             others = others or random.Random(f"{seed} {position}")
             index = others.randrange(len(self))
-        raise ValueError(f"the mapper has returned None for {_MAX_TRIES - len(skipped)} images in a row")
+        if skipped:
+            raise ValueError(too_many_bad_images(list(dict(skipped).items()), self._max_bad_images))
+        raise ValueError(f"the mapper has returned None for {_MAX_TRIES} images in a row")
 
 
 class NamingMapper:

@@ -25,14 +25,24 @@ def check_scale(cfg: CfgNode, num_workers: int) -> None:
     solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
     is_scaled = solver.REFERENCE_WORLD_SIZE not in (0, num_workers)
     made_for = solver.REFERENCE_WORLD_SIZE if is_scaled else num_workers
-    if batch % made_for:
-        low = max(batch // made_for, 1) * made_for
-        problem = (
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write "
-            f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}"
-        )
+    if made_for < 1:
+        problem = f"SOLVER.REFERENCE_WORLD_SIZE {made_for}: must be a number of workers"
     elif is_scaled and solver.OPTIMIZER != "SGD":
         problem = f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: scaling the learning rate as the batch is a rule for SGD only"
+    elif batch < 1 or batch % made_for:
+        low = max(batch // made_for, 1) * made_for
+        fewer = (
+            []
+            if solver.REFERENCE_WORLD_SIZE
+            else [str(n) for n in range(1, min(made_for, batch + 1)) if batch % n == 0]
+        )
+        problem = (
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write "
+            f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}" + f", or train on {' or '.join(fewer)}" * bool(fewer)
+        )
+    elif is_scaled and not round(solver.MAX_ITER * made_for / num_workers):
+        least = num_workers // (2 * made_for) + 1
+        problem = f"SOLVER.MAX_ITER {solver.MAX_ITER} would leave no step: write SOLVER.MAX_ITER {least} or more"
     else:
         return
     if is_scaled:
@@ -47,9 +57,8 @@ def check_scale(cfg: CfgNode, num_workers: int) -> None:
 def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     """Scale ``cfg`` to this many workers by Detectron2's rule, without what its rounding breaks.
 
-    Detectron2 rounds a schedule and its periods to 0, and two decays of the learning rate to one step. Here the former
-    are at least 1 step, and a decay comes at least a step after the one before, or is dropped with a warning if
-    training ends by then.
+    Detectron2 rounds a period to 0, and two decays of the learning rate to one step. Here a period is at least 1 step,
+    and a decay comes at least a step after the one before, or is dropped with a warning if training ends by then.
 
     Returns:
         A new config, frozen if ``cfg`` is, whose ``SOLVER.REFERENCE_WORLD_SIZE`` is ``num_workers``, so that
@@ -64,12 +73,12 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         return cfg
     scaled.defrost()
     solver = scaled.SOLVER
-    solver.MAX_ITER, solver.CHECKPOINT_PERIOD = max(solver.MAX_ITER, 1), max(solver.CHECKPOINT_PERIOD, 1)
+    solver.CHECKPOINT_PERIOD = max(solver.CHECKPOINT_PERIOD, 1)
     scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(cfg.TEST.EVAL_PERIOD, 1))  # 0 is never, and stays 0
-    steps = []
+    steps, is_increasing = [], list(cfg.SOLVER.STEPS) == sorted(set(cfg.SOLVER.STEPS))
     for step in solver.STEPS:
-        step = max(step, 1)
-        while step in steps:
+        step = max(step, 1) if is_increasing else step  # what was wrong as written stays so
+        while is_increasing and step in steps:
             step += 1
         steps.append(step)
     dropped = [step for step in steps if step >= solver.MAX_ITER]

@@ -57,12 +57,15 @@ class NonFiniteGuard(HookBase):
         self.batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
         self._normalizer: Tensor | None = None
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
+        # Functions, which a deep copy of the model, as for averaged weights, leaves alone, and no methods.
+        model.register_forward_pre_hook(lambda *args: self._before_forward(*args))
+        model.register_forward_hook(lambda *args: self._after_forward(*args))
 
     def _before_forward(self, model, args):
         if model.training:
-            self.batch = args[0] if args else ()
+            batch = args[0] if args else ()
+            is_of_dicts = isinstance(batch, (list, tuple)) and all(isinstance(image, dict) for image in batch)
+            self.batch = batch if is_of_dicts else ()
             normalizer = getattr(unwrap_ddp(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None

@@ -189,10 +189,16 @@ class BadImages(HookBase):
 
     def before_train(self) -> None:
         # Before the forward pass: a step may run the model several times, or break on what took an image's place.
-        self.trainer.model.register_forward_pre_hook(self._look)
+        # trainer.batch is there by then. A function, since a deep copy of the model would copy a method's trainer.
+        self._handle = self.trainer.model.register_forward_pre_hook(lambda model, args: self._look(model))
 
-    def _look(self, model, args) -> None:
-        for name, reason in (skipped for image in (args[0] if args else ()) for skipped in image.get(SKIPPED, ())):
+    def after_train(self) -> None:
+        self._handle.remove()
+
+    def _look(self, model) -> None:
+        if not model.training:
+            return
+        for name, reason in (skipped for image in self.trainer.batch for skipped in image.get(SKIPPED, ())):
             if name not in self._reasons:
                 self._reasons[name] = reason
                 logger.warning(

@@ -62,7 +62,7 @@ def preflight(args: Namespace, workers: Workers) -> Job:
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
             tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
         except OSError as e:
-            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {e}") from e
+            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made or written to: {e}") from e
     has_to_look = not (args.eval_only or workers.local_rank)  # the first worker of a machine
     warnings = check_training_data(cfg) if has_to_look else []
     return Job(args, cfg, register_from_args(args.register), warnings)
@@ -94,7 +94,10 @@ def load_checked_config(args: Namespace) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
         # A head that is thrown away says in a moment what a worker would say minutes later.
         num_levels = len(cfg.MODEL.RETINANET.IN_FEATURES)
-        build_retinanet_head(cfg, [ShapeSpec(channels=64, stride=8 * 2**i) for i in range(num_levels)])
+        try:
+            build_retinanet_head(cfg, [ShapeSpec(channels=64, stride=8 * 2**i) for i in range(num_levels)])
+        except (AssertionError, KeyError, TypeError) as e:  # Detectron2's, mostly about the anchors
+            raise ValueError(f"MODEL.RETINANET and MODEL.ANCHOR_GENERATOR do not fit each other: {e}") from e
     cfg.freeze()
     return cfg
 
@@ -117,13 +120,16 @@ def check_values(cfg: CfgNode) -> None:
     for key, (expected, is_valid) in _RULES.items():
         try:
             valid = is_valid(lookup(cfg, key))
-        except (TypeError, RuntimeError):  # None, a text among numbers, no device
+        except (OverflowError, RuntimeError, TypeError):  # None, a text among numbers, no device
             valid = False
         if not valid:
             problems.append(f"{key} {printable(lookup(cfg, key))}: must be {expected}")
     model = cfg.MODEL
     if not problems and len(model.RETINANET.IOU_LABELS) != len(model.RETINANET.IOU_THRESHOLDS) + 1:
-        problems.append("MODEL.RETINANET.IOU_LABELS: must be one more than IOU_THRESHOLDS, which part the IoUs")
+        problems.append(
+            f"MODEL.RETINANET.IOU_LABELS {model.RETINANET.IOU_LABELS}: must be one more than IOU_THRESHOLDS "
+            f"{model.RETINANET.IOU_THRESHOLDS}, which part the IoUs"
+        )
     if cfg.TEST.EARLY_STOP_PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.TEST.BEST_METRIC):
         problems.append("TEST.EARLY_STOP_PATIENCE: needs TEST.EVAL_PERIOD > 0 and a TEST.BEST_METRIC, such as bbox/AP")
     if not problems and len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
@@ -135,19 +141,20 @@ def check_values(cfg: CfgNode) -> None:
 _Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
-def _each(rule: _Rule, least: int = 1) -> _Rule:
+def _each(rule: _Rule, like: str, least: int = 1) -> _Rule:
     words, is_valid = rule
-    return f"a list, each {words}", lambda values: len(values) >= least and all(map(is_valid, values))
+    return f"a list, each {words}: {like}", lambda values: len(values) >= least and all(map(is_valid, values))
 
 
-_FROM_0 = "a whole number from 0", lambda number: number >= 0
-_FROM_1 = "a whole number from 1", lambda number: number >= 1
-_POSITIVE = "a positive number", lambda number: 0 < number < math.inf
+_NUMBER = "a number", lambda value: type(value) in (int, float) and math.isfinite(value)
+_POSITIVE = "a positive number", lambda value: _NUMBER[1](value) and value > 0
+_FROM_0 = "a whole number from 0", lambda value: type(value) is int and value >= 0
+_FROM_1 = "a whole number from 1", lambda value: type(value) is int and value >= 1
 _NAME = "a name", lambda name: isinstance(name, str) and name != ""
 
 # yacs has seen to the types, but for None and for what is in lists.
 _RULES: dict[str, _Rule] = {
-    "OUTPUT_DIR": _NAME,
+    "OUTPUT_DIR": ("a folder", _NAME[1]),
     "MODEL.DEVICE": ("cuda or cpu; it is no device", lambda name: torch.device(name).type in ("cpu", "cuda")),
     "MODEL.META_ARCHITECTURE": (
         "a meta-architecture such as FocalRetinaNet; it is not registered",
@@ -157,23 +164,23 @@ _RULES: dict[str, _Rule] = {
         "a backbone such as build_retinanet_resnet_fpn_backbone; it is not registered",
         BACKBONE_REGISTRY.__contains__,
     ),
-    "MODEL.PIXEL_MEAN": _each(("a number", math.isfinite)),
-    "MODEL.PIXEL_STD": _each(_POSITIVE),
-    "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE)),
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE)),
+    "MODEL.PIXEL_MEAN": _each(_NUMBER, "one a channel"),
+    "MODEL.PIXEL_STD": _each(_POSITIVE, "one a channel"),
+    "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE, "pixels"), "one for each level"),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE, "ratios"), "one for each level or one for all"),
     "MODEL.RETINANET.NUM_CLASSES": _FROM_1,
-    "MODEL.RETINANET.NUM_CONVS": _FROM_0,
-    "MODEL.RETINANET.IN_FEATURES": _each(_NAME),
+    "MODEL.RETINANET.NUM_CONVS": _FROM_1,
+    "MODEL.RETINANET.IN_FEATURES": _each(_NAME, '["p3", "p4"]'),
     "MODEL.RETINANET.IOU_THRESHOLDS": (
         "increasing numbers in (0, 1]",
         lambda ious: list(ious) == sorted(iou for iou in set(ious) if 0 < iou <= 1) != [],
     ),
-    "MODEL.RETINANET.IOU_LABELS": _each(("-1, 0 or 1", (-1, 0, 1).__contains__)),
-    "DATASETS.TRAIN": _each(_NAME, least=0),
-    "DATASETS.TEST": _each(_NAME, least=0),
+    "MODEL.RETINANET.IOU_LABELS": _each(("-1, 0 or 1", (-1, 0, 1).__contains__), "[0, -1, 1]"),
+    "DATASETS.TRAIN": _each(_NAME, '("name",)', least=0),
+    "DATASETS.TEST": _each(_NAME, '("name",)', least=0),
     "DATALOADER.NUM_WORKERS": _FROM_0,
     "DATALOADER.MAX_BAD_IMAGES": _FROM_0,
-    "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1),
+    "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1, "(800,)"),
     "INPUT.MIN_SIZE_TEST": _FROM_0,
     "SOLVER.IMS_PER_BATCH": _FROM_1,
     "SOLVER.BASE_LR": _POSITIVE,
@@ -181,7 +188,7 @@ _RULES: dict[str, _Rule] = {
     "SOLVER.WARMUP_ITERS": _FROM_0,
     "SOLVER.STEPS": (
         "increasing whole numbers: (60000, 80000)",
-        lambda steps: list(steps) == sorted(step for step in set(steps) if step >= 0),
+        lambda steps: list(steps) == sorted(step for step in set(steps) if _FROM_0[1](step)),
     ),
     "SOLVER.OPTIMIZER": ("one of SGD, ADAMW", ("SGD", "ADAMW").__contains__),
     "SOLVER.AMP.PRECISION": ("one of float16, bfloat16", ("float16", "bfloat16").__contains__),

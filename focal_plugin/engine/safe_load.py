@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +110,8 @@ class _DType:
     """Stand in for numpy's dtype, which would believe a file that eight bytes in it are the address of an object."""
 
     def __init__(self, code: str, *_: Any):
+        if not re.fullmatch(r"[biufcSU][1-9]\d{0,3}", code):  # of objects numpy would read pointers
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -117,7 +121,15 @@ class _DType:
 class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
+        if math.prod(shape) * dtype.dtype.itemsize != len(data):  # before numpy makes room for what a file claims
+            raise pickle.UnpicklingError(f"it holds an array of another size than its {len(data)} bytes")
         super().__setstate__((version, shape, dtype.dtype, bool(is_fortran), data))
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
+    return text.encode(encoding)
 
 
 def _numbers(data: Any, dtype: _DType, shape: Any = -1, order: str = "C") -> np.ndarray:
@@ -129,7 +141,7 @@ def _numbers(data: Any, dtype: _DType, shape: Any = -1, order: str = "C") -> np.
 _ALLOWED = {
     "collections.OrderedDict": dict,
     "builtins.bytes": lambda: b"",  # the empty bytes, and _codecs.encode the others, in protocols without bytes
-    "_codecs.encode": str.encode,
+    "_codecs.encode": _encode,
     "numpy.ndarray": str,  # only named, for _reconstruct
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(0, "b"),

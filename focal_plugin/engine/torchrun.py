@@ -40,17 +40,17 @@ class Workers:
             ValueError: they contradict each other.
         """
         # Without a LOCAL_RANK they are of something that starts machines, as Kubeflow does, and not workers.
-        if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= env.keys():
-            count = int(env["WORLD_SIZE"])
-            here = int(env.get("LOCAL_WORLD_SIZE", count))
+        if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            count = _number(env, "WORLD_SIZE", 1)
+            here = _number(env, "LOCAL_WORLD_SIZE", count)
             if count % here or args.num_gpus not in (1, here) or args.num_machines not in (1, count // here):
                 raise ValueError(
                     f"torchrun has started {count} workers, {here} of them here: leave out --num-gpus and "
                     "--num-machines, torchrun decides; it has to start as many on each machine"
                 )
-            restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-            return cls(here, count // here, local_rank=int(env["LOCAL_RANK"]), restarts=restarts)
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+            restarts = _number(env, "TORCHELASTIC_RESTART_COUNT", 0)
+            return cls(here, count // here, local_rank=_number(env, "LOCAL_RANK", 0), restarts=restarts)
+        tasks = _number(env, "SLURM_STEP_NUM_TASKS", 1)
         if tasks > args.num_machines:
             raise ValueError(
                 f"srun has started {tasks} tasks of this, each of which would be a run of its own: start torchrun once "
@@ -63,7 +63,7 @@ class Workers:
             )
         if args.num_machines > 1 and args.dist_url == "auto":
             raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
-        restarts = int(env.get("SLURM_RESTART_COUNT", 0))
+        restarts = _number(env, "SLURM_RESTART_COUNT", 0)
         return cls(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, restarts=restarts)
 
     @property
@@ -96,3 +96,11 @@ class Workers:
                 torch.cuda.set_device(self.local_rank)
             comm.synchronize()
         main(*args)
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    """Return a number of the environment, not below ``default`` where that is 1: there are at least as many workers."""
+    text = env.get(name) or str(default)
+    if not text.isdigit() or int(text) < min(default, 1):
+        raise ValueError(f"the environment has {name}={text!r}, which is no number of workers or restarts: unset it")
+    return int(text)

@@ -24,7 +24,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
-from ..config import unknown_keys
+from ..config import NO_KEYS, unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
 from ..files import atomic_write
 from ..scalars import flush_scalars
@@ -51,6 +51,8 @@ class FocalTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if "FOCAL" not in cfg.MODEL:
+            raise ValueError(NO_KEYS)
         if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
             raise ValueError(f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: must be one of float16, bfloat16")
         self.unscaled_cfg = cfg

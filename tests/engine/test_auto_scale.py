@@ -74,10 +74,6 @@ def test_short_schedules_survive_rounding(reference, max_iter):
         multi_step(cfg)
 
 
-def test_a_schedule_has_a_step():
-    assert scale_to_workers(config("SOLVER.MAX_ITER", 1, "SOLVER.REFERENCE_WORLD_SIZE", 1), 16).SOLVER.MAX_ITER == 1
-
-
 def test_decays_that_round_to_one_step_are_a_step_apart_or_dropped(caplog):
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(16, 17, 38, 39)"]
     assert scale_to_workers(config(*opts), 1).SOLVER.STEPS == (16, 17, 38, 39)
@@ -87,9 +83,10 @@ def test_decays_that_round_to_one_step_are_a_step_apart_or_dropped(caplog):
     assert "(16, 17, 38, 39), scaled to (4, 5, 10, 11): training ends after 10 steps, without (10, 11)" in caplog.text
 
 
-def test_decays_that_were_wrong_before_are_left_to_upstream():
-    cfg = scale_to_workers(config("SOLVER.STEPS", "(80000, 60000)"), 4)
-    assert cfg.SOLVER.STEPS == (160_000, 120_000)
+@pytest.mark.parametrize("written, steps", [((80_000, 60_000), (160_000, 120_000)), ((2, 1), (4, 2)), ((1, 1), (2, 2))])
+def test_decays_that_were_wrong_before_are_left_to_upstream(written, steps):
+    cfg = scale_to_workers(config("SOLVER.STEPS", written), 4)
+    assert steps == cfg.SOLVER.STEPS
     with pytest.raises(ValueError):
         multi_step(cfg)
 
@@ -131,10 +128,25 @@ def test_every_number_that_a_refusal_names_works(opts, batch):
 @pytest.mark.parametrize(
     "world, opts, message",
     [
-        (3, ["SOLVER.REFERENCE_WORLD_SIZE", 0], "^SOLVER.IMS_PER_BATCH 4 cannot .* 3 workers: write .* 3 or 6$"),
+        (
+            3,
+            ["SOLVER.REFERENCE_WORLD_SIZE", 0],
+            "BATCH 4 cannot .* 3 workers: write .* 3 or 6, or train on 1 or 2$",
+        ),
         (8, [], "^SOLVER.IMS_PER_BATCH 4 cannot .* 8 workers: write SOLVER.IMS_PER_BATCH 8 or 16$"),
         (1, [], "IMS_PER_BATCH 4 cannot .* 8 workers: .* 8 or 16. .* scaled to 1; .*SIZE 0 SOLVER.IMS_PER_BATCH 4$"),
-        (2, ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.IMS_PER_BATCH", 8], "^SOLVER.OPTIMIZER ADAMW: .*SGD only.*SIZE 0"),
+        (2, ["SOLVER.OPTIMIZER", "ADAMW"], "^SOLVER.OPTIMIZER ADAMW: .*SGD only.*SIZE 0"),
+        (
+            16,
+            ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 1],
+            "MAX_ITER 1 would leave no step: write .* 2 or",
+        ),
+        (1, ["SOLVER.REFERENCE_WORLD_SIZE", -1], "^SOLVER.REFERENCE_WORLD_SIZE -1: must be a number of workers"),
+        (
+            1,
+            ["SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 0],
+            "BATCH 0 cannot .*: write .* 1 or 2$",
+        ),
     ],
 )
 def test_refused(world, opts, message):

@@ -97,16 +97,26 @@ def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
     hook, model = BadImages(2), torch.nn.Identity()
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(model=model, storage=storage)
+
+        def forward(*images):
+            hook.trainer.batch = [{SKIPPED: [(name, "torn") for name in images]}, {}]
+            model(hook.trainer.batch)
+
         hook.before_train()
-        model([{SKIPPED: [("a.png", "torn")]}, {}])
-        model([{SKIPPED: [("a.png", "torn")]}])
+        forward("a.png")
+        forward("a.png")
         assert [record.getMessage().split(";")[0] for record in caplog.records] == ["a.png cannot be read (torn)"]
-        model([{SKIPPED: [("b.png", "torn")]}])
-        model([{}])
+        forward("b.png")
+        forward()
         hook.after_step()
         assert storage.latest()["bad_images"][0] == 2
         with pytest.raises(ValueError, match=r"(?s)3 image\(s\) .* allows 2.*a\.png: torn.*b\.png: torn.*c\.png: torn"):
-            model([{SKIPPED: [("c.png", "torn")]}])
+            forward("c.png")
+        model.eval()
+        forward("c.png")  # of an evaluation, with the batch of the last step
+        hook.after_train()
+        model.train()
+        forward("c.png")
 
 
 def test_two_hooks_of_one_class_keep_their_states(tmp_path, tiny_config):

@@ -28,9 +28,13 @@ def test_workers_that_torchrun_has_started():
 
 
 KUBEFLOW = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}  # of a machine
+STALE = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # and nothing to meet at
 
 
-@pytest.mark.parametrize("env", [{}, {"RANK": "3"}, KUBEFLOW])
+@pytest.mark.parametrize(
+    "env",
+    [{}, {"RANK": "3"}, KUBEFLOW, STALE, {"SLURM_STEP_NUM_TASKS": ""}],
+)
 def test_by_hand(env):
     assert find(env, num_gpus=2) == Workers(per_machine=2)
     assert find({**env, "SLURM_RESTART_COUNT": "2"}) == Workers(restarts=2)
@@ -45,6 +49,8 @@ def test_by_hand(env):
         ({}, {"num_gpus": 0}, "--num-gpus 0 --num-machines 1 .*at least 1 of each"),
         ({}, {"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://a:1"}, "--machine-rank 2: .* start at 0"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "srun has started 8 tasks .* torchrun once a node"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, {}, "WORLD_SIZE='0', which is no number of workers"),
+        ({"SLURM_RESTART_COUNT": "x"}, {}, "SLURM_RESTART_COUNT='x', which is no number"),
         ({}, {"num_machines": 2}, "--dist-url auto is for one machine"),
     ],
 )

@@ -1,5 +1,6 @@
 """tools/train_net.py and the trainer on a real, tiny data set: train, evaluate, resume, two CPU workers, bad input."""
 
+import copy as copy_module
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import AMPTrainer
@@ -182,6 +184,24 @@ def test_float16_goes_on_from_a_run_that_had_no_loss_scale(digits, tmp_path):
 def test_a_precision_that_there_is_not(digits, tmp_path):
     with pytest.raises(ValueError, match=r"SOLVER\.AMP\.PRECISION 'bf16': must be one of float16, bfloat16"):
         amp_trainer(digits, tmp_path, "cpu", "bf16")
+
+
+def test_a_config_without_the_keys_says_what_to_call():
+    with pytest.raises(ValueError, match=r"call focal_plugin\.add_focal_config\(cfg\) after get_cfg\(\)"):
+        FocalTrainer(get_cfg())
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
+def test_a_model_can_be_copied_and_called_with_other_things_than_images(digits, tmp_path):
+    """As hooks do that average weights, or look at the backbone; Detectron2's own trainer does not mind."""
+    trainer = amp_trainer(digits, tmp_path, "cpu", "bfloat16")
+    trainer.before_train()
+    copy = copy_module.deepcopy(trainer.model)
+    assert copy is not trainer.model and trainer.batch == ()
+    copy.eval()([{"image": torch.zeros(3, 64, 64)}])
+    trainer.model.forward = lambda x: {}
+    trainer.model(torch.zeros(2, 3))
+    assert trainer.batch == ()
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")

@@ -163,6 +163,8 @@ def test_arrays(guard):
         Call(*bare, (1, (1 << 60,), f4, False, b"")),
         Call(*bare, (1, (-1,), f4, False, b"1234")),
         Call(*bare, (1, (1,), obj, False, b"12345678")),
+        Call(*bare, (1, (2,), np.dtype("O8"), False, [])),  # numpy reads past the end of the list
+        Call(*bare, (1, (1,), np.dtype("(2,)f4"), False, b"12345678")),
         forged_array,
         Call(*bare, (1, (1,), np.dtype("O,i8"), False, b"1" * 16)),
         Call(np.ndarray, ((1,), "O", b"12345678")),
@@ -172,11 +174,9 @@ def test_arrays(guard):
         for protocol in (2, 4):
             with guard():
                 assert not loads("x.pkl", pickle.dumps({"model": {"0.weight": array}, "__author__": "x"}, protocol))
-    with open("x.pkl", "wb") as file:
-        pickle.dump({"model": {}, "__author__": "x", "forged": forged_array}, file)
     # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
-    fields = make_checkpointer().load("x.pkl")["forged"].dtype.fields
-    assert fields is None
+    with guard():
+        assert not loads("x.pkl", pickle.dumps({"model": {}, "__author__": "x", "forged": forged_array}))
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
