@@ -31,11 +31,9 @@ def check_scale(cfg: CfgNode, num_workers: int) -> None:
         problem = f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: scaling the learning rate as the batch is a rule for SGD only"
     elif batch < 1 or batch % made_for:
         low = max(batch // made_for, 1) * made_for
-        fewer = (
-            []
-            if solver.REFERENCE_WORLD_SIZE
-            else [str(n) for n in range(1, min(made_for, batch + 1)) if batch % n == 0]
-        )
+        # With a reference, another number of workers is no way out: it is the reference that the batch must suit.
+        others = range(1, min(made_for, batch + 1)) if not solver.REFERENCE_WORLD_SIZE else ()
+        fewer = [str(count) for count in others if batch % count == 0]
         problem = (
             f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write "
             f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}" + f", or train on {' or '.join(fewer)}" * bool(fewer)
