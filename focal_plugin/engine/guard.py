@@ -46,13 +46,12 @@ class NonFiniteGuard(HookBase):
 
     Attributes:
         batch: what the model was trained on last.
-        stopping: whether a worker has been asked to stop; the same on all.
-        finish: set on any worker, ends training after the next step.
-        finishing: whether it is set on any; the same on all.
+        stopping: whether training ends after this step, to be resumed later; the same on all workers.
+        finishing: whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
-        self.cfg, self.stopping, self.finish, self.finishing = cfg, False, False, False
+        self.cfg, self.stopping, self.finishing, self._finish = cfg, False, False, False
         self.looked_at = -1  # the last step that it has looked at
         self.batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
@@ -60,6 +59,10 @@ class NonFiniteGuard(HookBase):
         # Functions, which a deep copy of the model, as for averaged weights, leaves alone, and no methods.
         model.register_forward_pre_hook(lambda *args: self._before_forward(*args))
         model.register_forward_hook(lambda *args: self._after_forward(*args))
+
+    def finish(self) -> None:
+        """End training after the next step, as if it were the last, on all workers; to be called on any of them."""
+        self._finish = True
 
     def _before_forward(self, model, args):
         if model.training:
@@ -107,7 +110,7 @@ class NonFiniteGuard(HookBase):
             broken: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
         """
         broken = torch.zeros(2, dtype=torch.bool) if broken is None else broken
-        requests = torch.tensor([stop_requested(), self.finish])
+        requests = torch.tensor([stop_requested(), self._finish])
         flags = torch.cat([broken, requests.to(broken.device, non_blocking=True)]).to(torch.uint8)
         if comm.get_world_size() > 1:
             if distributed.get_backend() == "nccl":

@@ -38,23 +38,23 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             self.checkpointer.save_again(f"{self.file_prefix}_final")
 
     def after_step(self) -> None:
-        trainer = self.trainer
-        if trainer.finishing:
+        trainer, guard = self.trainer, self.trainer.guard
+        if guard.finishing:
             self.max_iter = trainer.iter + 1  # the step then saves it as the last
         is_last = trainer.iter + 1 >= self.max_iter
-        stop = trainer.stopping and not is_last  # the last step ends the run anyway
+        stop = guard.stopping and not is_last  # the last step ends the run anyway
         if not stop and not is_last and (trainer.iter + 1) % self.period:
             return
         workers = gather_worker_states(trainer.model)
         if comm.is_main_process():
-            self.step(trainer.iter, workers=workers, finished_early=trainer.finishing)
+            self.step(trainer.iter, workers=workers, finished_early=guard.finishing)
             if stop:
                 self.save_preempted(workers)
             if self._keep:
                 remove_old_checkpoints(self.checkpointer.save_dir, self._keep, trainer.iter)
         if stop:
             raise Preempted
-        if trainer.finishing:
+        if guard.finishing:
             raise FinishedEarly
 
     def save_preempted(self, workers: list[dict[str, Any]]) -> None:
@@ -109,7 +109,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         in_vain = (iteration - best_iter) // self._period if self._patience else 0
         if 0 < self._patience <= in_vain:
             logger.info(f"{self._val_metric} has not improved in {in_vain} evaluations: training ends")
-            self.trainer.finish()
+            self.trainer.guard.finish()
 
     def _remember_file(self) -> None:
         """Take the best metric from the file, which a run may have written right before it was killed."""
@@ -189,7 +189,7 @@ class BadImages(HookBase):
 
     def before_train(self) -> None:
         # Before the forward pass: a step may run the model several times, or break on what took an image's place.
-        # trainer.batch is there by then. A function, since a deep copy of the model would copy a method's trainer.
+        # The guard has its batch by then. A function, since a deep copy of the model would copy a method's trainer.
         self._handle = self.trainer.model.register_forward_pre_hook(lambda model, args: self._look(model))
 
     def after_train(self) -> None:
@@ -198,7 +198,7 @@ class BadImages(HookBase):
     def _look(self, model) -> None:
         if not model.training:
             return
-        for name, reason in (skipped for image in self.trainer.batch for skipped in image.get(SKIPPED, ())):
+        for name, reason in (skipped for image in self.trainer.guard.batch for skipped in image.get(SKIPPED, ())):
             if name not in self._reasons:
                 self._reasons[name] = reason
                 logger.warning(
@@ -223,7 +223,7 @@ class TrainingPicture(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        model, images = unwrap_ddp(self.trainer.model), self.trainer.batch[:1]
+        model, images = unwrap_ddp(self.trainer.model), self.trainer.guard.batch[:1]
         if self.trainer.iter % self._period or not images:
             return
         with preserve_rng(), inference_context(model), torch.no_grad():  # the colors are drawn by lot

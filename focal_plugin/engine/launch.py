@@ -29,7 +29,7 @@ from .checkpoint import SafeCheckpointer
 from .preemption import EXIT_PREEMPTED, Preempted, fail_together, stop_requested, stopped_by_sigterm
 from .preflight import Job, preflight
 from .torchrun import Workers
-from .trainer import FocalTrainer, describe_start
+from .trainer import FocalTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,14 @@ def start_banner(trainer: FocalTrainer) -> str:
     """Return a table of what is going to be trained, from where and on what, and of what was scaled."""
     cfg, written = trainer.cfg, trainer.unscaled_cfg
     solver, model, clip = cfg.SOLVER, cfg.MODEL, cfg.SOLVER.CLIP_GRADIENTS
-    rows = {"start": describe_start(trainer.checkpointer, cfg, trainer.start_iter)}
+    # A subclass may have put Detectron2's checkpointer there, which knows neither.
+    skipped, resumed_from = (getattr(trainer.checkpointer, name, "") for name in ("skipped", "resumed_from"))
+    if resumed_from or trainer.start_iter:
+        left = "" if trainer.start_iter < solver.MAX_ITER else ", which was the last: only the evaluation is left"
+        start = f"RESUMING after step {trainer.start_iter}{left}, from {resumed_from or cfg.OUTPUT_DIR}"
+    else:
+        start = f"FRESH, weights from {model.WEIGHTS}" if model.WEIGHTS else "FRESH, with random weights"
+    rows = {"start": start + (f"; skipped: {'; '.join(skipped)}" if skipped else "")}
     for key in all_keys(cfg):
         if lookup(cfg, key) != lookup(written, key):
             rows[key] = f"{lookup(written, key)} -> {lookup(cfg, key)}"

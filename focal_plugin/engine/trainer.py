@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults, hooks
@@ -48,6 +47,7 @@ class FocalTrainer(DefaultTrainer):
 
     Attributes:
         unscaled_cfg: the config before ``SOLVER.REFERENCE_WORLD_SIZE`` was applied; ``cfg`` is the one trained with.
+        guard: looks at each step, and knows whether training ends after it.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -66,29 +66,10 @@ class FocalTrainer(DefaultTrainer):
         if comm.is_main_process():
             for line in unknown_keys(self.unscaled_cfg):
                 logger.warning(line)
-        self._guard = NonFiniteGuard(cfg, self.model)
+        self.guard = NonFiniteGuard(cfg, self.model)
         # Of the inner trainer, which alone calls after_backward, when the weights are still those of before the step.
-        self._trainer.register_hooks([self._guard])
+        self._trainer.register_hooks([self.guard])
         self._worker_states = None
-
-    @property
-    def batch(self) -> Sequence[dict]:
-        """Return what this worker was trained on in the last step."""
-        return self._guard.batch
-
-    @property
-    def stopping(self) -> bool:
-        """Return whether training ends after this step, to be resumed later; the same on all workers."""
-        return self._guard.stopping
-
-    @property
-    def finishing(self) -> bool:
-        """Return whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers."""
-        return self._guard.finishing
-
-    def finish(self) -> None:
-        """End training after the next step, as if it were the last, on all workers; to be called on any of them."""
-        self._guard.finish = True
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the newest checkpoint that is whole, with what each worker had for itself, or load the weights.
@@ -216,8 +197,8 @@ class FocalTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def after_step(self) -> None:
-        if self._guard.looked_at != self.iter:
-            self._guard.exchange()  # a subclass makes its steps in another way, without after_backward
+        if self.guard.looked_at != self.iter:
+            self.guard.exchange()  # a subclass makes its steps in another way, without after_backward
         flush_scalars()  # before the writers write
         super().after_step()
 
@@ -290,23 +271,6 @@ class _Evaluator(COCOEvaluator):
             "(see the start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the "
             "classes have another order than in training?"
         )
-
-
-def describe_start(checkpointer: DetectionCheckpointer, cfg: CfgNode, start_iter: int = 0) -> str:
-    """Say where a model's weights are from, after they have been loaded.
-
-    Args:
-        checkpointer: that has loaded them.
-        cfg: of the run.
-        start_iter: steps done already.
-    """
-    # A subclass may have put Detectron2's checkpointer there, which knows neither.
-    skipped, resumed_from = getattr(checkpointer, "skipped", []), getattr(checkpointer, "resumed_from", "")
-    skipped = f"; skipped: {'; '.join(skipped)}" if skipped else ""
-    if resumed_from or start_iter:
-        left = "" if start_iter < cfg.SOLVER.MAX_ITER else ", which was the last: only the evaluation is left"
-        return f"RESUMING after step {start_iter}{left}, from {resumed_from or cfg.OUTPUT_DIR}{skipped}"
-    return f"FRESH, weights from {cfg.MODEL.WEIGHTS}{skipped}" if cfg.MODEL.WEIGHTS else "FRESH, with random weights"
 
 
 @torch.no_grad()

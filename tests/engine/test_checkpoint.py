@@ -22,6 +22,7 @@ class Trainer(TrainerBase):
         super().__init__()
         self.model = torch.nn.Linear(1, 1)
         torch.nn.init.zeros_(self.model.weight)
+        self.guard = self
         self.stopping = self.finishing = False
         self.metrics = dict(metrics)  # by steps done
         self.checkpointer = SafeCheckpointer(self.model, str(folder), trainer=self)

@@ -28,7 +28,9 @@ def step(model, batch, iteration, *hooks):
     model.zero_grad()
     with EventStorage(iteration) as storage:
         for hook in hooks:
-            hook.trainer = SimpleNamespace(model=model, iter=iteration, storage=storage, batch=batch)
+            hook.trainer = SimpleNamespace(
+                model=model, iter=iteration, storage=storage, guard=SimpleNamespace(batch=batch)
+            )
         sum(model(batch).values()).backward()
         for hook in hooks:
             hook.after_step()
@@ -77,7 +79,7 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
     writer = TensorboardXWriter(str(tmp_path))
     with EventStorage() as storage:
         hook = TrainingPicture(1)
-        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage, batch=batch)
+        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage, guard=SimpleNamespace(batch=batch))
         loss = model(batch)["loss_cls"].item()
         flush_scalars()
         hook.after_step()
@@ -96,11 +98,11 @@ def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
     """A step may run the model several times, and need not end well."""
     hook, model = BadImages(2), torch.nn.Identity()
     with EventStorage() as storage:
-        hook.trainer = SimpleNamespace(model=model, storage=storage)
+        hook.trainer = SimpleNamespace(model=model, storage=storage, guard=SimpleNamespace())
 
         def forward(*images):
-            hook.trainer.batch = [{SKIPPED: [(name, "torn") for name in images]}, {}]
-            model(hook.trainer.batch)
+            hook.trainer.guard.batch = [{SKIPPED: [(name, "torn") for name in images]}, {}]
+            model(hook.trainer.guard.batch)
 
         hook.before_train()
         forward("a.png")

@@ -197,11 +197,11 @@ def test_a_model_can_be_copied_and_called_with_other_things_than_images(digits, 
     trainer = amp_trainer(digits, tmp_path, "cpu", "bfloat16")
     trainer.before_train()
     copy = copy_module.deepcopy(trainer.model)
-    assert copy is not trainer.model and trainer.batch == ()
+    assert copy is not trainer.model and trainer.guard.batch == ()
     copy.eval()([{"image": torch.zeros(3, 64, 64)}])
     trainer.model.forward = lambda x: {}
     trainer.model(torch.zeros(2, 3))
-    assert trainer.batch == ()
+    assert trainer.guard.batch == ()
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
