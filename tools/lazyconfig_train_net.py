@@ -78,7 +78,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser()
+    parser = default_argument_parser("overrides: path.key=value, such as train.max_iter=100; examples: README.md")
     add_register_argument(parser)
     args = parser.parse_args()
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

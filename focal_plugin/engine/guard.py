@@ -254,21 +254,21 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
 
     facts = ", ".join(f"{key} {value}" for key, value in content["facts"].items())
     yield f"step {content['iteration']}, then: {facts}"
+    model.load_state_dict(content["model"])
+    logit = largest_logit(model, batch)
+    yield f"now:\n{'largest |logit|':<16} {logit}"
+    if logit == BROKEN:  # before the losses, some of which fvcore refuses to compute then
+        yield "The logits themselves are not finite: the weights are broken already, and no image is to blame."
     losses = losses_of(batch)
     sum(losses.values()).backward()
-    yield "now:"
-    yield from (f"{name:<16} {float(loss):.6g}" for name, loss in losses.items())
-    logit = largest_logit(model, batch)
-    yield f"{'largest |logit|':<16} {logit}"
+    yield from (f"{name:<16} {loss.item():.6g}" for name, loss in losses.items())
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
     where = f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite"
     yield f"{'gradients':<16} {where}"
-    if logit == BROKEN:
-        yield "The logits themselves are not finite: the weights are broken already, and no image is to blame."
     yield "each image alone, its losses divided by a normalizer of its own:"
     for image in batch:
         with torch.no_grad():
-            values = ", ".join(f"{name} {float(loss):.6g}" for name, loss in losses_of([image]).items())
+            values = ", ".join(f"{name} {loss.item():.6g}" for name, loss in losses_of([image]).items())
         boxes = image["instances"].gt_boxes.tensor
         sides = boxes[:, 2:] - boxes[:, :2]
         worst = ""
