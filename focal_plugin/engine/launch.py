@@ -21,6 +21,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import multiprocessing
 
+from ..config import find_config
 from ..config_yaml import all_keys, lookup
 from ..data import add_register_argument, register_from_args
 from ..data.loader import stream_of
@@ -113,7 +114,8 @@ def main(job: Job) -> None:
     register_from_args(args.register, job.thing_classes)  # in a process of its own a worker knows of none
     if cfg.MODEL.DEVICE == "cpu" and comm.get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
-    default_setup(cfg, args)
+    # It opens the config file again, for the log.
+    default_setup(cfg, Namespace(**{**vars(args), "config_file": str(find_config(args.config_file))}))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_plugin")
     if cfg.MODEL.DEVICE == "cpu":
         found = "" if torch.cuda.is_available() else "No GPU found: "
@@ -122,7 +124,7 @@ def main(job: Job) -> None:
         with _refusing_bad_input():
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=job.resume)
         skipped = f"; skipped: {'; '.join(checkpointer.skipped)}" if checkpointer.skipped else ""
         logger.info(f"EVALUATING {checkpointer.resumed_from or cfg.MODEL.WEIGHTS}{skipped}")
         results = FocalTrainer.test(cfg, model)
@@ -131,7 +133,7 @@ def main(job: Job) -> None:
         return
     with _refusing_bad_input():
         trainer = FocalTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        trainer.resume_or_load(resume=job.resume)
     if comm.is_main_process():
         logger.info("\n" + start_banner(trainer))
         for line in filter(None, [*job.warnings, learning_rate_warning(trainer.cfg)]):  # last, where it is seen

@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from ..config import find_config, load_config
+from ..config import load_config
 from ..config_yaml import all_keys, lookup
 from ..data import check_coco, register_from_args
 from ..files import printable
@@ -34,9 +34,11 @@ class Job:
     """What the workers are given, all of it checked."""
 
     args: Namespace
-    """The flags as typed; ``resume`` is also set where torchrun or SLURM has started the run again."""
+    """As typed."""
     cfg: CfgNode
     """Frozen; not yet scaled to the number of workers."""
+    resume: bool
+    """Whether to go on: as typed, or because torchrun or SLURM has started the run again."""
     thing_classes: Mapping[str, Sequence[str]]
     """The class names of the data sets that the command line registers."""
     warnings: Sequence[str]
@@ -49,9 +51,8 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     Raises:
         FileNotFoundError, ValueError: it cannot be trained or evaluated; the message says why and what to type.
     """
-    args = Namespace(**{**vars(args), "resume": args.resume or workers.restarts > 0})
-    cfg = load_checked_config(args)
-    args.config_file = str(find_config(args.config_file))  # which Detectron2 opens again, for the log
+    resume = args.resume or workers.restarts > 0
+    cfg = load_checked_config(Namespace(**{**vars(args), "resume": resume}))
     num_gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and workers.per_machine > num_gpus:
         raise ValueError(f"{workers.per_machine} workers on this machine (--num-gpus), which has {num_gpus} GPU(s)")
@@ -65,7 +66,7 @@ def preflight(args: Namespace, workers: Workers) -> Job:
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made or written to: {e}") from e
     has_to_look = not (args.eval_only or workers.local_rank)  # the first worker of a machine
     warnings = check_training_data(cfg) if has_to_look else []
-    return Job(args, cfg, register_from_args(args.register), warnings)
+    return Job(args, cfg, resume, register_from_args(args.register), warnings)
 
 
 def load_checked_config(args: Namespace) -> CfgNode:
