@@ -186,6 +186,7 @@ class BadImages(HookBase):
     def __init__(self, limit: int):
         self._limit = limit
         self._reasons: dict[str, str] = {}
+        self._handle = None
 
     def before_train(self) -> None:
         # Before the forward pass: a step may run the model several times, or break on what took an image's place.
@@ -193,7 +194,8 @@ class BadImages(HookBase):
         self._handle = self.trainer.model.register_forward_pre_hook(lambda model, args: self._look(model))
 
     def after_train(self) -> None:
-        self._handle.remove()
+        if self._handle:  # Detectron2 comes here, too, when another hook has failed before the training
+            self._handle.remove()
 
     def _look(self, model) -> None:
         if not model.training:

@@ -97,6 +97,7 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
 def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
     """A step may run the model several times, and need not end well."""
     hook, model = BadImages(2), torch.nn.Identity()
+    hook.after_train()  # as Detectron2 calls it when another hook's before_train has raised
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(model=model, storage=storage, guard=SimpleNamespace())
 
