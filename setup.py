@@ -28,7 +28,7 @@ setup(
     # package, without modules, that happens to live elsewhere.
     packages=[*find_packages(include=["focal_plugin", "focal_plugin.*"]), "focal_plugin.configs"],
     package_dir={"focal_plugin.configs": "configs"},
-    package_data={"focal_plugin.configs": ["**/*.yaml", "**/*.py"], "focal_plugin.experiments": ["templates/*"]},
+    package_data={"focal_plugin.configs": ["**/*.yaml", "**/*.py"], "focal_plugin.eval": ["templates/*"]},
     # Neither detectron2 nor torch is listed. Detectron2 is not on the index under its own name, so pip
     # could not install it; and pip must never exchange the torch that Detectron2 was compiled against.
     install_requires=[
@@ -36,6 +36,7 @@ setup(
         "jinja2",
         "matplotlib",
         "numpy",
+        "pandas",
         "pillow",
         "pycocotools",
         "pyyaml",

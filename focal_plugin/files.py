@@ -1,12 +1,15 @@
-"""Write files that are there whole or not at all, and print what stands in somebody else's."""
+"""Write files that are there whole or not at all, say where they were made, and print what stands in others'."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 TEMPORARY = ".tmp"  # how the name of a file that is being written ends
 
@@ -58,3 +61,31 @@ def printable(value: object, limit: int = 60, quotes: bool = True) -> str:
     except ValueError:  # an integer of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def origin(command: str) -> dict[str, Any]:
+    """Return what a file of results says about its making: command, date (UTC), machine and versions."""
+    return {"command": command, "date": now(), "machine": machine(), "versions": versions()}
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def machine() -> str:
+    """Name the processor, its cores and, where there is one, the GPU."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return f"{cpu}, {os.cpu_count()} cores, {gpu}, {platform.system()}, Python {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    names = ("focal_plugin", "detectron2", "torch", "torchvision", "numpy", "scipy", "pycocotools")
+    # A module's own word comes first: Detectron2 is also distributed under other names.
+    return {n: getattr(import_module(n), "__version__", None) or metadata.version(n) for n in names}

@@ -15,10 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from focal_plugin.analysis.arguments import positive_number
-from focal_plugin.analysis.loss_benchmark import describe_environment
 from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect
 from focal_plugin.analysis.loss_distribution import GAMMAS
 from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
@@ -26,6 +23,7 @@ from focal_plugin.analysis.loss_report import format_tables, summarize, write_re
 from focal_plugin.data import add_register_argument
 from focal_plugin.engine import load_checked_config
 from focal_plugin.engine.checkpoint import build_trained_model
+from focal_plugin.files import origin
 
 
 def gamma(text):
@@ -75,7 +73,7 @@ def analyze_model(args, figures):
     summary = summarize(counted, cfg)
     command = shlex.join(["python", "tools/analyze_loss.py", *sys.argv[1:]])
     environment = {
-        **describe_environment(torch.device(cfg.MODEL.DEVICE), command),
+        **origin(command),
         "config": args.config_file,
         "weights": cfg.MODEL.WEIGHTS,
         "data sets": datasets,

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmark/ is not installed
+
+from benchmark.loss_benchmark import DTYPES, Settings, run_benchmark
+from benchmark.loss_contenders import CASES, FORMATS
 from focal_plugin.analysis.arguments import positive_number
-from focal_plugin.analysis.loss_benchmark import DTYPES, Settings, run_benchmark
-from focal_plugin.analysis.loss_contenders import CASES, FORMATS
 
 
 def parse_args():

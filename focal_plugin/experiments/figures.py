@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..analysis.detections import PrecisionRecall
+from ..eval.detections import PrecisionRecall
 from .statistics import Paired
 from .study import Outcome
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import matplotlib
 
-from ..analysis.detections import precision_recall_curves
+from ..eval.detections import precision_recall_curves
+from ..eval.page import render_html, render_markdown
+from ..files import origin
 from .notes import notes
-from .page import render_html, render_markdown
-from .provenance import origin
 from .record import recipe_of, storable, study_record
 from .results import RunResult, write_whole
 from .sections import Sections

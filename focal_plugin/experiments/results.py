@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from ..engine.trainer import DIVERGED
-from ..files import atomic_write
-from .provenance import machine, now
+from ..files import atomic_write, machine, now
 
 CONSOLE = "console.txt"
 RESULT = "result.json"

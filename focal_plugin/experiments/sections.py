@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..analysis.detections import Method, PrecisionRecall, draw_mosaic
+from ..eval.detections import Method, PrecisionRecall, draw_mosaic
 from . import figures
 from .statistics import paired_difference, signed
 from .study import Outcome, Study, featured, reference

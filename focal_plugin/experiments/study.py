@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config_yaml import lookup
+from ..eval.texts import printable
 from .naming import kind_of
 from .paper import CAPTIONS, FL, Published
 from .results import RunResult, of_method
 from .statistics import Summary, summarize
-from .texts import printable
 
 _KINDS = {"ohem": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
 _KIND_IN_KEY = re.compile(r"(?:^|_)(ohem|ssd|flstar|fl|ce)(?=1to3|_|$)")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..eval.texts import markdown_text
 from .paper import Published
 from .results import RunResult
 from .statistics import Summary, paired_difference, signed, summarize
 from .study import Outcome, Study, images_seen, reference
-from .texts import markdown_text
 
 NONE = "–"
 _APS = ("AP", "AP50", "AP75")

@@ -74,7 +74,7 @@ def test_a_model_on_a_data_set(digits, weights, tmp_path):
     assert "analyze_val" in report and str(weights) in report
 
     numbers = json.loads((tmp_path / "out" / "loss_distribution.json").read_text(encoding="utf-8"))
-    assert {"command", "date", "CPU", "torch", "detectron2", "weights", "data sets"} <= set(numbers["environment"])
+    assert {"command", "date", "machine", "versions", "weights", "data sets"} <= set(numbers["environment"])
     assert numbers["images"] == 4
     anchors, windows = numbers["anchors"], numbers["windows"]
     assert windows["positive"] == anchors["positive"] > 0

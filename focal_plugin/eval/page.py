@@ -26,7 +26,7 @@ def render_markdown(context: dict[str, Any]) -> str:
 
 
 def _environment(autoescape: bool) -> Environment:
-    loader = PackageLoader("focal_plugin.experiments", "templates")
+    loader = PackageLoader("focal_plugin.eval", "templates")
     return Environment(
         loader=loader,
         autoescape=autoescape,

@@ -6,7 +6,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from focal_plugin.analysis.detections import Method, choose_images, draw_mosaic, match, precision_recall
+from focal_plugin.eval.detections import Method, choose_images, draw_mosaic, match, precision_recall
 
 
 def write_truth(path, boxes_per_image):

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
-from focal_plugin.analysis import loss_accuracy
-from focal_plugin.analysis.loss_accuracy import GAMMAS, grid, measure_accuracy, reference
-from focal_plugin.analysis.loss_benchmark import accuracy_functions
+from benchmark import loss_accuracy
+from benchmark.loss_accuracy import GAMMAS, grid, measure_accuracy, reference
+from benchmark.loss_benchmark import accuracy_functions
 
 CPU = torch.device("cpu")
 

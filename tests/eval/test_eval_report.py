@@ -15,8 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from focal_plugin.analysis.crops import SIDE, crop, find_image, open_image
-from focal_plugin.analysis.evaluation import (
+from focal_plugin.eval.crops import SIDE, crop, find_image, open_image
+from focal_plugin.eval.eval_report import write_eval_report
+from focal_plugin.eval.evaluation import (
     METRICS,
     best_score_threshold,
     evaluate,
@@ -24,7 +25,6 @@ from focal_plugin.analysis.evaluation import (
     read_predictions,
     read_truth,
 )
-from focal_plugin.experiments.eval_report import write_eval_report
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,8 @@ import torchvision
 from tabulate import tabulate
 from torch import Tensor
 
-from ..losses import sigmoid_focal_loss
+from focal_plugin.losses import sigmoid_focal_loss
+
 from .loss_accuracy import Accuracy, measure_accuracy
 from .loss_contenders import CASES, FORMATS, STOCK, Case, Contender, dense_contenders, head_contenders, make_batch
 from .loss_counters import Traffic, cache_size, count_traffic, peak_bytes

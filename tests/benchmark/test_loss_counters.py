@@ -2,7 +2,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss, sigmoid_focal_loss_jit
 
-from focal_plugin.analysis.loss_counters import (
+from benchmark.loss_counters import (
     TrafficCounter,
     cache_size,
     compile_and_count,

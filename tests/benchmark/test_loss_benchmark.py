@@ -12,9 +12,9 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss, sigmoid_focal_loss_jit
 from torch import nn
 
-from focal_plugin.analysis import loss_accuracy, loss_benchmark, loss_contenders
-from focal_plugin.analysis.loss_benchmark import Settings, measure_table, run_benchmark
-from focal_plugin.analysis.loss_contenders import (
+from benchmark import loss_accuracy, loss_benchmark, loss_contenders
+from benchmark.loss_benchmark import Settings, measure_table, run_benchmark
+from benchmark.loss_contenders import (
     CASES,
     STOCK,
     Case,
@@ -24,7 +24,7 @@ from focal_plugin.analysis.loss_contenders import (
     make_batch,
     stock_loss,
 )
-from focal_plugin.analysis.loss_counters import Compiled, count_traffic
+from benchmark.loss_counters import Compiled, count_traffic
 from focal_plugin.heads import FocalHead
 
 ROOT = Path(__file__).resolve().parents[2]

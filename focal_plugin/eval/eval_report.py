@@ -14,9 +14,12 @@ from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 
 from .. import __version__
-from ..analysis.crops import crop, find_image, open_image
-from ..analysis.detections import CORRECT, MISSED, TRUTH, WRONG
-from ..analysis.evaluation import (
+from ..experiments.figures import save_svg
+from ..experiments.tables import NONE, Table
+from ..files import atomic_write
+from .crops import crop, find_image, open_image
+from .detections import CORRECT, MISSED, TRUTH, WRONG
+from .evaluation import (
     CURVES,
     KINDS,
     METRICS,
@@ -28,10 +31,7 @@ from ..analysis.evaluation import (
     read_predictions,
     read_truth,
 )
-from ..files import atomic_write
-from .figures import save_svg
 from .page import render_html
-from .tables import NONE, Table
 from .texts import printable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73")

@@ -19,8 +19,9 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 
-from ..heads import AnchorTargets, FocalHead, OHEMHead
-from ..losses import sigmoid_focal_loss
+from focal_plugin.heads import AnchorTargets, FocalHead, OHEMHead
+from focal_plugin.losses import sigmoid_focal_loss
+
 from .loss_counters import compile_and_count, kernel_bytes
 
 ALPHA, GAMMA = 0.25, 2.0
