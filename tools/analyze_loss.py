@@ -15,11 +15,17 @@ import sys
 import time
 from pathlib import Path
 
-from focal_plugin.analysis.arguments import positive_number
-from focal_plugin.analysis.loss_collect import build_loader, build_ohem_head, collect
 from focal_plugin.analysis.loss_distribution import GAMMAS
-from focal_plugin.analysis.loss_figures import FIGURE1_GAMMAS, draw_figure1, draw_figure4
-from focal_plugin.analysis.loss_report import format_tables, summarize, write_report
+from focal_plugin.analysis.loss_figures import (
+    FIGURE1_GAMMAS,
+    build_loader,
+    build_ohem_head,
+    collect,
+    draw_figure1,
+    draw_figure4,
+    summarize,
+    write_report,
+)
 from focal_plugin.data import add_register_argument
 from focal_plugin.engine import load_checked_config
 from focal_plugin.engine.checkpoint import build_trained_model
@@ -43,13 +49,15 @@ def parse_args():
     add("--config-file", default="", metavar="FILE", help="of the model; without one only Figure 1 is drawn")
     add_register_argument(parser)
     add("--dataset", metavar="NAME", help="annotated images to run the model on, instead of DATASETS.TEST")
-    add("--num-images", type=positive_number, metavar="N", help="a random choice of N of them (default: all)")
+    add("--num-images", type=int, metavar="N", help="a random choice of N of them (default: all)")
     add("--figure", type=int, choices=(1, 4), help="only this one (default: both, or 1 without --config-file)")
     add("--gammas", nargs="+", type=gamma, help="(default: 0 .5 1 2, and 5 in Figure 1; 0 is added for OHEM)")
     add("--no-ohem", action="store_true", help="leave out what OHEM would keep")
     add("--output", type=Path, default=Path("report/loss"), metavar="DIR", help="(default: %(default)s)")
     add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...: config overrides, such as MODEL.WEIGHTS FILE; last")
     args = parser.parse_args()
+    if args.num_images is not None and args.num_images < 1:
+        parser.error(f"argument --num-images: must be at least 1, got {args.num_images}")
     args.gammas = args.gammas and sorted(set(args.gammas))
     if args.dataset:
         args.opts = ["DATASETS.TEST", repr((args.dataset,)), *args.opts]
@@ -67,20 +75,18 @@ def analyze_model(args, figures):
     counted = collect(model, loader, gammas=args.gammas or GAMMAS, ohem=ohem)
     seconds = time.perf_counter() - start
     datasets = ", ".join(cfg.DATASETS.TEST)
-    figures = figures + draw_figure4(
-        counted, args.output, f"{cfg.MODEL.WEIGHTS} on {counted.images:,} images of {datasets}"
-    )
-    summary = summarize(counted, cfg)
-    command = shlex.join(["python", "tools/analyze_loss.py", *sys.argv[1:]])
+    title = f"{cfg.MODEL.WEIGHTS} on {counted.images:,} images of {datasets}"
+    figures = figures + draw_figure4(counted, args.output, title)
+    numbers, tables = summarize(counted, cfg)
     environment = {
-        **origin(command),
+        **origin(shlex.join(["python", "tools/analyze_loss.py", *sys.argv[1:]])),
         "config": args.config_file,
         "weights": cfg.MODEL.WEIGHTS,
         "data sets": datasets,
         "seconds": f"{seconds:.1f}",
     }
-    written = write_report(summary, environment, figures, args.output)
-    print(f"{format_tables(summary)}\n")
+    written = write_report(numbers, tables, environment, figures, args.output)
+    print(f"{tables}\n")
     return [*figures, *written]
 
 

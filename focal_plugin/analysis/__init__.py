@@ -1,1 +1,1 @@
-"""Looks into trained models: what they detect, and where they err."""
+"""Which windows of a trained model carry the loss: Figures 1 and 4 of the paper."""

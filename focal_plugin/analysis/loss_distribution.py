@@ -1,4 +1,4 @@
-"""Which windows carry the loss: the distribution behind Figure 4 of the focal loss paper, in bounded memory.
+"""Count which windows carry the loss: the distribution behind Figure 4 of the focal loss paper, in bounded memory.
 
 The paper (Lin et al. 2017, section 5.1) does not say what a "window" is. Here a window is one entry of the sigmoid
 output, that of one anchor and one class: the positives are the entries of foreground anchors at their matched class,
@@ -6,19 +6,18 @@ the negatives all other entries of the anchors that are not ignored. Ignored anc
 
 Every window has a logit of being wrong, ``s`` (see :mod:`focal_plugin.losses.formulas`), and the focal loss grows with
 ``s`` whatever gamma is. One histogram over ``s`` therefore sorts the windows by their loss for all gammas at once.
-Alpha is a constant factor within each group, which the normalised distributions do not see: the loss is without it.
+Alpha is a constant factor within each group, which the normalized distributions do not see: the loss is without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.args import IGNORE, check_gamma, check_labels
-from ..losses.blockwise import Layout
+from ..losses.args import check_gamma, check_labels
 from ..losses.formulas import softplus
 
 GROUPS = ("positive", "negative")
@@ -29,7 +28,7 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0)
 # changes by a factor of at most exp((1 + gamma) / 64), 5 % for gamma = 2.
 _LIMIT, _PER_UNIT = 60, 64
 NUM_BINS = 2 * _LIMIT * _PER_UNIT + 2
-# Entries at a time: what is computed of them, in float64, stays in a CPU's cache; on a GPU it bounds the memory.
+# Windows at a time: what is computed of them, in float64, stays in a CPU's cache; on a GPU it bounds the memory.
 _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**23
 
 
@@ -57,13 +56,12 @@ class LossDistribution:
             raise ValueError(f"gammas must be one or more different numbers, got {list(self.gammas)}")
         for gamma in self.gammas:
             check_gamma(gamma)
-        # One bin more, for entries that do not count.
-        self._counts = torch.zeros(len(GROUPS), NUM_BINS + 1, dtype=torch.int64)
-        self._sums = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS + 1, dtype=torch.float64)
+        self._counts = torch.zeros(len(GROUPS), NUM_BINS, dtype=torch.int64)
+        self._sums = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, class_dim: int = -1) -> None:
-        """Counts the windows of some anchors, on the device of their logits.
+        """Count the windows of some anchors, on the device of their logits.
 
         Args:
             logits: any shape that has K classes along ``class_dim``, in any memory layout; floating point.
@@ -74,61 +72,46 @@ class LossDistribution:
             ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a
                 logit that counts is not finite.
         """
-        class_dim %= logits.dim()
-        check_labels(labels, logits.shape, class_dim, logits.shape[class_dim])
+        class_dim, num_classes = class_dim % logits.dim(), logits.shape[class_dim]
+        check_labels(labels, logits.shape, class_dim, num_classes)
         if logits.numel() == 0:
             return
-        layout = Layout(logits, class_dim)
-        x, labels = layout.flat(logits), layout.flat(labels.unsqueeze(class_dim))
-        # An index that is valid for background and ignored rows as well.
-        index = labels.clamp(0, x.shape[1] - 1).long()
-        present = (labels >= 0) & (labels < x.shape[1])
-        self._counts, self._sums = self._counts.to(x.device), self._sums.to(x.device)
-        self._add(0, -x.gather(1, index)[present].double())
-        for block in _blocks(x):
-            s = x[block].to(torch.float64, copy=True)  # to overwrite
-            bins = _bins(s)
-            # Each row's entry of its class is a positive, which was counted above.
-            at_class = bins.gather(1, index[block]).masked_fill_(present[block], NUM_BINS)
-            bins.scatter_(1, index[block], at_class).masked_fill_(labels[block] == IGNORE, NUM_BINS)
-            self._add(1, s.flatten(), bins.flatten())
-        if not self._sums[..., :NUM_BINS].isfinite().all():
-            raise ValueError("a logit is NaN or infinite: the model has diverged, or its input is not finite")
+        self._counts, self._sums = self._counts.to(logits.device), self._sums.to(logits.device)
+        x, y = logits.movedim(class_dim, -1).flatten(0, -2), labels.flatten()
+        is_foreground = (y >= 0) & (y < num_classes)
+        foreground = x[is_foreground]
+        present = y[is_foreground, None] == torch.arange(num_classes, device=y.device)
+        size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
+        self._add(0, -foreground[present])
+        self._add(1, foreground[~present])
+        for block in x[y == num_classes].flatten().split(size):
+            self._add(1, block)
 
-    def _add(self, group: int, s: Tensor, bins: Tensor | None = None) -> None:
-        """Adds the (M,) float64 logits of being wrong to a group."""
-        bins = _bins(s) if bins is None else bins
-        self._counts[group] += torch.bincount(bins, minlength=NUM_BINS + 1)
+    def _add(self, group: int, s: Tensor) -> None:
+        """Add windows with these (M,) logits of being wrong, which may be overwritten, to a group."""
+        s = s.double()
+        if not s.isfinite().all():
+            raise ValueError("a logit is NaN or infinite: the model has diverged, or its input is not finite")
+        bins = torch.add(_LIMIT * _PER_UNIT + 1, s, alpha=_PER_UNIT).floor_().clamp_(0, NUM_BINS - 1).long()
+        self._counts[group] += torch.bincount(bins, minlength=NUM_BINS)
         # formulas.Focal, whose two costly terms are the same for every gamma.
         cross_entropy = softplus(s, out=torch.empty_like(s))
         log_wrong = torch.sub(s, cross_entropy, out=s)
         loss = torch.empty_like(s)
         for i, gamma in enumerate(self.gammas):
             torch.mul(log_wrong, gamma, out=loss).exp_().mul_(cross_entropy)
-            self._sums[group, i] += torch.bincount(bins, weights=loss, minlength=NUM_BINS + 1)
-
-    def merge(self, other: LossDistribution) -> LossDistribution:
-        """Adds what another one counted, e.g. on another part of the images; returns itself.
-
-        Raises:
-            ValueError: it has other gammas.
-        """
-        if other.gammas != self.gammas:
-            raise ValueError(f"cannot merge gammas {list(self.gammas)} with gammas {list(other.gammas)}")
-        self._counts += other._counts.to(self._counts.device)
-        self._sums += other._sums.to(self._sums.device)
-        return self
+            self._sums[group, i] += torch.bincount(bins, weights=loss, minlength=NUM_BINS)
 
     def count(self, group: str) -> int:
-        """The number of windows of ``"positive"`` or ``"negative"``."""
-        return int(self._of(group)[0].sum())
+        """Return the number of windows of ``"positive"`` or ``"negative"``."""
+        return int(self._of(group, self.gammas[0])[0].sum())
 
     def total(self, group: str, gamma: float) -> float:
-        """The sum of the loss over all windows of a group, without alpha."""
+        """Return the sum of the loss over all windows of a group, without alpha."""
         return float(self._of(group, gamma)[1].sum())
 
-    def cdf(self, group: str, gamma: float, out_of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The cumulative distribution of the loss over the windows sorted from the lowest loss to the highest.
+    def curve(self, group: str, gamma: float, out_of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return which share of its loss the windows of a group carry, from the hardest (highest loss) to the easiest.
 
         Args:
             group: "positive" or "negative".
@@ -137,82 +120,26 @@ class LossDistribution:
 
         Returns:
             The fraction of the windows and the share of the loss that they carry, at the edges of all bins that are
-            not empty, from (0, 0) to (1, 1). NaN shares if there is no loss at all.
+            not empty, from (0, 0) to (1, 1), linear in between. NaN shares if there is no loss at all.
 
         Raises:
             ValueError: no such group or gamma, or ``out_of`` is less than was counted.
         """
-        fraction, share = self._from_hardest(group, gamma, out_of)
-        fraction, share = 1 - fraction[::-1], 1 - share[::-1]
-        if fraction[0] > 0:
-            fraction, share = np.append(0.0, fraction), np.append(share[0], share)
-        return fraction, share
-
-    def hardest_share(self, group: str, gamma: float, fraction: float, out_of: int | None = None) -> float:
-        """The share of a group's loss that its hardest windows carry; NaN if there is no loss at all.
-
-        Args:
-            fraction: how many of the windows, in [0, 1].
-            group, gamma, out_of: as in :meth:`cdf`.
-
-        Raises:
-            ValueError: as :meth:`cdf`; or a fraction out of range.
-        """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction must be in [0, 1], got {fraction}")
-        return float(np.interp(fraction, *self._from_hardest(group, gamma, out_of)))
-
-    def histogram(self, group: str) -> dict:
-        """All bins that are not empty, as plain numbers, from the lowest loss to the highest.
-
-        Returns:
-            ``"from"``, ``"to"``: the edges of each bin, as logits of being wrong (None: open); ``"windows"``: the
-            counts; ``"loss"``: the sums of the loss, by gamma.
-        """
-        counts, _ = self._of(group)
-        filled = np.flatnonzero(counts)
-        edges = [None, *(np.arange(NUM_BINS - 1) / _PER_UNIT - _LIMIT).tolist(), None]
-        return {
-            "from": [edges[i] for i in filled],
-            "to": [edges[i + 1] for i in filled],
-            "windows": counts[filled].tolist(),
-            "loss": {f"{gamma:g}": self._of(group, gamma)[1][filled].tolist() for gamma in self.gammas},
-        }
-
-    def _from_hardest(self, group: str, gamma: float, out_of: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`cdf`, but counted from the hardest window; no further than to the easiest that was counted."""
         counts, sums = self._of(group, gamma)
         filled = np.flatnonzero(counts)[::-1]
         counted, loss = (np.append(0, np.cumsum(values[filled])) for values in (counts, sums))
-        out_of = int(counted[-1]) if out_of is None else out_of
-        if out_of < counted[-1]:
-            raise ValueError(f"out_of is {out_of}, but {int(counted[-1])} windows were counted")
+        if out_of is not None and out_of < counted[-1]:
+            raise ValueError(f"out_of is {out_of}, but {counted[-1]} windows were counted")
+        if out_of is not None and out_of > counted[-1]:
+            counted, loss = np.append(counted, out_of), np.append(loss, loss[-1])
         share = loss / loss[-1] if loss[-1] > 0 else np.full(len(loss), np.nan)
-        return counted / max(out_of, 1), share
+        return counted / max(counted[-1], 1), share
 
-    def _of(self, group: str, gamma: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The counts of a group, and its sums for a gamma (by default the first), per bin."""
+    def _of(self, group: str, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the counts of a group and its sums for a gamma, per bin."""
         if group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(GROUPS)}; got {group!r}")
-        gamma = self.gammas[0] if gamma is None else gamma
         if gamma not in self.gammas:
             raise ValueError(f"gamma {gamma} was not counted, only {list(self.gammas)}")
         i, g = GROUPS.index(group), self.gammas.index(gamma)
-        return self._counts[i, :NUM_BINS].cpu().numpy(), self._sums[i, g, :NUM_BINS].cpu().numpy()
-
-
-def _bins(s: Tensor) -> Tensor:
-    """The number of each logit's bin. One that is not finite has a bin, too: its loss shows that it is not."""
-    place = torch.add(_LIMIT * _PER_UNIT + 1, s, alpha=_PER_UNIT).nan_to_num_(0.0)
-    return place.floor_().clamp_(0, NUM_BINS - 1).long()
-
-
-def _blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """The places of blocks of (outer, K, inner) logits, each with all classes."""
-    outer, num_classes, inner = x.shape
-    size = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_DEVICE
-    width = min(inner, max(size // num_classes, 1))
-    height = min(outer, max(size // (num_classes * width), 1))
-    for o in range(0, outer, height):
-        for i in range(0, inner, width):
-            yield slice(o, o + height), slice(None), slice(i, i + width)
+        return self._counts[i].cpu().numpy(), self._sums[i, g].cpu().numpy()
