@@ -16,15 +16,15 @@ import argparse
 import json
 import logging
 import os
-import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -33,8 +33,9 @@ from detectron2.utils.events import EventStorage
 
 from focal_plugin import get_config
 from focal_plugin.engine import FocalTrainer
+from focal_plugin.files import atomic_write, origin
 
-CONTENDERS = {"focal_plugin": (FocalTrainer, "FocalRetinaNet"), "stock": (DefaultTrainer, "RetinaNet")}
+TRAINERS = {"focal_plugin": (FocalTrainer, "FocalRetinaNet"), "stock": (DefaultTrainer, "RetinaNet")}
 
 
 class Run:
@@ -83,7 +84,7 @@ def compare(config_file: str, opts: Sequence[str], steps: int, blocks: int, fold
     """
     size = steps // blocks
     runs = {}
-    for name, (trainer_class, model) in CONTENDERS.items():
+    for name, (trainer_class, model) in TRAINERS.items():
         fixed = ["MODEL.META_ARCHITECTURE", model, "OUTPUT_DIR", os.path.join(folder, name), "MODEL.DEVICE", "cpu"]
         fixed += ["DATALOADER.NUM_WORKERS", "0", "SOLVER.OPTIMIZER", "SGD"]
         cfg = get_config(config_file, ["MODEL.WEIGHTS", "", *opts, *fixed])
@@ -115,13 +116,6 @@ def logging_to(path: str) -> Iterator[None]:
         handler.close()
 
 
-def environment() -> str:
-    """Return a line about the machine and the versions."""
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, 1 used"
-    versions = f"torch {torch.__version__}, detectron2 {detectron2.__version__}, Python {platform.python_version()}"
-    return f"{machine}; {versions}; data workers: 0"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default="digits/focal.yaml", help="the recipe (default: %(default)s)")
@@ -135,14 +129,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, logging_to(os.path.join(folder, "log.txt")):
         result = compare(args.config_file, args.opts, args.steps, args.blocks, folder)
-    result["environment"] = environment()
-    print(f"{result['environment']}\n{args.blocks} blocks of {result['steps_per_block']} steps each, medians:")
+    command = shlex.join(["python", "benchmark/step.py", *(sys.argv[1:] if argv is None else argv)])
+    result["environment"] = {**origin(command), "threads": 1, "data workers": 0}
+    print(f"{result['environment']['machine']}, 1 core used; torch {torch.__version__}")
+    print(f"{args.blocks} blocks of {result['steps_per_block']} steps each, medians:")
     for name, blocks in result["milliseconds"].items():
         print(f"{name:12} {statistics.median(blocks):9.2f} ms a step")
     low, median, high = statistics.quantiles(result["ratios"], n=4, method="inclusive")
     print(f"{'ratio':12} {median:9.3f}, quartiles {low:.3f} to {high:.3f}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 Usage: python tools/benchmark_loss.py --cases large small --json losses.json
 
-Also measures their peak memory, the bytes they move and how accurate they are. Takes minutes; close what else runs.
+Also measures their peak memory and how accurate they are. Takes minutes; close what else runs.
 """
 
 import argparse
@@ -16,23 +16,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmark/ is not installed
 
-from benchmark.loss_benchmark import DTYPES, Settings, run_benchmark
-from benchmark.loss_contenders import CASES, FORMATS
-from focal_plugin.analysis.arguments import positive_number
+from benchmark.baselines import CASES, FORMATS
+from benchmark.loss import DTYPES, run
+from focal_plugin.files import atomic_write
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    defaults = Settings()
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=defaults.cases, help="(default: all)")
-    add("--dtypes", nargs="+", choices=DTYPES, default=defaults.dtypes, help="of the logits (default: %(default)s)")
-    add("--formats", nargs="+", choices=FORMATS, default=defaults.formats, help="of the logits (default: all)")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
+    dtypes = ["float32", "bfloat16"]
+    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help="of the logits (default: %(default)s)")
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of the logits (default: all)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
-    add("--threads", type=positive_number, help="CPU threads (default: torch's own choice)")
-    add("--rounds", type=positive_number, help="timings of each (default: by the time they take)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    add("--rounds", type=int, metavar="N", default=5, help="of timing, in turns (default: %(default)s)")
+    add("--compile", action="store_true", help="our loss under torch.compile, too, which takes a compiler and minutes")
     add("--json", type=Path, metavar="FILE", help="write everything measured here")
     args = parser.parse_args()
+    for name in ("threads", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch finds no CUDA GPU here")
     if args.json and not args.json.parent.is_dir():  # told now, not after minutes
@@ -47,12 +52,11 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    many = 200 if device.type == "cuda" else Settings.many
-    settings = Settings(args.cases, args.dtypes, args.formats, device, args.rounds, many=many)
     command = shlex.join(["python", "tools/benchmark_loss.py", *sys.argv[1:]])
-    results = run_benchmark(settings, emit=lambda text: print(text, flush=True), command=command)
+    results = run(args, device, command, emit=lambda text: print(text, flush=True))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(results, indent=1, allow_nan=False) + "\n")
         print(f"\nEverything measured is in {args.json}")
     return 0
 

@@ -1,0 +1,94 @@
+"""Measure how far focal losses and their gradients are from the truth, over every logit that training can produce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focal_plugin.losses import sigmoid_focal_loss
+
+from .baselines import ALPHA, FUNCTIONS
+
+GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below this a relative error says nothing: float32, in which losses are computed, has no full precision there.
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def grid(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (M,) logits from -200 to 200, finer between -20 and 20, in ``dtype``, each for a target of 0 and of 1."""
+    x = torch.cat([torch.linspace(-200, 200, 4001), torch.linspace(-20, 20, 8001)]).to(device=device, dtype=dtype)
+    return x.repeat(2), torch.cat([torch.zeros_like(x), torch.ones_like(x)])
+
+
+def reference(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return loss and derivative for targets of 0 and 1, in float64, where the closed form is exact to 13 digits.
+
+    It has neither the 1 - p_t that rounds to 0 nor the power of it that is infinite.
+    """
+    sign = 1 - 2 * targets.double()
+    s = sign * logits.double()  # the logit of being wrong
+    log_right, log_wrong = F.logsigmoid(-s), F.logsigmoid(s)
+    weight = torch.where(targets == 1, alpha, 1 - alpha).double() * torch.exp(gamma * log_wrong)
+    slope = torch.exp(log_wrong) - gamma * torch.exp(log_right) * log_right
+    return weight * -log_right, sign * weight * slope
+
+
+def _labels_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    labels = 1 - targets.long()  # of the one class there is: 0 present, 1 background
+    return sigmoid_focal_loss(logits[:, None], labels, alpha, gamma).squeeze(1)
+
+
+def measure_accuracy(
+    device: torch.device, functions: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] | None = None
+) -> list[dict]:
+    """Compare functions with :func:`reference` at every dtype and gamma, over :func:`grid`.
+
+    16-bit logits are compared at their rounded values. Relative errors leave out true values below the smallest
+    normal float32, and true gradients below the smallest normal of the logits' dtype, which must hold them.
+
+    Args:
+        device: where.
+        functions: by name, unreduced, of (M,) logits, (M,) dense targets, alpha and gamma; None: ours, with integer
+            labels and dense, and the baselines'.
+
+    Returns:
+        For each function and dtype: the largest relative error of the finite losses and gradients over the grid and
+        the gamma where it is (None if none is finite), how many of how many values are NaN or infinite, and the gammas
+        where gradients are.
+    """
+    functions = functions or {"focal_plugin": _labels_loss, **FUNCTIONS}
+    return [
+        {"function": name, "dtype": str(dtype).removeprefix("torch."), **_measure(function, dtype, device)}
+        for dtype in DTYPES
+        for name, function in functions.items()
+    ]
+
+
+def _measure(function: Callable, dtype: torch.dtype, device: torch.device) -> dict:
+    logits, targets = grid(dtype, device)
+    # What must be held: losses are float32, gradients of the logits' dtype.
+    smallest = {"loss": _SMALLEST, "gradient": max(_SMALLEST, torch.finfo(dtype).tiny)}
+    errors = {kind: [] for kind in smallest}
+    non_finite = {kind: [] for kind in smallest}
+    for gamma in GAMMAS:
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, targets, ALPHA, gamma)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        truth = reference(logits, targets, ALPHA, gamma)
+        for kind, value, true in zip(smallest, (loss.detach(), gradient), truth):
+            is_finite = value.isfinite()
+            error = ((value.double() - true) / true)[is_finite & (true.abs() >= smallest[kind])].abs()
+            errors[kind] += [(error.max().item(), gamma)] if len(error) else []
+            non_finite[kind].append(int((~is_finite).sum()))
+    loss, gradient = (max(errors[kind], default=(None, None)) for kind in smallest)
+    return {
+        **dict(zip(("loss_error", "loss_gamma", "gradient_error", "gradient_gamma"), (*loss, *gradient))),
+        "non_finite_losses": sum(non_finite["loss"]),
+        "non_finite_gradients": sum(non_finite["gradient"]),
+        "non_finite_gammas": [gamma for gamma, count in zip(GAMMAS, non_finite["gradient"]) if count],
+        "values": logits.numel() * len(GAMMAS),
+    }

@@ -1,0 +1,169 @@
+"""The baselines are what they stand for, memory is counted to the byte, errors are found, the tool tells it all."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, permute_to_N_HWA_K
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torchvision.ops import sigmoid_focal_loss as torchvision_loss
+
+from benchmark import accuracy
+from benchmark.baselines import CASES, FORMATS, STOCK, Case, function_candidates, head_candidates, make_batch
+from benchmark.loss import peak_bytes
+
+CPU = torch.device("cpu")
+TINY = Case(2, (48, 64), (8, 16), num_anchors=3, num_classes=4)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_candidates_compute_what_retinanet_does(memory_format):
+    """Loss and gradients equal those of Detectron2's own model on the batch's logits, labels and anchors."""
+    batch = make_batch(TINY, torch.float32, memory_format, CPU)
+    assert all(x.is_contiguous(memory_format=FORMATS[memory_format]) for x in batch.logits)
+    assert [int(((row >= 0) & (row < 4)).sum()) for row in batch.labels] == [20, 20] and batch.normalizer == 40
+    assert (batch.labels == -1).any()
+    model = RetinaNet(
+        backbone=nn.Identity(),
+        head=nn.Identity(),
+        head_in_features=["p3", "p4"],
+        anchor_generator=nn.Identity(),
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        anchor_matcher=None,
+        num_classes=TINY.num_classes,
+        pixel_mean=[0.0],
+        pixel_std=[1.0],
+    )
+    anchors = [Boxes(a) for a in batch.anchors.split([144, 36])]
+    with EventStorage():
+        pred_logits = [permute_to_N_HWA_K(x, TINY.num_classes) for x in batch.logits]
+        deltas, boxes = [torch.zeros(2, len(a), 4) for a in anchors], [batch.anchors] * 2
+        loss = model.losses(anchors, pred_logits, list(batch.labels), deltas, boxes)["loss_cls"]
+    batch.normalizer = model.loss_normalizer
+    expected = torch.autograd.grad(loss, batch.logits)
+    ours, ohem, stock = head_candidates(batch)
+    assert stock.name == STOCK
+    for candidate in (ours, stock):
+        torch.testing.assert_close(candidate.loss(), loss)
+        torch.testing.assert_close(candidate.step(), expected)
+    # 128 of 180 anchors an image at most, 4 classes each.
+    assert 0 < sum(int((g != 0).sum()) for g in ohem.step()) <= 2 * 128 * 4
+    # Without ignored anchors the functions compute it, too.
+    batch.labels[batch.labels == -1] = TINY.num_classes
+    for function in function_candidates(batch):
+        torch.testing.assert_close(function.loss() / batch.normalizer, ours.loss())
+
+
+def test_peak_of_known_allocations():
+    existing, x = torch.empty(10_000), torch.randn(100_000, requires_grad=True)
+
+    def step():
+        a, b = torch.empty(1000), torch.empty(3000)
+        del a
+        c = torch.empty(2000)  # here b and c: 5000
+        del b
+        return existing, c, torch.empty(500)
+
+    assert peak_bytes(step, CPU) == 4 * 5000
+    assert peak_bytes(lambda: existing.view(100, 100), CPU) == 0
+    # The result of exp is saved for the backward pass; it and the gradient are there at once.
+    assert peak_bytes(lambda: x.exp().sum().backward(), CPU) == pytest.approx(2 * 400_000, abs=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_the_loss_needs_no_more_than_its_gradient_and_a_block(dtype, memory_format):
+    """Law 3: beside the gradient, three float32 buffers of 2**16 logits and a few numbers an anchor."""
+    batch = make_batch(Case(1, (256, 256), (8, 16), 9, 80), dtype, memory_format, CPU)
+    num_bytes = sum(x.numel() * x.element_size() for x in batch.logits)
+    ours, _, stock = head_candidates(batch)
+    assert num_bytes <= peak_bytes(ours.step, CPU) <= num_bytes + 3 * 4 * 2**16 + 32 * batch.labels.numel()
+    assert peak_bytes(stock.step, CPU) > 12 * num_bytes
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_reference_against_arbitrary_precision(gamma, target):
+    mpmath = pytest.importorskip("mpmath")
+    logits = torch.tensor([-200, -40, -17.5, -4.6, -0.3, 0, 1.7, 9, 17.5, 40, 200], dtype=torch.float64)
+    computed = accuracy.reference(logits, torch.full_like(logits, target), 0.25, gamma)
+
+    def exact(z):
+        p = 1 / (1 + mpmath.exp(-z))
+        p, alpha = (p, 0.25) if target else (1 - p, 0.75)
+        return -alpha * (1 - p) ** mpmath.mpf(gamma) * mpmath.log(p)
+
+    with mpmath.workdps(300):  # 1 - p at x = 200 alone takes 90 digits
+        for z, loss, slope in zip(logits.tolist(), *(values.tolist() for values in computed)):
+            assert loss == pytest.approx(float(exact(mpmath.mpf(z))), rel=1e-12, abs=1e-300)
+            assert slope == pytest.approx(float(mpmath.diff(exact, mpmath.mpf(z))), rel=1e-12, abs=1e-300)
+
+
+def test_errors_and_what_is_not_finite_are_found():
+    def percent(logits, targets, alpha, gamma):
+        loss, _ = accuracy.reference(logits.detach(), targets, alpha, gamma)
+        return (1.01 * loss).float() + 0 * logits  # with a gradient of 0
+
+    functions = {"percent": percent, "torchvision": torchvision_loss, "nan": lambda x, *_: x * torch.nan}
+    rows = accuracy.measure_accuracy(CPU, functions)
+    assert [row["dtype"] for row in rows] == ["float32"] * 3 + ["bfloat16"] * 3 + ["float16"] * 3
+    off, usual, nan = rows[:3]
+    assert (off["function"], off["loss_error"]) == ("percent", pytest.approx(0.01, rel=1e-3))
+    assert off["gradient_error"] == pytest.approx(1) and off["non_finite_losses"] == off["non_finite_gradients"] == 0
+    assert usual["non_finite_gradients"] > 1000 and usual["non_finite_losses"] == 0
+    assert usual["non_finite_gammas"] == [0.1, 0.2, 0.5]
+    assert nan["loss_error"] is None and nan["non_finite_losses"] == nan["values"]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    path = Path(__file__).resolve().parents[2] / "tools" / "benchmark_loss.py"
+    spec = importlib.util.spec_from_file_location("benchmark_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["benchmark_loss.py", *map(str, arguments)])
+        return module.main()
+
+    return run
+
+
+def test_tool(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CASES, "small", TINY)
+    path = tmp_path / "losses.json"
+    assert tool("--cases", "small", "--dtypes", "float32", "--device", "cpu", "--rounds", 2, "--json", path) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in (torch.__version__, "float32, channels_last", "fvcore jit", "2 rounds"))
+    results = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert "--rounds 2" in results["environment"]["command"] and "fvcore" in results["environment"]["versions"]
+    losses = [row for row in results["losses"] if row["format"] == "contiguous"]
+    assert (len(losses), len(results["losses"])) == (7, 7 + 3)  # the functions once
+    (stock,) = (row for row in losses if row["name"] == STOCK)
+    for row in losses:
+        assert row["ratios"] == [theirs / own for theirs, own in zip(stock["seconds"], row["seconds"])]
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["peak"] >= 1  # the gradient alone
+    assert {row["function"] for row in results["accuracy"]} >= {"focal_plugin", "fvcore", "torchvision"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--cases", "huge"], "invalid choice: 'huge'"),
+        (["--dtypes", "float8"], "invalid choice: 'float8'"),
+        (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
+        (["--threads", "two"], "--threads: invalid int value: 'two'"),
+        (["--json", "no/such/folder/x.json"], "--json: there is no folder"),
+        (["--device", "cuda"], "finds no CUDA GPU"),
+    ],
+)
+def test_bad_arguments(tool, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        tool(*arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
