@@ -39,18 +39,14 @@ class LossDistribution:
     The state has a fixed size: 2 groups of :data:`NUM_BINS` bins, each with a count and a sum of losses per gamma,
     600 KB for four gammas.
 
-    Attributes:
-        gammas: the gammas, in the order given.
+    Args:
+        gammas: focusing parameters, >= 0; 0 is cross entropy.
+
+    Raises:
+        ValueError: there is none, one is given twice, or one is out of range.
     """
 
     def __init__(self, gammas: Iterable[float] = GAMMAS):
-        """
-        Args:
-            gammas: focusing parameters, >= 0; 0 is cross entropy.
-
-        Raises:
-            ValueError: there is none, one is given twice, or one is out of range.
-        """
         self.gammas = tuple(float(g) for g in gammas)
         if not self.gammas or len(set(self.gammas)) < len(self.gammas):
             raise ValueError(f"gammas must be one or more different numbers, got {list(self.gammas)}")
@@ -60,24 +56,23 @@ class LossDistribution:
         self._sums = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor, class_dim: int = -1) -> None:
+    def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count the windows of some anchors, on the device of their logits.
 
         Args:
-            logits: any shape that has K classes along ``class_dim``, in any memory layout; floating point.
-            labels: integers of the same shape without ``class_dim``: a class in [0, K), K for background, -1 ignored.
-            class_dim: where the classes are.
+            logits: (..., K), in any memory layout; floating point.
+            labels: (...) integers: a class in [0, K), K for background, -1 ignored.
 
         Raises:
             ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a
                 logit that counts is not finite.
         """
-        class_dim, num_classes = class_dim % logits.dim(), logits.shape[class_dim]
-        check_labels(labels, logits.shape, class_dim, num_classes)
+        num_classes = logits.shape[-1]
+        check_labels(labels, logits.shape, logits.dim() - 1, num_classes)
         if logits.numel() == 0:
             return
         self._counts, self._sums = self._counts.to(logits.device), self._sums.to(logits.device)
-        x, y = logits.movedim(class_dim, -1).flatten(0, -2), labels.flatten()
+        x, y = logits.flatten(0, -2), labels.flatten()
         is_foreground = (y >= 0) & (y < num_classes)
         foreground = x[is_foreground]
         present = y[is_foreground, None] == torch.arange(num_classes, device=y.device)
@@ -111,7 +106,7 @@ class LossDistribution:
         return float(self._of(group, gamma)[1].sum())
 
     def curve(self, group: str, gamma: float, out_of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return which share of its loss the windows of a group carry, from the hardest (highest loss) to the easiest.
+        """Return which share of the loss of a group a fraction of its windows carries, the hardest ones first.
 
         Args:
             group: "positive" or "negative".
@@ -119,21 +114,16 @@ class LossDistribution:
             out_of: the number of windows to relate to, if more than were counted: the others have no loss.
 
         Returns:
-            The fraction of the windows and the share of the loss that they carry, at the edges of all bins that are
-            not empty, from (0, 0) to (1, 1), linear in between. NaN shares if there is no loss at all.
-
-        Raises:
-            ValueError: no such group or gamma, or ``out_of`` is less than was counted.
+            Fractions and shares at the edges of all bins that are not empty, from (0, 0) to (1, 1); between them they
+            are linear. NaN shares if there is no loss at all.
         """
         counts, sums = self._of(group, gamma)
         filled = np.flatnonzero(counts)[::-1]
-        counted, loss = (np.append(0, np.cumsum(values[filled])) for values in (counts, sums))
-        if out_of is not None and out_of < counted[-1]:
-            raise ValueError(f"out_of is {out_of}, but {counted[-1]} windows were counted")
-        if out_of is not None and out_of > counted[-1]:
-            counted, loss = np.append(counted, out_of), np.append(loss, loss[-1])
-        share = loss / loss[-1] if loss[-1] > 0 else np.full(len(loss), np.nan)
-        return counted / max(counted[-1], 1), share
+        total = max(counts.sum() if out_of is None else out_of, 1)
+        fraction = np.concatenate([[0], counts[filled].cumsum() / total, [1]])
+        loss = np.append(0, sums[filled].cumsum())
+        loss = np.append(loss, loss[-1])
+        return fraction, loss / loss[-1] if loss[-1] > 0 else np.full(len(loss), np.nan)
 
     def _of(self, group: str, gamma: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the counts of a group and its sums for a gamma, per bin."""

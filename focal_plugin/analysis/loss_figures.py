@@ -154,12 +154,12 @@ def _predict(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], An
 
 def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
     """Return what was counted as numbers, NaN where there is no loss to speak of, and in words and tables, Markdown."""
-    losses, num_classes, alpha = counted.losses, cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA
+    losses, alpha = counted.losses, cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA
     gammas = {f"γ {gamma:g}": gamma for gamma in losses.gammas}
 
-    def anchors(of: LossDistribution) -> dict[str, int]:  # an anchor has K windows, one is positive if it is foreground
-        positive, negative = map(of.count, GROUPS)
-        return {"positive": positive, "negative": (positive + negative) // num_classes - positive}
+    def anchors(of: LossDistribution) -> dict[str, int]:
+        positive, negative = map(of.count, GROUPS)  # an anchor has K windows, of which one is positive if it is
+        return {"positive": positive, "negative": (positive + negative) // cfg.MODEL.RETINANET.NUM_CLASSES - positive}
 
     def totals(of: LossDistribution) -> pd.DataFrame:
         return pd.DataFrame({f"{group}s": [of.total(group, g) for g in gammas.values()] for group in GROUPS}, gammas)
@@ -171,22 +171,25 @@ def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
         for group in GROUPS
         for name, (of, gamma) in rows.items()
     }
-    hardest = pd.DataFrame(hardest, [f"hardest {100 * f:g} %" for f in FRACTIONS]).T
     total = totals(losses)
     ratio = total["negatives"] / total["positives"].replace(0, math.nan)
     weight = math.nan if alpha == 0 or len(cfg.MODEL.FOCAL.CLASS_ALPHA) else 1 if alpha < 0 else (1 - alpha) / alpha
-    ratios = total.assign(ratio=ratio, **{"ratio with the config's α": weight * ratio})
-    all_anchors, windows = anchors(losses), {group: losses.count(group) for group in GROUPS}
-    numbers = {"images": counted.images, "empty_images": counted.empty_images, "anchors": all_anchors}
-    numbers |= {"windows": windows, "hardest_share": hardest, "total_loss": ratios}
+    numbers = {
+        "images": counted.images,
+        "empty_images": counted.empty_images,
+        "anchors": anchors(losses),
+        "windows": {group: losses.count(group) for group in GROUPS},
+        "hardest_share": pd.DataFrame(hardest, [f"hardest {100 * f:g} %" for f in FRACTIONS]).T,
+        "total_loss": total.assign(ratio=ratio, **{"ratio with the config's α": weight * ratio}),
+    }
     parts = [
-        f"{counted.images:,} images, {counted.empty_images:,} of them without an object; "
-        f"{all_anchors['positive']:,} foreground and {all_anchors['negative']:,} background anchors; "
-        f"{windows['positive']:,} positive and {windows['negative']:,} negative windows.",
+        "{images:,} images, {empty_images:,} of them without an object; {anchors[positive]:,} foreground and "
+        "{anchors[negative]:,} background anchors; {windows[positive]:,} positive and {windows[negative]:,} negative "
+        "windows.".format(**numbers),
         "Share of the loss that the hardest windows carry:",
-        _table("windows", 100 * hardest, "{:.1f} %"),
+        _table("windows", 100 * numbers["hardest_share"], "{:.1f} %"),
         "All of the loss, and negatives for each unit of positives:",
-        _table("loss", ratios, "{:,.4g}"),
+        _table("loss", numbers["total_loss"], "{:,.4g}"),
     ]
     if counted.ohem:
         kept = {group: number / max(counted.images, 1) for group, number in anchors(counted.ohem["OHEM"]).items()}
@@ -213,15 +216,14 @@ def write_report(
     explained = [_WINDOW, _OHEM] if "ohem" in numbers else [_WINDOW]
     pictures = [f"![{p.stem}]({p.name})" for p in figures if p.suffix == ".png"]
     made = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    markdown, plain = folder / "loss_distribution.md", folder / "loss_distribution.json"
-    with atomic_write(markdown) as file:
-        parts = ["# Which windows carry the loss", tables, *explained, *pictures, "## How", made]
-        file.write("\n\n".join(parts) + "\n")
-    with atomic_write(plain) as file:
-        # pandas makes null of NaN.
-        frames = {"default": lambda frame: json.loads(frame.to_json(orient="index", double_precision=15))}
-        file.write(json.dumps({"environment": environment, **numbers}, **frames, indent=1) + "\n")
-    return [markdown, plain]
+    text = "\n\n".join(["# Which windows carry the loss", tables, *explained, *pictures, "## How", made])
+    frames = {"default": lambda frame: json.loads(frame.to_json(orient="index", double_precision=15))}  # NaN to null
+    plain = json.dumps({"environment": environment, **numbers}, **frames, indent=1)
+    paths = [folder / "loss_distribution.md", folder / "loss_distribution.json"]
+    for path, content in zip(paths, (text, plain)):
+        with atomic_write(path) as file:
+            file.write(content + "\n")
+    return paths
 
 
 def draw_figure1(gammas: Iterable[float], folder: Path) -> list[Path]:

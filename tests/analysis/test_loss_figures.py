@@ -12,7 +12,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
-from focal_plugin import get_config
 from focal_plugin.analysis.loss_distribution import GROUPS, LossDistribution
 from focal_plugin.analysis.loss_figures import (
     Counted,
@@ -46,15 +45,16 @@ def make_model(tiny_config):
     return make
 
 
-@torch.no_grad()
 def run(model, batch):
-    """(N, R, K) logits, (N, R) labels and (R, 4) anchors, by Detectron2's own transposition."""
-    features = model.backbone(model.preprocess_image(batch).tensor)
-    features = [features[name] for name in model.head_in_features]
-    anchors = model.anchor_generator(features)
-    labels, _ = model.label_anchors(anchors, [image["instances"] for image in batch])
-    logits, _ = model._transpose_dense_predictions(model.head(features), [model.num_classes, 4])
-    return torch.cat(logits, dim=1), torch.stack(labels), Boxes.cat(anchors).tensor
+    """(N, R, K) logits, (N, R) labels and (R, 4) anchors, by Detectron2's own transposition, and the loss_cls."""
+    images, instances = model.preprocess_image(batch), [image["instances"] for image in batch]
+    features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
+    predictions, anchors = model.head(features), model.anchor_generator(features)
+    labels, _ = model.label_anchors(anchors, instances)
+    logits, _ = model._transpose_dense_predictions(predictions, [model.num_classes, 4])
+    model._scalars.put = lambda scalars: None  # there is no event storage
+    loss = model.forward_training(images, features, predictions, instances)["loss_cls"]
+    return torch.cat(logits, dim=1).detach(), torch.stack(labels), Boxes.cat(anchors).tensor, loss.item()
 
 
 def same(a, b):
@@ -66,38 +66,25 @@ def same(a, b):
 # ------------------------------ counting
 
 
-def test_counts_every_window_of_every_level(make_model, make_batch):
-    cfg, model = make_model()
+def test_counts_every_window_and_the_loss_that_the_model_trains_on(make_model, make_batch):
+    """The model divides its loss by a normalizer that is known for "batch": the number of positives."""
+    cfg, model = make_model("MODEL.FOCAL.NORMALIZER", "batch")
     batches = [make_batch([3], seed=1), make_batch([0], seed=2), make_batch([2, 4], seed=3)]
     model.train()
     counted = collect(model, batches, gammas=[0.5, 2])
-    assert model.training and not counted.ohem and counted.losses.gammas == (0.5, 2.0)
-    expected, anchors = LossDistribution([0.5, 2]), torch.zeros(4, dtype=torch.long)
-    model.eval()
+    assert model.training and not counted.ohem
+    expected, anchors, trained = LossDistribution([0.5, 2]), torch.zeros(4, dtype=torch.long), 0
+    model.eval()  # the norms of inference, in which the loss is counted
     for batch in batches:
-        logits, labels, _ = run(model, batch)
+        logits, labels, _, loss = run(model, batch)
         expected.update(logits, labels)
         anchors += torch.bincount(labels[labels >= 0], minlength=4)
-    assert same(counted.losses, expected)
+        trained += loss * max(int((labels[labels >= 0] < 3).sum()), 1)
+    assert counted.losses.gammas == (0.5, 2.0) and same(counted.losses, expected)
+    assert trained == pytest.approx(0.25 * expected.total("positive", 2) + 0.75 * expected.total("negative", 2))
     numbers, _ = summarize(counted, cfg)
     assert (numbers["images"], numbers["empty_images"]) == (4, 1)
     assert numbers["anchors"] == {"positive": anchors[:3].sum(), "negative": anchors[3]} and anchors[:3].sum() > 0
-
-
-def test_equals_the_loss_that_the_model_trains_on(make_model, make_batch):
-    """FocalRetinaNet.losses divides by a normalizer that is known for "batch": the number of positives."""
-    _, model = make_model("MODEL.FOCAL.NORMALIZER", "batch")
-    model.eval()  # the norms of inference, in which the loss is counted
-    batch = make_batch([3, 2])
-    losses = collect(model, [batch], gammas=[2]).losses
-    with torch.no_grad():
-        images = model.preprocess_image(batch)
-        features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
-        instances = [image["instances"] for image in batch]
-        model._scalars.put = lambda scalars: None  # there is no event storage
-        trained = model.forward_training(images, features, model.head(features), instances)["loss_cls"]
-    total = 0.25 * losses.total("positive", 2) + 0.75 * losses.total("negative", 2)
-    assert total / losses.count("positive") == pytest.approx(float(trained), rel=1e-5)
 
 
 @pytest.mark.parametrize("ratio", ["0.0", "3.0"])
@@ -109,7 +96,7 @@ def test_ohem_keeps_what_mining_by_hand_keeps(make_model, make_batch, ratio):
     kept, hardest, anchors = LossDistribution([0, 2]), LossDistribution([0, 2]), np.zeros(2)
     model.eval()
     for batch in batches:
-        (logits,), (labels,), boxes = run(model, batch)
+        (logits,), (labels,), boxes, _ = run(model, batch)
         target = torch.nn.functional.one_hot(labels.clamp(min=0), 4)[:, :3].float()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
         chosen = mine_hard_examples(
@@ -128,19 +115,20 @@ def test_ohem_keeps_what_mining_by_hand_keeps(make_model, make_batch, ratio):
 
 
 @pytest.mark.parametrize(
-    "opts", [["MODEL.OHEM.RANK_BY", "cls+box"], ["MODEL.OHEM.NMS_BOXES", "predicted"], ["MODEL.OHEM.SCOPE", "batch"]]
+    "opts, kept",
+    [
+        (["MODEL.OHEM.RANK_BY", "cls+box"], 32),
+        (["MODEL.OHEM.NMS_BOXES", "predicted"], 32),
+        (["MODEL.OHEM.SCOPE", "batch"], 16),
+        (["MODEL.OHEM.BATCH_SIZE", "100000", "MODEL.OHEM.NMS_THRESH", "0.0"], None),  # all that there are
+    ],
 )
-def test_every_setting_of_ohem_runs(make_model, make_batch, opts):
+def test_every_setting_of_ohem_runs(make_model, make_batch, opts, kept):
     cfg, model = make_model(*OHEM, *opts)
     counted = collect(model, [make_batch([2, 1])], ohem=build_ohem_head(cfg))
-    anchors = sum(summarize(counted, cfg)[0]["ohem"]["anchors_per_image"].values())
-    assert 2 * anchors == 16 * (1 if "batch" in opts else 2)
-
-
-def test_ohem_of_an_image_that_has_fewer_anchors_than_it_would_keep(make_model, make_batch):
-    cfg, model = make_model("MODEL.OHEM.BATCH_SIZE", "100000", "MODEL.OHEM.NMS_THRESH", "0.0")
-    counted = collect(model, [make_batch([2])], ohem=build_ohem_head(cfg))
-    assert all(same(of, counted.losses) for of in counted.ohem.values())
+    numbers, _ = summarize(counted, cfg)
+    assert 2 * sum(numbers["ohem"]["anchors_per_image"].values()) == (kept or sum(numbers["anchors"].values()))
+    assert all(same(of, counted.losses) == (kept is None) for of in counted.ohem.values())
 
 
 def test_what_cannot_be_counted_is_refused(make_model, make_batch):
@@ -200,56 +188,53 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture
-def tool(digits, monkeypatch, capsys, restore_catalogs):
-    """tool(words): the exit code, stdout and stderr of tools/analyze_loss.py, in this process."""
+def tool(digits, tmp_path, monkeypatch, capfd, restore_catalogs):
+    """tool(words): the exit code, stdout and stderr of tools/analyze_loss.py; FLAGS: a config and its data."""
     spec = importlib.util.spec_from_file_location("analyze_loss", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    register = f"analyze_val={digits / 'val.json'}:{digits / 'val'}"
-    flags = ["--config-file", "digits/focal.yaml", "--register", register, "--dataset", "analyze_val"]
+    flags = ["--config-file", "digits/focal.yaml", "--dataset", "analyze_val"]
+    flags += ["--register", f"analyze_val={digits / 'val.json'}:{digits / 'val'}"]
 
     def run(*words):
-        words = [str(w) for word in words for w in (flags if word == "FLAGS" else [word])]
+        words = [word for given in words for word in (flags if given == "FLAGS" else [str(given)])]
         monkeypatch.setattr(sys, "argv", ["analyze_loss.py", *words])
-        # pytest's streams do not know this of real ones.
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
         try:
             code = module.main()
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
+    monkeypatch.chdir(tmp_path)
     return run
 
 
-def test_a_model_on_a_data_set(tool, tmp_path):
-    torch.manual_seed(0)
-    weights, out = tmp_path / "model.pth", tmp_path / "out"
-    torch.save({"model": build_model(get_config("digits/focal.yaml")).state_dict()}, weights)
-    code, printed, _ = tool("FLAGS", "--num-images", "4", "--output", out, "MODEL.WEIGHTS", weights)
-    assert code == 0 and {path.name for path in out.iterdir()} == WRITTEN
-    report = (out / "loss_distribution.md").read_text(encoding="utf-8")
+def test_a_model_on_a_data_set(tool, make_model):
+    _, model = make_model("MODEL.RETINANET.NUM_CLASSES", "10")
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.01)  # untrained: every window about p = .01
+    torch.save({"model": model.state_dict()}, "model.pth")
+    code, printed, _ = tool("FLAGS", "--num-images", "4", "--output", "new/out", "MODEL.WEIGHTS", "model.pth")
+    assert code == 0 and {path.name for path in Path("new/out").iterdir()} == WRITTEN
+    report = Path("new/out/loss_distribution.md").read_text(encoding="utf-8")
     assert "hardest 20 %" in printed and "| negative, γ 2" in report and "![figure4](figure4.png)" in report
-    assert "analyze_val" in report and str(weights) in report
+    assert "analyze_val" in report and "model.pth" in report
 
-    numbers = json.loads((out / "loss_distribution.json").read_text(encoding="utf-8"))
+    numbers = json.loads(Path("new/out/loss_distribution.json").read_text(encoding="utf-8"))
     assert {"command", "date", "machine", "versions", "weights", "data sets"} <= set(numbers["environment"])
     assert numbers["images"] == 4
     anchors, windows, totals = numbers["anchors"], numbers["windows"], numbers["total_loss"]["γ 0"]
     assert windows["positive"] == anchors["positive"] > 0
     assert windows["positive"] + windows["negative"] == 10 * (anchors["positive"] + anchors["negative"])
-    # An untrained model gives every window about p = .01, and each about the same loss.
     assert numbers["hardest_share"]["negative, γ 0"]["hardest 20 %"] == pytest.approx(0.2, abs=0.1)
     assert totals["negatives"] / windows["negative"] == pytest.approx(-np.log(0.99), rel=0.5)
     assert sum(numbers["ohem"]["anchors_per_image"].values()) == pytest.approx(32)
 
 
 @pytest.mark.parametrize("words", [[], ["--figure", "1", "--gammas", "0", "3"]])
-def test_figure_1_needs_no_model(tool, tmp_path, words):
-    code, _, error = tool(*words, "--output", tmp_path / "new" / "out")
+def test_figure_1_needs_no_model(tool, words):
+    code, _, error = tool(*words, "--output", "out")
     assert (code, error) == (0, "")
-    assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"figure1.png", "figure1.svg"}
+    assert {path.name for path in Path("out").iterdir()} == {"figure1.png", "figure1.svg"}
 
 
 @pytest.mark.parametrize(
@@ -271,31 +256,11 @@ def test_figure_1_needs_no_model(tool, tmp_path, words):
         (["--num-images", "0"], "argument --num-images: must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_one_message(tool, tmp_path, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_message(tool, words, message):
     torch.save({"model": {"weight": torch.zeros(3)}}, "foreign.pth")
     Path("damaged.pth").write_bytes(b"no checkpoint")
     code, _, error = tool(*words)
     assert code == 2 and message in error and "Traceback" not in error
-
-
-def counted_of(logits, labels):
-    counted = Counted(LossDistribution([0, 2]), {name: LossDistribution([0, 2]) for name in ("OHEM", "hardest")}, 1)
-    counted.losses.update(logits, labels)
-    for of in counted.ohem.values():
-        of.update(logits[:3], labels[:3])
-    return counted
-
-
-def test_report_without_a_positive(tiny_config, tmp_path):
-    """Dashes and nulls instead of divisions by zero, and the figure still has its background."""
-    counted = counted_of(torch.randn(30, 3), torch.full((30,), 3))
-    numbers, tables = summarize(counted, tiny_config())
-    (row,) = [row for row in tables.splitlines() if row.startswith("| positive, γ 2")]
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["-", "-", "-"]
-    _, path = write_report(numbers, tables, {"command": "this"}, draw_figure4(counted, tmp_path), tmp_path)
-    written = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert written["total_loss"]["γ 0"]["ratio"] is None
 
 
 @pytest.mark.parametrize(
@@ -307,8 +272,19 @@ def test_report_without_a_positive(tiny_config, tmp_path):
         (["MODEL.FOCAL.CLASS_ALPHA", "[0.1, 0.2, 0.3]"], np.nan),
     ],
 )
-def test_ratio_with_the_configs_alpha(tiny_config, opts, factor):
-    numbers, _ = summarize(counted_of(torch.randn(30, 3), torch.arange(30) % 4), tiny_config(*opts))
-    totals = numbers["total_loss"].loc["γ 2"]
+def test_ratio_with_the_configs_alpha_and_a_report_without_a_positive(tiny_config, tmp_path, opts, factor):
+    """Dashes and nulls instead of divisions by zero, and the figure still has its background."""
+    counted = Counted(LossDistribution([0, 2]), {name: LossDistribution([0, 2]) for name in ("OHEM", "hardest")}, 1)
+    for of in (counted.losses, *counted.ohem.values()):
+        of.update(torch.randn(30, 3), torch.full((30,), 3))
+    numbers, tables = summarize(counted, tiny_config(*opts))
+    (row,) = [row for row in tables.splitlines() if row.startswith("| positive, γ 2")]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["-", "-", "-"]
+    _, path = write_report(numbers, tables, {"command": "this"}, draw_figure4(counted, tmp_path), tmp_path)
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert written["total_loss"]["γ 0"]["ratio"] is None
+
+    counted.losses.update(torch.randn(30, 3), torch.arange(30) % 4)
+    totals = summarize(counted, tiny_config(*opts))[0]["total_loss"].loc["γ 2"]
     assert totals["ratio"] == pytest.approx(totals["negatives"] / totals["positives"])
     assert totals["ratio with the config's α"] == pytest.approx(factor * totals["ratio"], nan_ok=True)
