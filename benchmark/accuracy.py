@@ -17,6 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this a relative error says nothing: float32, in which losses are computed, has no full precision there.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
+LossFunction = Callable[[Tensor, Tensor, float, float], Tensor]
+"""``f(logits, targets, alpha, gamma)``: unreduced, for (M,) logits and dense (M,) targets of their dtype."""
+
 
 def grid(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (M,) logits from -200 to 200, finer between -20 and 20, in ``dtype``, each for a target of 0 and of 1."""
@@ -42,23 +45,19 @@ def _labels_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) ->
     return sigmoid_focal_loss(logits[:, None], labels, alpha, gamma).squeeze(1)
 
 
-def measure_accuracy(
-    device: torch.device, functions: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] | None = None
-) -> list[dict]:
-    """Compare functions with :func:`reference` at every dtype and gamma, over :func:`grid`.
+def measure_accuracy(device: torch.device, functions: dict[str, LossFunction] | None = None) -> list[dict]:
+    """Compare losses and gradients with :func:`reference` at every dtype and gamma, over :func:`grid`.
 
     16-bit logits are compared at their rounded values. Relative errors leave out true values below the smallest
     normal float32, and true gradients below the smallest normal of the logits' dtype, which must hold them.
 
     Args:
         device: where.
-        functions: by name, unreduced, of (M,) logits, (M,) dense targets, alpha and gamma; None: ours, with integer
-            labels and dense, and the baselines'.
+        functions: by name; None: ours, with integer labels and dense, and the baselines'.
 
     Returns:
-        For each function and dtype: the largest relative error of the finite losses and gradients over the grid and
-        the gamma where it is (None if none is finite), how many of how many values are NaN or infinite, and the gammas
-        where gradients are.
+        For each function and dtype: the largest relative errors of finite values and the gammas where they are (None if
+        none is finite), how many of how many values are NaN or infinite, and the gammas where gradients are.
     """
     functions = functions or {"focal_plugin": _labels_loss, **FUNCTIONS}
     return [
@@ -68,27 +67,25 @@ def measure_accuracy(
     ]
 
 
-def _measure(function: Callable, dtype: torch.dtype, device: torch.device) -> dict:
+def _measure(function: LossFunction, dtype: torch.dtype, device: torch.device) -> dict:
     logits, targets = grid(dtype, device)
-    # What must be held: losses are float32, gradients of the logits' dtype.
-    smallest = {"loss": _SMALLEST, "gradient": max(_SMALLEST, torch.finfo(dtype).tiny)}
-    errors = {kind: [] for kind in smallest}
-    non_finite = {kind: [] for kind in smallest}
+    # Of each kind: below which the truth says nothing, the largest errors with their gammas, and what is not finite.
+    least = {"loss": _SMALLEST, "gradient": max(_SMALLEST, torch.finfo(dtype).tiny)}
+    errors, non_finite = {kind: [] for kind in least}, {kind: {} for kind in least}
     for gamma in GAMMAS:
         leaf = logits.clone().requires_grad_()
         loss = function(leaf, targets, ALPHA, gamma)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         truth = reference(logits, targets, ALPHA, gamma)
-        for kind, value, true in zip(smallest, (loss.detach(), gradient), truth):
+        for kind, value, true in zip(least, (loss.detach(), gradient), truth):
             is_finite = value.isfinite()
-            error = ((value.double() - true) / true)[is_finite & (true.abs() >= smallest[kind])].abs()
+            error = ((value.double() - true) / true)[is_finite & (true.abs() >= least[kind])].abs()
             errors[kind] += [(error.max().item(), gamma)] if len(error) else []
-            non_finite[kind].append(int((~is_finite).sum()))
-    loss, gradient = (max(errors[kind], default=(None, None)) for kind in smallest)
-    return {
-        **dict(zip(("loss_error", "loss_gamma", "gradient_error", "gradient_gamma"), (*loss, *gradient))),
-        "non_finite_losses": sum(non_finite["loss"]),
-        "non_finite_gradients": sum(non_finite["gradient"]),
-        "non_finite_gammas": [gamma for gamma, count in zip(GAMMAS, non_finite["gradient"]) if count],
-        "values": logits.numel() * len(GAMMAS),
-    }
+            non_finite[kind][gamma] = int((~is_finite).sum())
+    row = {}
+    for kind in least:
+        row[f"{kind}_error"], row[f"{kind}_gamma"] = max(errors[kind], default=(None, None))
+    counts = non_finite["gradient"]
+    row |= {"non_finite_losses": sum(non_finite["loss"].values()), "non_finite_gradients": sum(counts.values())}
+    row["non_finite_gammas"] = [gamma for gamma, count in counts.items() if count]
+    return {**row, "values": logits.numel() * len(GAMMAS)}

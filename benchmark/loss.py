@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from itertools import accumulate, product
 
-import pandas as pd
+import numpy as np
 import torch
+from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
@@ -36,7 +37,7 @@ def run(args: Namespace, device: torch.device, command: str, emit: Callable[[str
         All details, ready for JSON: "environment", "losses" (rows of :func:`measure`) and "accuracy".
     """
     results = {"environment": describe_environment(device, command), "losses": []}
-    emit("\n".join(f"{name}: {value}" for name, value in results["environment"].items()))
+    emit(json.dumps(results["environment"], indent=1))
     for name, dtype, memory_format in product(args.cases, args.dtypes, args.formats):
         case, batch = CASES[name], make_batch(CASES[name], DTYPES[dtype], memory_format, device)
         # The functions alone take (N * R, K) logits: to them the format of the head's outputs is nothing.
@@ -45,10 +46,9 @@ def run(args: Namespace, device: torch.device, command: str, emit: Callable[[str
         num_logits = sum(x.numel() for x in batch.logits)
         rows = measure(candidates, num_logits * batch.logits[0].element_size(), device, args.rounds)
         results["losses"] += [{"case": name, "dtype": dtype, "format": memory_format, **row} for row in rows]
-        height, width = case.image_size
         emit(
-            f"\n{name}: {case.num_images} images of {height}x{width}, {case.num_classes} classes, {case.num_anchors} "
-            f"anchors, {num_logits:,} logits; {dtype}, {memory_format}; forward and backward, {args.rounds} rounds\n"
+            f"\n{name}: {case.num_images} images of {case.image_size} pixels, {case.num_classes} classes, "
+            f"{num_logits:,} logits; {dtype}, {memory_format}; median of {args.rounds} rounds\n"
         )
         emit(format_losses(rows))
     results["accuracy"] = measure_accuracy(device)
@@ -125,29 +125,16 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 def format_losses(rows: Sequence[dict]) -> str:
     """Return rows of :func:`measure` as a table: medians of the rounds, and quartiles of the ratio."""
-    cells = {}
+    cells = []
     for row in rows:
-        low, ratio, high = pd.Series(row["ratios"]).quantile([0.25, 0.5, 0.75])
-        seconds = pd.Series(row["seconds"]).median()
-        cells[row["name"]] = [f"{1000 * seconds:.3g}", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{row['peak']:.2f}"]
-    return _markdown(pd.DataFrame(cells, ["ms", "stock / this", "quartiles", "peak memory / logits"]).T)
+        low, ratio, high = np.quantile(row["ratios"], [0.25, 0.5, 0.75])
+        ms = 1000 * np.median(row["seconds"])
+        cells.append([row["name"], f"{ms:.3g}", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{row['peak']:.2f}"])
+    header = ["forward + backward", "ms", "stock / this", "quartiles", "peak memory / logits"]
+    return tabulate(cells, header, "pipe", disable_numparse=True, colalign=["left"] + ["right"] * 4)
 
 
 def format_accuracy(rows: Sequence[dict]) -> str:
     """Return rows of :func:`measure_accuracy` as a table."""
-    cells = {}
-    for row in rows:
-        errors = [
-            "-" if row[f"{kind}_error"] is None else f"{row[f'{kind}_error']:.1e} (γ {row[f'{kind}_gamma']:g})"
-            for kind in ("loss", "gradient")
-        ]
-        bad = " ".join(f"{gamma:g}" for gamma in row["non_finite_gammas"])
-        non_finite = f"{row['non_finite_gradients']:,} of {row['values']:,}" + (f" (γ {bad})" if bad else "")
-        cells[f"{row['function']}, {row['dtype']}"] = [*errors, f"{row['non_finite_losses']:,}", non_finite]
-    return _markdown(
-        pd.DataFrame(cells, ["loss error", "gradient error", "NaN or inf losses", "NaN or inf gradients"]).T
-    )
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    return table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(table.columns))
+    formats = [".1e" if name.endswith("error") else "g" for name in rows[0]]
+    return tabulate(rows, "keys", "pipe", floatfmt=formats, intfmt=",", missingval="-")
