@@ -1,6 +1,5 @@
 """The measurement of a training step runs, on a small data set, and says what it measured."""
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -8,22 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmark import step
 from focal_plugin.data import make_digits, register_coco_json
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def step():
-    spec = importlib.util.spec_from_file_location("step", ROOT / "benchmark" / "step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)
-
-
-def test_both_train_in_turns(step, tmp_path, capsys, monkeypatch, restore_catalogs):
+def test_both_train_in_turns(tmp_path, capsys, monkeypatch, restore_catalogs):
     scenes = make_digits(tmp_path / "scenes", num_train=6, num_val=2, image_size=96)
     register_coco_json("t_train", scenes / "train.json", scenes / "train")
     trained, folders = [], set()
@@ -38,6 +26,7 @@ def test_both_train_in_turns(step, tmp_path, capsys, monkeypatch, restore_catalo
         return milliseconds
 
     monkeypatch.setattr(step.Run, "measure", measure)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the other tests' threads stay as they are
     logger = logging.getLogger("detectron2")
     before = list(logger.handlers), logger.level
     path = tmp_path / "step.json"
@@ -53,13 +42,12 @@ def test_both_train_in_turns(step, tmp_path, capsys, monkeypatch, restore_catalo
     assert result["ratios"] == [a / b, d / c]
     assert f"{(a / b + d / c) / 2:.3f}, quartiles" in capsys.readouterr().out
     # Nothing is left behind.
-    assert len(folders) == 2
-    assert not any(folder.parent.exists() for folder in folders)
+    assert len(folders) == 2 and not any(folder.parent.exists() for folder in folders)
     assert (logger.handlers, logger.level) == before
 
 
 @pytest.mark.parametrize("blocks", ["1", "5"])
-def test_a_ratio_needs_pairs_of_blocks(step, blocks, capsys):
+def test_a_ratio_needs_pairs_of_blocks(blocks, capsys):
     with pytest.raises(SystemExit):
         step.main(["--steps", "4", "--blocks", blocks])
     assert f"--steps 4, got {blocks}" in capsys.readouterr().err
