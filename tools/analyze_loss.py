@@ -15,17 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from focal_plugin.analysis import loss_figures
 from focal_plugin.analysis.loss_distribution import GAMMAS
-from focal_plugin.analysis.loss_figures import (
-    FIGURE1_GAMMAS,
-    build_loader,
-    build_ohem_head,
-    collect,
-    draw_figure1,
-    draw_figure4,
-    summarize,
-    write_report,
-)
 from focal_plugin.data import add_register_argument
 from focal_plugin.engine import load_checked_config
 from focal_plugin.engine.checkpoint import build_trained_model
@@ -69,15 +60,15 @@ def parse_args():
 def analyze_model(args, figures):
     """Figure 4 and the report of a model; prints its tables."""
     cfg = load_checked_config(args)
-    model, loader = build_trained_model(cfg), build_loader(cfg, args.num_images)
-    ohem = None if args.no_ohem else build_ohem_head(cfg)
+    model, loader = build_trained_model(cfg), loss_figures.build_loader(cfg, args.num_images)
+    ohem = None if args.no_ohem else loss_figures.build_ohem_head(cfg)
     start = time.perf_counter()
-    counted = collect(model, loader, gammas=args.gammas or GAMMAS, ohem=ohem)
+    counted = loss_figures.collect(model, loader, gammas=args.gammas or GAMMAS, ohem=ohem)
     seconds = time.perf_counter() - start
     datasets = ", ".join(cfg.DATASETS.TEST)
     title = f"{cfg.MODEL.WEIGHTS} on {counted.images:,} images of {datasets}"
-    figures = figures + draw_figure4(counted, args.output, title)
-    numbers, tables = summarize(counted, cfg)
+    figures = figures + loss_figures.draw_figure4(counted, args.output, title)
+    numbers, tables = loss_figures.summarize(counted, cfg)
     environment = {
         **origin(shlex.join(["python", "tools/analyze_loss.py", *sys.argv[1:]])),
         "config": args.config_file,
@@ -85,7 +76,7 @@ def analyze_model(args, figures):
         "data sets": datasets,
         "seconds": f"{seconds:.1f}",
     }
-    written = write_report(numbers, tables, environment, figures, args.output)
+    written = loss_figures.write_report(numbers, tables, environment, figures, args.output)
     print(f"{tables}\n")
     return [*figures, *written]
 
@@ -97,7 +88,9 @@ def main():
     with_model = bool(args.config_file or args.opts) if args.figure is None else args.figure == 4
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        written = [] if args.figure == 4 else draw_figure1(args.gammas or FIGURE1_GAMMAS, args.output)
+        written = []
+        if args.figure != 4:
+            written = loss_figures.draw_figure1(args.gammas or loss_figures.FIGURE1_GAMMAS, args.output)
         if with_model:
             written = analyze_model(args, written)
     except (OSError, ValueError) as error:

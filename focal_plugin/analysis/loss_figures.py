@@ -213,7 +213,8 @@ def write_report(
     """Write what :func:`summarize` returns to loss_distribution.md and loss_distribution.json; return their paths."""
     explained = [_WINDOW, _OHEM] if "ohem" in numbers else [_WINDOW]
     pictures = [f"![{p.stem}]({p.name})" for p in figures if p.suffix == ".png"]
-    made = "\n".join(f"- {name}: {value}" for name, value in environment.items())
+    versions = ", ".join(" ".join(pair) for pair in environment.get("versions", {}).items())
+    made = "\n".join(f"- {name}: {value}" for name, value in {**environment, "versions": versions}.items())
     text = "\n\n".join(["# Which windows carry the loss", tables, *explained, *pictures, "## How", made])
     frames = {"default": lambda frame: json.loads(frame.to_json(orient="index", double_precision=15))}  # NaN to null
     plain = json.dumps({"environment": environment, **numbers}, **frames, indent=1)
