@@ -136,6 +136,7 @@ def tool(monkeypatch):
 
 def test_tool(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CASES, "small", TINY)
+    monkeypatch.setattr(accuracy, "GAMMAS", (0.1, 2.0))
     path = tmp_path / "losses.json"
     assert tool("--cases", "small", "--dtypes", "float32", "--device", "cpu", "--rounds", 2, "--json", path) == 0
     printed = capsys.readouterr().out
