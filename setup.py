@@ -45,7 +45,7 @@ setup(
         "tabulate",
         "tqdm",
     ],
-    extras_require={"export": ["onnx", "onnxruntime"]},
+    extras_require={"export": ["onnx", "onnxruntime"], "slurm": ["submitit"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
