@@ -82,19 +82,14 @@ def read_extras(cfg: CfgNode) -> dict:
     if "://" in cfg.MODEL.WEIGHTS or not cfg.MODEL.WEIGHTS.endswith(".pth"):
         return {}
     stored = torch.load(cfg.MODEL.WEIGHTS, map_location="meta", weights_only=True)  # no tensor is read
-    num_classes, extras = cfg.MODEL.RETINANET.NUM_CLASSES, {}
-    for key, expected, is_right in (
-        (
-            "thing_classes",
-            f"{num_classes} class names",
-            lambda v: isinstance(v, list) and [*map(type, filter(None, v))] == [str] * num_classes,
-        ),
-        ("score_threshold", "a number from 0 to 1", lambda v: isinstance(v, float) and 0 <= v <= 1),
-    ):
-        if key in stored and is_right(stored[key]):
-            extras[key] = stored[key]
-        elif key in stored:
-            logger.warning(f"{cfg.MODEL.WEIGHTS}: its {key}, {printable(stored[key])}, is not {expected}: left out")
+    names, score, extras = stored.get("thing_classes"), stored.get("score_threshold"), {}
+    is_list = isinstance(names, list) and len(names) == cfg.MODEL.RETINANET.NUM_CLASSES
+    if is_list and all(isinstance(name, str) and name.strip() for name in names):
+        extras["thing_classes"] = names
+    if isinstance(score, float) and 0 <= score <= 1:
+        extras["score_threshold"] = score
+    for key in (stored.keys() & {"thing_classes", "score_threshold"}) - extras.keys():
+        logger.warning(f"{cfg.MODEL.WEIGHTS}: its {key} {printable(stored[key])} cannot be this model's: left out")
     return extras
 
 
@@ -172,7 +167,7 @@ class Predictor:
 
     def draw(self, image: np.ndarray, found: Instances) -> np.ndarray:
         """Return a BGR uint8 image with boxes, classes and scores, one colour a class; a small one is enlarged."""
-        scale = max(1, math.ceil(SHORTEST_EDGE / min(image.shape[:2])))
+        scale = min(4, math.ceil(SHORTEST_EDGE / min(image.shape[:2])))
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         (height, width), visualizer, taken = image.shape[:2], Visualizer(image[:, :, ::-1]), []
         axes, renderer = visualizer.output.ax, visualizer.output.canvas.get_renderer()
@@ -189,9 +184,7 @@ class Predictor:
             taken.append(next((spot for spot in spots if not spot.count_overlaps(taken)), spots[0]))
             axes.texts[-1].set(position=taken[-1].p0 + 1, zorder=10 + score)
         picture = visualizer.output.get_image()[:, :, ::-1]  # which can come out a pixel smaller or larger
-        return (
-            np.ascontiguousarray(picture) if picture.shape == image.shape else cv2.resize(picture, image.shape[1::-1])
-        )
+        return np.ascontiguousarray(picture if picture.shape == image.shape else cv2.resize(picture, (width, height)))
 
 
 def find_inputs(arguments: Sequence[str], output: str | os.PathLike) -> list[Path]:
@@ -231,10 +224,8 @@ def output_names(paths: Sequence[Path]) -> list[Path]:
     names: dict[str, Path] = {}  # by what a file system without upper case makes of them
     for path in absolute:
         suffix = path.suffix.lower()
-        if suffix in VIDEOS:
-            suffix = ".avi" if suffix == ".avi" else ".mp4"
-        elif suffix not in (".jpg", ".jpeg"):
-            suffix = ".png"
+        if suffix not in (".avi", ".jpg", ".jpeg"):
+            suffix = ".mp4" if suffix in VIDEOS else ".png"
         first = path.relative_to(common).with_suffix(suffix)
         numbered = (first.with_name(f"{first.stem}_{number}{suffix}") for number in itertools.count(2))
         name = next(name for name in itertools.chain([first], numbered) if str(name).lower() not in names)
