@@ -44,8 +44,7 @@ def make_image(path, size=(40, 56), seed=0):
 def run(predictor, paths, output):
     """What predict yields, and its json."""
     output.mkdir(exist_ok=True)
-    done = list(predict(predictor, paths, output))
-    return done, json.loads((output / "detections.json").read_text())
+    return list(predict(predictor, paths, output)), json.loads((output / "detections.json").read_text())
 
 
 def check_results(predictor, image, results):
@@ -72,17 +71,24 @@ def check_results(predictor, image, results):
 def test_results_are_the_models(make_predictor, tmp_path, opts):
     predictor = make_predictor(*opts)
     predictor.category_ids = ids = [7, 3, 5][: predictor.model.num_classes]
-    paths = [make_image(tmp_path / "in" / f"{seed}.png", seed=seed) for seed in range(2)]
+    paths = [make_image(tmp_path / "in" / f"{name}.png", seed=len(name)) for name in ("RGB", "L", "RGBA", "turned")]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    images = [Image.open(path).convert(mode) for path, mode in zip(paths, ("RGB", "L", "RGBA", "RGB"))]
+    for path, image in zip(paths, images):
+        image.save(path, **({"exif": exif} if path.stem == "turned" else {}))
+    images[3] = images[3].transpose(Image.Transpose.ROTATE_270)
     done, results = run(predictor, paths, tmp_path / "out")
     assert [path for path, _ in done] == paths
-    for number, (path, count) in enumerate(done):
+    for number, ((path, count), image) in enumerate(zip(done, images)):
         mine = [result for result in results if result["image_id"] == number]
-        labels = check_results(predictor, cv2.imread(str(path)), mine)
+        image = np.asarray(image.convert("RGB"))[:, :, ::-1]
+        labels = check_results(predictor, image, mine)
         assert len(mine) == count and {result["file_name"] for result in mine} == {str(path)}
         assert [(result["category_id"], result["category"]) for result in mine] == [(ids[i], "abc"[i]) for i in labels]
         picture = cv2.imread(str(tmp_path / "out" / path.name))
-        assert picture.shape == (160, 224, 3)
-        assert (picture != cv2.resize(cv2.imread(str(path)), picture.shape[1::-1])).any()
+        assert picture.shape == (4 * image.shape[0], 4 * image.shape[1], 3)
+        assert (picture != cv2.resize(image, picture.shape[1::-1])).any()
 
 
 def test_a_python_snippet(make_predictor, tmp_path):
@@ -112,21 +118,6 @@ def test_threshold_above_and_below_the_configs(make_predictor):
     high = make_predictor(*opts, score_threshold=0.4)(noise()).scores
     low = make_predictor(*opts, score_threshold=0.1)(noise()).scores
     assert 0 < len(high) < len(low) and high.min() >= 0.4 and 0.1 <= low.min() < 0.3
-
-
-@pytest.mark.parametrize("how", ["L", "RGBA", "EXIF"])
-def test_images_that_are_no_plain_rgb(make_predictor, tmp_path, how):
-    path, exif = make_image(tmp_path / "a.png"), Image.Exif()
-    image = Image.open(path).convert("RGB" if how == "EXIF" else how)
-    if how == "EXIF":
-        exif[0x0112] = 6  # the camera was held upright
-    image.save(path, exif=exif)
-    predictor = make_predictor()
-    _, results = run(predictor, [path], tmp_path / "out")
-    image = image.convert("RGB").transpose(Image.Transpose.ROTATE_270) if how == "EXIF" else image.convert("RGB")
-    check_results(predictor, np.asarray(image)[:, :, ::-1], results)
-    height, width = cv2.imread(str(tmp_path / "out" / "a.png")).shape[:2]
-    assert (height > width) == (how == "EXIF")
 
 
 def test_unreadable_inputs_are_skipped(make_predictor, tmp_path):
@@ -203,14 +194,6 @@ def test_names_do_not_collide(inputs, names):
     assert [name.as_posix() for name in output_names([Path(path) for path in inputs])] == names
 
 
-def test_nothing_is_overwritten(make_predictor, tmp_path):
-    path = make_image(tmp_path / "a.png")
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"would overwrite .*a\.png"):
-        list(predict(make_predictor(), [path], tmp_path))
-    assert path.read_bytes() == before
-
-
 def test_names_and_ids_of_classes(tiny_config):
     digits = tiny_config("MODEL.RETINANET.NUM_CLASSES", "10", "DATASETS.TEST", '("digits_val",)')
     names = list("0123456789")
@@ -278,9 +261,10 @@ def test_tool(make_predictor, tmp_path, call):
     bad.touch()
     code, _, err = call("predict", *flags, tmp_path / "in", *weights)  # the images behind the flags
     assert code == 1 and "b.png cannot be read" in err
-    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == [
-        {**result, "file_name": str(good)} for result in results
-    ]
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == results
+    before = good.read_bytes()
+    code, _, err = call("predict", good, *flags, "--output", tmp_path / "in", *weights)
+    assert code == 2 and "would overwrite" in err and "a.png" in err and good.read_bytes() == before
 
 
 @pytest.mark.parametrize(
