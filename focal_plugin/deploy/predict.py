@@ -25,7 +25,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.structures import BoxMode, Instances
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.transforms import Bbox
@@ -266,11 +267,11 @@ def predict(
         before, is_video = len(results), path.suffix.lower() in VIDEOS
         try:
             for number, found in enumerate(_predict_file(predictor, path, target, is_video)):
-                place = {"image_id": image_id, "file_name": os.fspath(path), **({"frame": number} if is_video else {})}
-                boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-                for box, label, score in zip(boxes, found.pred_classes.tolist(), found.scores.tolist()):
+                place = {"file_name": os.fspath(path), **({"frame": number} if is_video else {})}
+                for result in instances_to_coco_json(found, image_id):
+                    label = result["category_id"]
                     category = {"category_id": predictor.category_ids[label], "category": predictor.classes[label]}
-                    results.append({**place, **category, "bbox": box, "score": score})
+                    results.append({**result, **category, **place})
                 image_id += 1
         except UnreadableError as e:
             image_id += not is_video
