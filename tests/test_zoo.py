@@ -16,6 +16,7 @@ from iopath.common import file_io
 
 from focal_plugin import get_config
 from focal_plugin.config import config_dir
+from focal_plugin.config_yaml import all_keys, lookup
 from focal_plugin.engine.checkpoint import SafeCheckpointer
 
 ZOO = sorted(path.stem for path in (config_dir() / "zoo").glob("*.yaml"))
@@ -25,11 +26,8 @@ NARROW = [
 ]
 
 
-def flat(node, prefix=""):
-    out = {}
-    for key, value in node.items():
-        out.update(flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
-    return out
+def flat(cfg):
+    return {key: lookup(cfg, key) for key in all_keys(cfg)}
 
 
 def upstream(name, opts=()):

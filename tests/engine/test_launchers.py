@@ -41,9 +41,9 @@ def children(pid):
 
 def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     """To train_net.py, which hands it on to its workers and waits for their checkpoint; as often as it is sent."""
-    argv = [sys.executable, TRAIN_NET, *command(tmp_path / "run", "SOLVER.MAX_ITER", "2000")]
-    argv[argv.index("--resume") : argv.index("--resume") + 1] = ["--resume", "--num-gpus", "2", "--dist-url", "auto"]
-    process = start(list(map(str, argv)), tmp_path / "console.txt")
+    flags = ("--resume", "--num-gpus", "2", "--dist-url", "auto")
+    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "2000", flags=flags)
+    process = start([sys.executable, TRAIN_NET, *argv], tmp_path / "console.txt")
     wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -54,12 +54,11 @@ def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     assert "type the same command with --resume to go on" in (tmp_path / "console.txt").read_text()
 
 
-def test_sigterm_ends_an_evaluation(zygote, command, tmp_path):
+def test_sigterm_ends_an_evaluation(run, tmp_path):
     """Before the next image, as in a training: at once, it would leave workers that were started here behind."""
-    console, weights = tmp_path / "console.txt", tmp_path / "run" / "model_final.pth"
-    assert zygote.run(command(tmp_path / "run", "SOLVER.MAX_ITER", "1"), console) == 0, console.read_text()
-    argv = command(tmp_path / "run", "MODEL.WEIGHTS", weights, flags=("--eval-only",))
-    assert zygote.run(argv, console, fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, console.read_text()
+    assert run("SOLVER.MAX_ITER", "1") == 0, run.text()
+    weights = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    assert run(*weights, flags=("--eval-only",), fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, run.text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds torchrun's workers in /proc")
@@ -67,8 +66,8 @@ def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_po
     """Without --resume on the command line: the restart is what says so."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     torchrun += ["--master-port", str(unused_port()), "--monitor-interval", "0.2", TRAIN_NET]
-    argv = [*torchrun, *command(tmp_path / "run", "SOLVER.MAX_ITER", "80", flags=())]
-    process = start(list(map(str, argv)), tmp_path / "console.txt")
+    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "80", "TEST.EVAL_PERIOD", "0", flags=())
+    process = start([*torchrun, *argv], tmp_path / "console.txt")
     wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
     os.kill(children(process.pid)[1], signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "console.txt").read_text()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -30,15 +32,15 @@ class Zygote:
             text=True,
         )
 
-    def start(self, argv, console, env=None, fault=None) -> int:
-        """Starts ``train_net.py argv``; returns its process id.
+    def start(self, argv, console, env=None, fault=None, script="train_net.py", folder=".") -> int:
+        """Starts a script of tools/ in a folder; returns its process id.
 
         Args:
             console: file that its output is appended to.
             env: more environment variables.
             fault: see :func:`_prepare_fault`.
         """
-        return self._ask("start", list(map(str, argv)), str(console), env or {}, fault)
+        return self._ask("start", list(map(str, argv)), str(console), env or {}, fault, script, str(folder))
 
     def wait(self, pid: int, timeout: float = 120) -> int:
         """Its exit code, negative for a signal; after the timeout (s) it is killed and that is a failure."""
@@ -84,19 +86,19 @@ def _serve() -> None:
         replies.flush()
 
 
-def _child(argv, console, env, fault) -> None:
+def _child(argv, console, env, fault, script, folder) -> None:
     code = 70
     try:
         os.setpgrp()
         output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(target, stream)
         os.environ.update(env)
+        os.chdir(folder)
         _prepare_fault(fault)
-        from focal_plugin.engine import argument_parser, run
-
-        code = run(argument_parser().parse_args(argv))
+        sys.argv = [script, *argv]
+        runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
+        code = 0
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
@@ -114,9 +116,9 @@ def _prepare_fault(fault) -> None:
     """What shall go wrong in the run: a kind, and its arguments.
 
     "kill after", s: SIGKILL, so many seconds after its first step has begun.
-    "kill at", "os.replace", n, "before" or "after": SIGKILL at the n-th call of a function.
-    "signal in step", n, number: a signal at the beginning of step n; "signal in step of", n, number, rank: there only.
-    "signal in evaluation", n, number: at the n-th image that is evaluated; "... of", and a rank.
+    "kill at", "fsync", n, "before" or "after": SIGKILL at the n-th call of a function of os.
+    "signal in step", n, number[, rank]: a signal at the beginning of step n; with a rank, there only.
+    "signal in evaluation", n, number[, rank]: at the n-th image that is evaluated.
     "no loss", n, rank: the losses of step n are NaN on that worker.
     "no gradient", n, rank: a gradient of step n is NaN, on that worker before it is averaged.
     "raise in step", n, rank: an error there.
@@ -124,15 +126,15 @@ def _prepare_fault(fault) -> None:
     """
     if fault is None:
         return
-    kind, *rest = fault
     from detectron2.utils import comm
 
     from focal_plugin.engine import trainer
 
-    def kill(number=signal.SIGKILL):
-        os.kill(os.getpid(), number)
+    def kill(number=signal.SIGKILL, rank=None):
+        if rank in (None, comm.get_rank()):
+            os.kill(os.getpid(), number)
 
-    def in_step(step, action, rank=None):
+    def in_step(action, step, rank=None):
         run_step = trainer.FocalTrainer.run_step
 
         def run_step_with_fault(self):
@@ -142,52 +144,45 @@ def _prepare_fault(fault) -> None:
 
         trainer.FocalTrainer.run_step = run_step_with_fault
 
-    def at_call(owner, name, number, before, action):
+    def at_call(owner, name, number, when, action):
         original, calls = getattr(owner, name), []
 
         def with_fault(*args, **kwargs):
             calls.append(1)
-            if len(calls) == number and before:
+            if len(calls) == number and when == "before":
                 action()
             result = original(*args, **kwargs)
-            if len(calls) == number and not before:
+            if len(calls) == number and when == "after":
                 action()
             return result
 
         setattr(owner, name, with_fault)
 
-    def spoil(self):
+    def no_loss(self):
         nan = float("nan")
         self.model.register_forward_hook(lambda m, a, losses: {k: v * nan for k, v in losses.items()}, prepend=True)
+
+    def no_gradient(self):
+        next(self.model.parameters()).register_hook(lambda g: g * float("nan"))
 
     def fail(self):
         raise KeyError("a made-up fault")
 
-    if kind == "kill after":
-        at_call(trainer.FocalTrainer, "run_step", 1, True, threading.Timer(rest[0], kill).start)
-    elif kind == "signal in step":
-        in_step(rest[0], lambda self: kill(rest[1]))
-    elif kind == "kill at":
-        owner, name = rest[0].split(".")
-        at_call({"os": os}[owner], name, rest[1], rest[2] == "before", kill)
-    elif kind == "signal in step of":
-        in_step(rest[0], lambda self: kill(rest[1]), rest[2])
-    elif kind == "signal in evaluation":
-        at_call(trainer._Evaluator, "process", rest[0], True, lambda: kill(rest[1]))
-    elif kind == "signal in evaluation of":
-        at_call(trainer._Evaluator, "process", rest[0], True, lambda: comm.get_rank() == rest[2] and kill(rest[1]))
-    elif kind == "no loss":
-        in_step(rest[0], spoil, rest[1])
-    elif kind == "no gradient":
-        in_step(rest[0], lambda self: next(self.model.parameters()).register_hook(lambda g: g * float("nan")), rest[1])
-    elif kind == "raise in step":
-        in_step(rest[0], fail, rest[1])
-    elif kind == "file size":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (rest[0], rest[0]))
-    else:
-        raise ValueError(fault)
+    kind, *rest = fault
+    {
+        "kill after": lambda seconds: at_call(
+            trainer.FocalTrainer, "run_step", 1, "before", threading.Timer(seconds, kill).start
+        ),
+        "kill at": lambda name, number, when: at_call(os, name, number, when, kill),
+        "signal in step": lambda step, number, *rank: in_step(lambda self: kill(number), step, *rank),
+        "signal in evaluation": lambda image, number, *rank: at_call(
+            trainer._Evaluator, "process", image, "before", lambda: kill(number, *rank)
+        ),
+        "no loss": lambda step, rank: in_step(no_loss, step, rank),
+        "no gradient": lambda step, rank: in_step(no_gradient, step, rank),
+        "raise in step": lambda step, rank: in_step(fail, step, rank),
+        "file size": lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    }[kind](*rest)
 
 
 if __name__ == "__main__":
