@@ -5,6 +5,7 @@ Started by :class:`Zygote`; run as a script it serves one JSON request a line on
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,10 +72,16 @@ def _serve() -> None:
     # Replies go where nothing else is printed.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import pycocotools.cocoeval  # noqa: F401
+    # With what a run imports as it goes.
+    for name in ("pycocotools.cocoeval", "omegaconf._impl", "PIL.JpegImagePlugin", "pygments.formatters.terminal256"):
+        importlib.import_module(name)
+    with suppress(ImportError):
+        importlib.import_module("torch.utils.tensorboard")
+    from detectron2.engine import defaults
 
     import focal_plugin.engine  # noqa: F401
 
+    defaults.collect_env_info = lambda: "not collected, which takes as long as ten steps"
     for line in sys.stdin:
         kind, *rest = json.loads(line)
         if kind == "wait":
