@@ -110,7 +110,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
         metric, iteration = float(latest[0]), latest[1]
         if math.isfinite(metric) and (self.best_metric is None or metric > self.best_metric):
             best = {"name": self._val_metric, "metric": metric, "iteration": iteration}
-            self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
+            threshold = self.trainer.storage.latest().get("score_threshold")  # of the evaluation of these weights
+            more = {"score_threshold": float(threshold[0])} if threshold and threshold[1] == iteration else {}
+            self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best, **more)
             logger.info(f"{self._file_prefix}.pth: {self._val_metric} {metric:.5f} at step {iteration}, the best yet")
             self.best_metric, self.best_iter = metric, iteration
         # Not counted but computed, so that an evaluation that is made up for does not count twice.

@@ -21,10 +21,12 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from ..config import NO_KEYS, unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
+from ..eval.coco import best_threshold
 from ..files import atomic_write
 from ..scalars import flush_scalars
 from .auto_scale import scale_to_workers
@@ -252,11 +254,16 @@ class _Evaluator(COCOEvaluator):
         return super().evaluate(img_ids)
 
     def _eval_predictions(self, predictions, img_ids=None):
-        """Explain an AP of 0 or NaN, which says nothing by itself; ``predictions`` are those of all workers."""
+        """Store the best score threshold, or explain an AP of 0 or NaN; ``predictions`` are those of all workers."""
         super()._eval_predictions(predictions, img_ids)
-        if not self._do_evaluation or self._results["bbox"]["AP"] > 0:
+        if not self._do_evaluation:
             return
         found = [detection for image in predictions for detection in image["instances"]]
+        if self._results["bbox"]["AP"] > 0:
+            if has_event_storage():  # in training
+                threshold = best_threshold(self._coco_api, found)
+                get_event_storage().put_scalar("score_threshold", threshold, smoothing_hint=False)
+            return
         scores = sorted(detection["score"] for detection in found)
         detected, annotated = (sorted({x["category_id"] for x in xs}) for xs in (found, self._coco_api.anns.values()))
         best = f", scores {scores[0]:.3f} to {scores[-1]:.3f}" if scores else ""

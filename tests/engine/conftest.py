@@ -10,9 +10,7 @@ from focal_plugin.data import make_digits
 
 @pytest.fixture(scope="session")
 def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
+    return Zygote()
 
 
 @pytest.fixture(scope="session")

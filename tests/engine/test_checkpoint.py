@@ -41,6 +41,7 @@ class Trainer(TrainerBase):
             self.model.weight += 1
 
     def evaluate(self):
+        self.storage.put_scalar("score_threshold", self.done / 100)
         return {"bbox": {"AP": self.metrics.get(self.done, 0.0)}}
 
     def after_step(self):
@@ -100,6 +101,7 @@ def test_the_best_is_kept_and_does_not_move_last_checkpoint(tmp_path):
     """Trap: upstream's makes a run that is killed then resume from its best model."""
     Trainer(tmp_path, {2: 10.0, 4: 30.0, 6: 20.0}, period=5).go(8, crash_at=6)
     assert weight_in(tmp_path / "model_best.pth") == 4
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["score_threshold"] == 0.04
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
 
 

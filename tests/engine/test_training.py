@@ -14,6 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
 from zygote import ENV, ROOT
 
 from focal_plugin import get_config
@@ -210,26 +211,47 @@ def test_vis_period_draws_on_the_main_worker(scenes, tmp_path, monkeypatch, peri
     assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
 
 
-# ------------------------------ an evaluation that finds nothing
+# ------------------------------ evaluations
+
+
+@pytest.fixture
+def evaluate(tmp_path, restore_catalogs):
+    """evaluate(truth, found): as at the end of an evaluation, with the detections of each image."""
+
+    def make(truth, found):
+        (tmp_path / "val.json").write_text(json.dumps(truth))
+        register_coco_instances("judged", {}, str(tmp_path / "val.json"), str(tmp_path))
+        DatasetCatalog.get("judged")
+        evaluator = FocalTrainer.build_evaluator(get_config("digits/focal.yaml"), "judged", str(tmp_path))
+        evaluator.reset()
+        evaluator._results = {}
+        evaluator._eval_predictions(
+            [{"image_id": n, "instances": [{"image_id": n, **d} for d in ds]} for n, ds in found.items()]
+        )
+
+    return make
 
 
 @pytest.mark.parametrize("annotated", [True, False])
-def test_an_ap_of_0_is_explained(scenes, tmp_path, caplog, annotated):
+def test_an_ap_of_0_is_explained(scenes, evaluate, caplog, annotated):
     """With the detections of all workers and the data set's ids; not for a set that is there to be submitted."""
-    content = json.loads((scenes / "val.json").read_text())
+    truth = json.loads((scenes / "val.json").read_text())
     if not annotated:
-        del content["annotations"]
-    (tmp_path / "val.json").write_text(json.dumps(content))
-    name = f"ap_{tmp_path.name}"
-    register_coco_instances(name, {}, str(tmp_path / "val.json"), str(scenes / "val"))
-    DatasetCatalog.get(name)
-    evaluator = FocalTrainer.build_evaluator(get_config("digits/focal.yaml"), name, str(tmp_path))
-    evaluator.reset()
-    evaluator._results = {}
-    box = {"category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}
-    evaluator._eval_predictions([{"image_id": n, "instances": [{"image_id": n, **box}]} for n in (1, 2)])
+        del truth["annotations"]
+    evaluate(truth, {n: [{"category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}] for n in (1, 2)})
     told = [record.getMessage() for record in caplog.records if "AP is 0" in record.getMessage()]
     assert len(told) == annotated
     assert not annotated or re.search(
         r"AP is 0: 2 detections, scores 0\.500 to 0\.500 for \d+ .* detected: \[4\],", told[0]
     )
+
+
+def test_the_score_of_the_highest_f1_is_logged(scenes, evaluate):
+    """All objects are found at .75, and as many things that are none at .25."""
+    truth, found = json.loads((scenes / "val.json").read_text()), {}
+    for one in truth["annotations"]:
+        right = {"category_id": one["category_id"] - 1, "bbox": one["bbox"], "score": 0.75}
+        found.setdefault(one["image_id"], []).extend([right, {**right, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.25}])
+    with EventStorage() as storage:
+        evaluate(truth, found)
+    assert storage.latest()["score_threshold"] == (0.75, 0)
