@@ -6,20 +6,17 @@ A method has the same colour and line style in all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..eval.detections import PrecisionRecall
+from ..eval.coco import PrecisionRecall
+from ..eval.drawing import COLORS, save_svg  # noqa: F401
 from .statistics import Paired
 from .study import Outcome
 
-# Okabe and Ito's palette for colour-blind readers, without its yellow; line styles work in print too.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 KIND_COLORS = {
     "FL": "#0072B2",
@@ -60,12 +57,6 @@ class Styles:
     def color(self, outcome: Outcome) -> str:
         """A bar's: of a method without a curve, its kind's."""
         return self._by_title.get(outcome.title, {}).get("color", KIND_COLORS[outcome.kind])
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Letters become outlines, so it looks the same everywhere; the same numbers give the same file."""
-    with matplotlib.rc_context({"svg.hashsalt": "focal_plugin", "svg.fonttype": "path"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def draw_ap(found: Sequence[Outcome], styles: Styles, paper: bool = False) -> Figure:

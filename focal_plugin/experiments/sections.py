@@ -8,7 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..eval.detections import Method, PrecisionRecall, draw_mosaic
+from ..eval.coco import PrecisionRecall
+from ..eval.drawing import Method, draw_mosaic
 from . import figures
 from .statistics import paired_difference, signed
 from .study import Outcome, Study, featured, reference
