@@ -33,8 +33,8 @@ KINDS = {  # of error, as Bolya et al. call them, "TIDE", ECCV 2020
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 _SWAPPED = "Are the two files swapped? Predictions go first."
 _CLASSES = (
-    "run tools/predict.py with --register NAME=ANNOTATIONS.JSON:IMAGE_DIR DATASETS.TEST \"('NAME',)\", or with "
-    "--classes A,B,C, which are the annotations' {}, in the order of the model"
+    "run tools/predict.py with --classes A,B,C, which are the annotations' {} in the order of the model, or with "
+    "--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
 )
 
 

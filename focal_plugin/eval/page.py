@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pycocotools.coco import COCO
 
 from ..files import atomic_write, origin, printable
-from .coco import KINDS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
+from .coco import KINDS, METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
 from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
 
 NONE = "–"
@@ -133,7 +133,7 @@ def write_eval_report(
                 "num_images": len(truth.imgs),
                 "num_seen": len({p["image_id"] for p in found}),
                 "names": {id_: category["name"] for id_, category in truth.cats.items()},
-                "rows": table.map(_text).values.tolist(),
+                "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
                 "curves": _draw_curves(table, curves, folder),
                 "summary": summary,
                 "kinds": [(kind, kinds[kind], meaning) for kind, meaning in KINDS.items()],

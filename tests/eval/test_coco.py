@@ -146,7 +146,7 @@ def test_results_of_predict_are_matched_by_name(tmp_path):
     assert got.equals(want) and want.AP[0] > 5
     for classes, key in ((("0", "1"), "category '[01]'"), (("cat", "Dog"), "category 'Dog'")):
         paths = write(tmp_path, annotations, by_predict(results, classes), num_images=6)
-        way_out = r".*--register NAME=ANNOTATIONS.JSON:IMAGE_DIR.*--classes A,B,C.*\['cat', 'dog'\]"
+        way_out = r".*--classes A,B,C, .*\['cat', 'dog'\].*--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
         with pytest.raises(ValueError, match=f"the annotations have no {key}; {way_out}"):
             read(paths)
     with pytest.raises(ValueError, match="the annotations have 2 category 'cat'"):
