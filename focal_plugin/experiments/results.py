@@ -5,20 +5,36 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
+import shlex
 import signal
+import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
+from scipy.stats import ttest_rel
 
+from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
-from ..files import atomic_write, machine, now
+from ..files import atomic_write, machine, now, printable
+from .naming import kind_of
+from .paper import BEST_OHEM, CAPTIONS, CE_R50, FL, FL_R50, TABLES, PaperRow
 
 CONSOLE = "console.txt"
 RESULT = "result.json"
+METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
+_1D = {row.method.key: row.published.AP for row in TABLES["1d"] if row.published}
+# AP of the focal loss and of its rival in the paper, and where.
+PAPER = {
+    "OHEM": (_1D[FL.key], _1D[BEST_OHEM.key], "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL_R50.AP, CE_R50.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}
 
 
 @dataclass
@@ -202,3 +218,198 @@ def _last_error(console: Path, exit_code: int) -> str:
         name = signal.Signals(-exit_code).name
         text = f"ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; {text}"
     return text
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set that rows are trained and evaluated on, in COCO's format."""
+
+    train_json: Path
+    val_json: Path
+    val_images: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was asked for: rows of one of the paper's tables, trained in one setting.
+
+    Attributes:
+        table: of the paper, such as "1d".
+        profile: "coco", "digits", or a config's name.
+        is_coco: whether the data and the recipe are the paper's.
+        rows: of the table, in the paper's order.
+        seeds: that each row was to be trained with.
+        data: what the rows were trained and evaluated on; None: read from a results.json, which has the counts.
+        command: what a person typed.
+        left_out: titles of the table's rows that this command did not ask for.
+    """
+
+    table: str
+    profile: str
+    is_coco: bool
+    rows: Sequence[PaperRow]
+    seeds: Sequence[int]
+    data: Data | None
+    command: str
+    left_out: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str:
+        """Names the paper's network and size only where they are ours."""
+        name, _, subject = CAPTIONS[self.table].partition(": ")
+        return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AP of a method minus that of a rival with the same seed; as a results.json has it.
+
+    Attributes:
+        focal, rival: the methods.
+        kind: of the rival, such as "OHEM".
+        picked_of: number of methods of this kind that are done, which the rival may be the best of.
+        difference_by_seed: over the seeds that both have done.
+        mean: of them; NaN without any.
+        interval_95: the t interval of the mean; None with fewer than two seeds.
+        excludes_zero: whether the interval does; None without one.
+        paper_difference: of the two kinds in the paper; None where it compares none.
+        interval_holds_paper_difference: None without one of the two.
+    """
+
+    focal: str
+    rival: str
+    kind: str
+    picked_of: int
+    difference_by_seed: dict[int, float]
+    mean: float
+    interval_95: tuple[float, float] | None
+    excludes_zero: bool | None
+    paper_difference: float | None
+    interval_holds_paper_difference: bool | None
+
+
+def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
+    """Compare two methods over the seeds that both have done."""
+    done = runs[runs.status == "done"]
+    kind = runs.kind[runs.method == rival].iloc[0]
+    aps = done.pivot(index="seed", columns="method", values=METRICS[0]).reindex(columns=[method, rival]).dropna()
+    difference = aps[method] - aps[rival]
+    paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
+    low = high = excludes_zero = None
+    if len(aps) > 1:
+        with warnings.catch_warnings():  # that equal differences lose precision
+            warnings.simplefilter("ignore", RuntimeWarning)
+            low, high = map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95))
+        excludes_zero = low > 0 or high < 0
+    return Comparison(
+        method,
+        rival,
+        kind,
+        picked_of=done.method[done.kind == kind].nunique(),
+        difference_by_seed=difference.to_dict(),
+        mean=float(difference.mean()),
+        interval_95=None if low is None else (low, high),
+        excludes_zero=excludes_zero,
+        paper_difference=paper,
+        interval_holds_paper_difference=None if low is None or paper is None else low <= paper <= high,
+    )
+
+
+def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
+    """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
+    done, focal = runs[runs.status == "done"], reference(runs)
+    if "FL" not in set(done.kind[done.method == focal]):
+        return []
+    means = {kind: own.groupby("method", sort=False)[METRICS[0]].mean() for kind, own in done.groupby("kind")}
+    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
+
+
+def signed(difference: float) -> str:
+    """Return it with one decimal and a sign, such as −1.4."""
+    text = f"{difference:+.1f}".replace("-", "−")
+    return "–" if math.isnan(difference) else "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
+    """Return a table with one row a run, by method in the study's order.
+
+    Its columns are the keys of the lines and the runs of a results.json, and one for each metric, such as "bbox/AP".
+    """
+    asked = {row.recipe if study.is_coco else row.method.key: row for row in study.rows}
+    runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
+    runs = _with_metrics(pd.DataFrame(runs, dtype=object))
+    shared = runs.groupby("title")["method"].transform("nunique") > 1
+    runs.loc[shared, "title"] += " " + runs.method
+    return runs
+
+
+def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
+    """Return the study and the table of runs that a results.json was written from, without the losses by step."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    lines = pd.DataFrame(record["lines"], dtype=object).drop(columns="metrics")
+    runs = _with_metrics(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
+    names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
+    return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
+
+
+def _with_metrics(runs: pd.DataFrame) -> pd.DataFrame:
+    metrics = pd.DataFrame(runs.metrics.tolist(), index=runs.index)
+    names = dict.fromkeys([*METRICS, *metrics])
+    numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
+    return runs.astype(dict.fromkeys(numbers, float)).join(metrics.reindex(columns=names).astype(float))
+
+
+def reference(runs: pd.DataFrame) -> str | None:
+    """Return the method that the others are compared with: the paper's own focal loss, or else its best row here.
+
+    It is chosen by its settings and not by how it came out, so that it is not the winner of a draw.
+    """
+    published = runs.drop_duplicates("method").set_index("method").published
+    own = [method for method in published.index if method.removesuffix("_anchors3x3").endswith(FL.key)]
+    aps = {method: numbers["AP"] for method, numbers in published.items() if numbers}
+    return own[0] if len(own) == 1 else max(aps, key=aps.get, default=None)
+
+
+def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
+    config, history = run.config(), run.history()
+
+    def recorded(*names: str) -> list[float]:
+        """What the run says under the first of these names that it has."""
+        return next((found for name in names if (found := [r[name] for r in history if name in r])), [math.nan])
+
+    steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
+    return {
+        **{f.name: getattr(run, f.name) for f in fields(run)},
+        "title": printable(run.title, limit=120, quotes=False),
+        "kind": _kind(run.method, config),
+        "paper_title": row.title,
+        "published": asdict(row.published) if row.published else None,
+        "command": shlex.join(run.command),
+        "overrides": _overrides(run.command),
+        "config": config,
+        "folder": str(run.folder),
+        "detections": run.detections,
+        "steps": steps,
+        "images_seen": steps * batch if steps and batch else None,
+        "peak_memory": run.peak_memory or None,
+        "step_seconds": statistics.median(recorded("time")),
+        # What OHEM kept, or else all anchors that are not ignored.
+        "positives_per_image": statistics.fmean(recorded("ohem/num_pos", "num_pos_anchors")),
+        "negatives_per_image": statistics.fmean(recorded("ohem/num_neg", "num_neg_anchors")),
+        "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
+    }
+
+
+def _overrides(command: Sequence[str]) -> dict[str, str]:
+    """The keys and values at the end of a train_net command, but for what differs from run to run."""
+    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+    words = command[next((i for i, word in enumerate(command) if key.fullmatch(word)), len(command)) :]
+    return {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")}
+
+
+def _kind(method: str, config: dict[str, Any]) -> str:
+    """By what was trained; of a run that never started, by its name."""
+    if lookup(config, "MODEL.FOCAL.HEAD"):
+        return kind_of(config)
+    kinds = {"ohem": "OHEM", "ohem1to3": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
+    return next((kinds[word] for word in method.split("_") if word in kinds), "other")
