@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..eval.detections import Method, draw_mosaic
+from ..eval.drawing import COLORS, Method, draw_mosaic, save_svg
 from .results import METRICS, Comparison, Study, compare, reference, signed
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too; line styles work in print.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
 KIND_COLORS = {"FL": COLORS[0], "OHEM": COLORS[1], "CE": COLORS[2], "SSD": COLORS[4], "FL*": COLORS[6]}
 LINE_STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 _CURVES, _COLUMNS, _IMAGES = 7, 5, 6  # curves that can be told apart; columns and rows of the mosaic
@@ -88,12 +85,6 @@ def method_styles(runs: pd.DataFrame, first: str | None) -> Styles:
             color = tuple((1 - abs(shades[i])) * base + max(shades[i], 0))
             styles[method] = {"color": color, "linestyle": LINE_STYLES[i % len(LINE_STYLES)], "linewidth": 1.8}
     return styles
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Letters become outlines, so it looks the same everywhere; the same numbers give the same file."""
-    with matplotlib.rc_context({"svg.hashsalt": "focal_plugin", "svg.fonttype": "path"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def draw_ap(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, paper: bool = False) -> Figure:

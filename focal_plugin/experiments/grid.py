@@ -15,11 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from ..eval.drawing import COLORS
 from ..files import origin
 from .cli import TRAIN_NET, prepare_data
 from .estimate import describe_plan
 from .executors import InlineExecutor
-from .figures import COLORS
 from .paper import BEST_OHEM, CE, FL
 from .plan import Profile, choose_rows, load_profile, make_runs
 from .results import RunResult, of_method

@@ -17,9 +17,8 @@ import yaml
 from tabulate import tabulate
 
 from ..config_yaml import lookup
-from ..eval.detections import precision_recall_curves
-from ..eval.page import render_html, render_markdown
-from ..eval.texts import markdown_text
+from ..eval.coco import precision_recall_curves
+from ..eval.page import NONE, markdown_text, render_html, render_markdown
 from ..files import atomic_write, origin
 from .figures import draw
 from .paper import CAPTIONS
@@ -38,7 +37,7 @@ from .results import (
     tabulate_runs,
 )
 
-AP, NONE = METRICS[0], "–"
+AP = METRICS[0]
 _LEARNED = 5.0  # percent AP; below, the order says nothing
 _PAPER_IMAGES = 90_000 * 16
 _IN_RECORD = """method seed status step error exit_code command folder fingerprint reused attempts seconds step_seconds
