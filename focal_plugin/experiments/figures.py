@@ -43,7 +43,8 @@ def draw(study: Study, runs: pd.DataFrame, folder: Path) -> dict[str, str]:
 
     def save(name: str, figure: Figure, shows: str, values: Mapping[str, str]) -> None:
         save_svg(figure, folder / f"{name}.svg")
-        alts[f"{name}.svg"] = f"{shows}: {', '.join(f'{lines.title[method]} {value}' for method, value in values.items())}."
+        said = ", ".join(f"{lines.title[method]} {value}" for method, value in values.items())
+        alts[f"{name}.svg"] = f"{shows}: {said}."
 
     if methods:
         values = {method: f"{means[method]:.1f}" for method in methods}
@@ -62,11 +63,11 @@ def draw(study: Study, runs: pd.DataFrame, folder: Path) -> dict[str, str]:
         save("loss_cls", chart, "Classification loss over the training steps; at the end", ends)
     if methods and study.data:
         shown = done.sort_values("seed").drop_duplicates("method").set_index("method").loc[few]
-        columns = [Method(f"{r.title}\nseed {r.seed}, AP {r[METRICS[0]]:.1f}", r.detections) for _, r in shown.iterrows()]
-        draw_mosaic(
-            study.data.val_json, study.data.val_images, columns, folder / "detections.jpg", num_images=_IMAGES
-        )
-        alts["detections.jpg"] = f"The same validation images: ground truth, then what was found by {', '.join(shown.title)}."
+        titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[METRICS[0]].map(", AP {:.1f}".format)
+        columns = [Method(title, detections) for title, detections in zip(titles, shown.detections)]
+        data, file = study.data, "detections.jpg"
+        draw_mosaic(data.val_json, data.val_images, columns, folder / file, num_images=_IMAGES)
+        alts[file] = f"The same validation images: ground truth, then what was found by {', '.join(shown.title)}."
     return alts
 
 
@@ -121,7 +122,8 @@ def draw_differences(runs: pd.DataFrame, comparisons: Sequence[Comparison], styl
     figure, axis = _panel(len(comparisons))
     for place, comparison in enumerate(comparisons):
         if comparison.interval_95:
-            axis.plot(comparison.interval_95, [place] * 2, color=styles[comparison.focal]["color"], linewidth=5, alpha=0.45)
+            color = styles[comparison.focal]["color"]
+            axis.plot(comparison.interval_95, [place] * 2, color=color, linewidth=5, alpha=0.45)
         axis.plot([comparison.mean], [place], "|", color="black", ms=13, mew=2)
         seeds = list(comparison.difference_by_seed.values())
         axis.plot(seeds, [place] * len(seeds), "o", ms=4, mfc="white", mec="black", mew=0.8, zorder=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -40,9 +41,7 @@ from .results import (
 AP = METRICS[0]
 _LEARNED = 5.0  # percent AP; below, the order says nothing
 _PAPER_IMAGES = 90_000 * 16
-_IN_RECORD = """method seed status step error exit_code command folder fingerprint reused attempts seconds step_seconds
-machine date threads parallel peak_memory peak_memory_of steps images_seen positives_per_image negatives_per_image
-metrics precision_at_recall""".split()
+_OF_LINE = ["title", "kind", "paper_title", "published", "overrides"]
 
 
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
@@ -71,6 +70,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
     folder.mkdir(parents=True, exist_ok=True)
     done = runs[runs.status == "done"]
     words, remarks = verdict(study, runs), notes(study, runs)
+    lines = [_line_record(own) for _, own in runs.groupby("method", sort=False)]
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a title is a dollar sign
         pictures = draw(study, runs, folder)
     context = {
@@ -79,26 +79,26 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "notes": remarks,
         "pictures": pictures,
         "table": comparison_table(study, runs),
-        "anchor": next(iter(runs.title[runs.method == reference(runs)]), None),
+        "reference": next(iter(runs.title[runs.method == reference(runs)]), ""),
         "parts": [table for table in (size_table(runs), class_table(done, objects)) if table],
         "cost": cost_table(done),
         "settings": sorted({(run.parallel, run.threads) for run in done.itertuples()}),
-        "lines": runs.drop_duplicates("method").to_dict("records"),
-        "configs": {m: yaml.safe_dump(c) for m, c in runs[runs.config.map(bool)].groupby("method").config.first().items()},
+        "lines": [{**line, "yaml": yaml.safe_dump(line["config"]) if line["config"] else ""} for line in lines],
         "commands": list(runs.command),
         "markdown": to_markdown,
         **made,
     }
+    not_of_run = [*_OF_LINE, "config", "detections", "loss_cls", *(name for name in runs if name.startswith("bbox/"))]
     record = {
         **made,
         "notes": [" ".join(filter(None, note.values())) for note in remarks],
         "verdict": words,
         **{name: getattr(study, name) for name in ("table", "profile", "is_coco", "seeds", "left_out")},
         "caption": CAPTIONS[study.table],
-        "lines": [_line_record(own) for _, own in runs.groupby("method", sort=False)],
-        "comparisons": [asdict(comparison) for comparison in compare_focal(runs)],
-        "runs": runs[_IN_RECORD].assign(seconds=runs.seconds.round(1)).to_dict("records"),
         "objects": objects.to_dict("index"),
+        "lines": lines,
+        "comparisons": [asdict(comparison) for comparison in compare_focal(runs)],
+        "runs": runs.assign(seconds=runs.seconds.round(1)).drop(columns=not_of_run, errors="ignore").to_dict("records"),
     }
     # None for what is no number: JSON has no NaN.
     record = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
@@ -120,10 +120,13 @@ def format_table(study: Study, results: Sequence[RunResult]) -> str:
 
 def _line_record(own: pd.DataFrame) -> dict[str, Any]:
     """What a results.json says of a method, from its runs."""
-    done = own[own.status == "done"]
+    done, first = own[own.status == "done"], own.iloc[0]
     stats = done[sorted({name for run in done.metrics for name in run})].agg(["count", "mean", "std"])
+    config_file = re.search(r"--config-file (\S+)", first.command)
     return {
-        **own.iloc[0][["method", "title", "kind", "paper_title", "published", "overrides"]],
+        "method": first.method,
+        **first[_OF_LINE],
+        "config_file": config_file[1] if config_file else "",
         "config": next(filter(None, own.config), {}),
         "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},
     }
@@ -140,8 +143,11 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
     if not ranked.iloc[0] >= _LEARNED:
         return ["No run has learned to detect yet, so the order means nothing.", order]
     comparisons, title = compare_focal(runs), runs.drop_duplicates("method").set_index("method").title
-    leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.by_seed)
-    text = [f"FL is {leads}." if leads else f"{ranked.index[0]} has the highest AP, {ranked.iloc[0]:.1f}."]
+    leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
+    focal = (
+        title[comparisons[0].focal] if comparisons and sum(runs.groupby("method").kind.first() == "FL") > 1 else "FL"
+    )
+    text = [f"{focal} is {leads}." if leads else f"{ranked.index[0]} has the highest AP, {ranked.iloc[0]:.1f}."]
     if len(done) < len(runs):
         text[0] = f"Incomplete, {len(done)} of {len(runs)} runs are done: {text[0]}"
     text += [order, *(_against(study, c, title[c.rival]) for c in comparisons)]
@@ -152,8 +158,8 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
         text[0] += " One seed says nothing about chance."
         scope = f"One seed ({seeds[0]}): another may order the methods differently."
     else:
-        scope = f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data set, "
-        scope += "budget or learning rate may order the methods differently."
+        scope = f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data "
+        scope += "set, budget or learning rate may order the methods differently."
     rates = {lookup(config, "SOLVER.BASE_LR") for config in done.config}
     if len(rates) == 1 and None not in rates and len(title) > 1:
         scope += f" All have one learning rate, {rates.pop():g}, which may suit one method better than another."
@@ -180,7 +186,7 @@ def _against(study: Study, c: Comparison, rival: str) -> str:
     text += ", one pair of runs, which has no interval" if len(c.difference_by_seed) == 1 else ""
     text += f". In the paper it is {c.paper_difference:.1f} AP ahead ({focal} against {theirs}; {where})"
     if abs(c.mean) >= 0.05:  # and not NaN
-        text += f": {'' if c.excludes_zero else 'in the mean, '}"
+        text += ": in the mean, " if c.excludes_zero is False else ": "
         text += "the same order" if c.mean > 0 else "the order here differs from the paper's"
     if study.is_coco and c.interval_95 and c.kind == "OHEM":
         inside = "inside" if c.interval_holds_paper_difference else "outside"
@@ -339,7 +345,7 @@ def _table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: 
         "caption": caption,
         "headers": [header for _, header in columns],
         "rows": [[row[key] for key in columns] for row in rows],
-        "groups": groups if len(groups) > 1 else [],
+        "groups": groups if {name for name, _ in groups} - {"", "here"} else [],
         "marked": marked,
     }
 

@@ -354,9 +354,9 @@ def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
 
 def _with_metrics(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame(runs.metrics.tolist(), index=runs.index)
-    names = dict.fromkeys([*METRICS, *metrics])
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
-    return runs.astype(dict.fromkeys(numbers, float)).join(metrics.reindex(columns=names).astype(float))
+    columns = list(dict.fromkeys([*METRICS, *metrics]))
+    return runs.astype(dict.fromkeys(numbers, float)).join(metrics.reindex(columns=columns).astype(float))
 
 
 def reference(runs: pd.DataFrame) -> str | None:
