@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from ..eval.drawing import COLORS, Method, draw_mosaic, save_svg
-from .results import METRICS, Comparison, Study, compare, reference, signed
+from .results import AP, Comparison, Study, compare, lines_of, reference
 
 KIND_COLORS = {"FL": COLORS[0], "OHEM": COLORS[1], "CE": COLORS[2], "SSD": COLORS[4], "FL*": COLORS[6]}
 LINE_STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
@@ -24,51 +24,35 @@ _POINTS = 300  # of a curve; a long training leaves thousands
 Styles = Mapping[str, Mapping[str, Any]]
 
 
-def draw(study: Study, runs: pd.DataFrame, folder: Path) -> dict[str, str]:
-    """Draw what the runs have left something of, in `folder`.
-
-    Returns:
-        By the name of the picture's file what it shows, to who cannot see it.
-    """
-    done, anchor = runs[runs.status == "done"], reference(runs)
-    lines = done.drop_duplicates("method").set_index("method")
-    means = done.groupby("method", sort=False)[METRICS[0]].mean()
+def draw(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
+    """Draw what the runs have left something of, in `folder`; return the files' names."""
+    done, anchor, figures = runs[runs.status == "done"], reference(runs), {}
+    if not len(done):
+        return []
+    means, styles = done.groupby("method", sort=False)[AP].mean(), method_styles(runs, anchor)
     methods = sorted(means.index, key=lambda method: method != anchor)
-    best = {own.idxmax() for _, own in means.groupby(lines.kind)}
     # To keep curves apart: the reference, the best of each kind, then the next best.
+    best = {own.idxmax() for _, own in means.groupby(lines_of(done).kind)}
     ranked = sorted(methods, key=lambda method: (method != anchor, method not in best, -means[method]))
     few = [method for method in methods if method in ranked[:_COLUMNS]]
     curves = few if len(methods) > _CURVES else methods
-    styles, alts = method_styles(runs, anchor), {}
-
-    def save(name: str, figure: Figure, shows: str, values: Mapping[str, str]) -> None:
-        save_svg(figure, folder / f"{name}.svg")
-        said = ", ".join(f"{lines.title[method]} {value}" for method, value in values.items())
-        alts[f"{name}.svg"] = f"{shows}: {said}."
-
-    if methods:
-        values = {method: f"{means[method]:.1f}" for method in methods}
-        save("ap", draw_ap(done, methods, styles, study.is_coco), "Bar chart of AP", values)
-    compared = [compare(runs, method, anchor) for method in methods if method != anchor and anchor in methods]
+    figures["ap.svg"] = draw_ap(done, methods, styles, study.is_coco)
+    compared = [compare(runs, method, anchor) for method in methods[1:]] if methods[0] == anchor else []
     compared = [comparison for comparison in compared if comparison.difference_by_seed]
     if compared:
-        values = {comparison.focal: signed(comparison.mean) for comparison in compared}
-        chart = draw_differences(done, compared, styles)
-        save("differences", chart, f"Differences in AP to {lines.title[anchor]}", values)
-    if methods:
-        chart, aps = draw_precision_recall(done, curves, styles)
-        save("precision_recall_50", chart, "Precision against recall at IoU 0.5; AP", aps)
+        figures["differences.svg"] = draw_differences(done, compared, styles)
+    figures["precision_recall_50.svg"] = draw_precision_recall(done, curves, styles)
     if "loss_cls" in done and any(done.loss_cls):
-        chart, ends = draw_loss(done, curves, styles)
-        save("loss_cls", chart, "Classification loss over the training steps; at the end", ends)
-    if methods and study.data:
-        shown = done.sort_values("seed").drop_duplicates("method").set_index("method").loc[few]
-        titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[METRICS[0]].map(", AP {:.1f}".format)
+        figures["loss_cls.svg"] = draw_loss(done[done.loss_cls.map(bool)], curves, styles)
+    for name, figure in figures.items():
+        save_svg(figure, folder / name)
+    if study.data:
+        shown = lines_of(done.sort_values("seed")).loc[few]
+        titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[AP].map(", AP {:.1f}".format)
         columns = [Method(title, detections) for title, detections in zip(titles, shown.detections)]
-        data, file = study.data, "detections.jpg"
-        draw_mosaic(data.val_json, data.val_images, columns, folder / file, num_images=_IMAGES)
-        alts[file] = f"The same validation images: ground truth, then what was found by {', '.join(shown.title)}."
-    return alts
+        truth, images = study.data.val_json, study.data.val_images
+        draw_mosaic(truth, images, columns, folder / "detections.jpg", num_images=_IMAGES)
+    return [*figures, *(["detections.jpg"] if study.data else [])]
 
 
 def method_styles(runs: pd.DataFrame, first: str | None) -> Styles:
@@ -101,16 +85,15 @@ def draw_ap(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, paper: b
     right = 0.0
     for place, method in enumerate(methods):
         own = runs[runs.method == method]
-        seeds, mean, deviation = own[METRICS[0]], own[METRICS[0]].mean(), own[METRICS[0]].std()
+        seeds, mean, deviation = own[AP], own[AP].mean(), own[AP].std()
         axis.barh(place, mean, color=styles[method]["color"], height=0.66, alpha=0.85)
         if deviation > 0:
             axis.errorbar(mean, place, xerr=deviation, fmt="none", ecolor="black", capsize=3)
         axis.plot(seeds, [place] * len(seeds), "o", ms=3.5, mfc="white", mec="black", mew=0.8, zorder=3)
         end = np.nanmax([*seeds, mean + deviation])
         axis.annotate(f"{mean:.1f}", (end, place), (7, 0), textcoords="offset points", va="center", fontsize=9)
-        published = own.published.iloc[0]
-        if paper and published:
-            axis.plot([published["AP"]], [place], "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)
+        if paper:
+            axis.plot(own["paper/AP"], [place] * len(own), "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)
         right = max(right, end)
     axis.set(xlabel="AP, percent", xlim=(0, 1.22 * right or 1))
     _name(axis, runs, methods)
@@ -136,34 +119,25 @@ def draw_differences(runs: pd.DataFrame, comparisons: Sequence[Comparison], styl
     return figure
 
 
-def draw_precision_recall(
-    runs: pd.DataFrame, methods: Sequence[str], styles: Styles, iou: str = "0.5"
-) -> tuple[Figure, dict[str, str]]:
-    """Draw the mean curve over classes and seeds of each method; return the AP at this IoU too."""
+def draw_precision_recall(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, iou: str = "0.5") -> Figure:
+    """Draw the mean curve over classes and seeds of each method; the legend has the AP at this IoU."""
     figure, axis = _panel()
-    aps = {}
     for method in methods:
         own = runs[runs.method == method]
         precision = np.mean([np.array(curves[iou], dtype=float) for curves in own.precision_at_recall], axis=0)
-        aps[method] = f"{100 * precision.mean():.1f}"
-        label = f"{own.title.iloc[0]}: {aps[method]}"
+        label = f"{own.title.iloc[0]}: {100 * precision.mean():.1f}"
         axis.plot(np.linspace(0, 1, len(precision)), precision, label=label, **styles[method])
     axis.set(xlabel="recall", ylabel="precision, mean over classes", xlim=(0, 1), ylim=(0, 1.02))
     _add_legend(figure, axis)
-    return figure, aps
+    return figure
 
 
-def draw_loss(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> tuple[Figure, dict[str, str]]:
-    """Draw the classification loss over the steps that all runs of a method have; return how it ends too."""
+def draw_loss(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> Figure:
+    """Draw the classification loss over the steps that all runs of a method have, smoothed by a moving mean."""
     figure, axis = _panel()
-    ends = {}
-    for method in methods:
+    for method in [method for method in methods if method in set(runs.method)]:
         own = runs[runs.method == method]
-        losses = [losses for losses in own.loss_cls if losses]
-        if not losses:
-            continue
-        curve = pd.DataFrame(losses).dropna(axis=1).mean().sort_index()  # over the seeds
-        ends[method] = f"{curve.iloc[-1]:.3g}"
+        curve = pd.DataFrame(own.loss_cls.tolist()).dropna(axis=1).mean().sort_index()
         curve = curve.rolling(max(3, len(curve) // 40), center=True, min_periods=1).mean()[:: len(curve) // _POINTS + 1]
         marker = "o" if len(curve) == 1 else None  # one point makes no line
         axis.plot(curve.index, curve, marker=marker, label=own.title.iloc[0], **styles[method])
@@ -171,7 +145,7 @@ def draw_loss(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> tup
     axis.yaxis.set_major_formatter(_Plain())
     axis.yaxis.set_minor_formatter(_Plain())
     _add_legend(figure, axis)
-    return figure, ends
+    return figure
 
 
 class _Plain(LogFormatter):
@@ -189,8 +163,7 @@ def _panel(rows: int = 0):
 
 def _name(axis, runs: pd.DataFrame, methods: Sequence[str]) -> None:
     """Writes the methods' titles beside their rows."""
-    titles = runs.drop_duplicates("method").set_index("method").title
-    axis.set_yticks(range(len(methods)), [titles[method] for method in methods])
+    axis.set_yticks(range(len(methods)), lines_of(runs).title[methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,8 @@ from ..files import atomic_write, origin
 from .figures import draw
 from .paper import CAPTIONS
 from .results import (
+    AP,
     CONSOLE,
-    METRICS,
     PAPER,
     Comparison,
     Data,
@@ -33,12 +32,14 @@ from .results import (
     Study,
     compare,
     compare_focal,
+    lines_of,
+    number,
     reference,
-    signed,
+    spread,
     tabulate_runs,
 )
 
-AP = METRICS[0]
+_APS = ("AP", "AP50", "AP75")
 _LEARNED = 5.0  # percent AP; below, the order says nothing
 _PAPER_IMAGES = 90_000 * 16
 _OF_LINE = ["title", "kind", "paper_title", "published", "overrides"]
@@ -80,8 +81,8 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "pictures": pictures,
         "table": comparison_table(study, runs),
         "reference": next(iter(runs.title[runs.method == reference(runs)]), ""),
-        "parts": [table for table in (size_table(runs), class_table(done, objects)) if table],
-        "cost": cost_table(done),
+        "parts": [table for table in (size_table(runs), class_table(runs, objects)) if table],
+        "cost": cost_table(runs),
         "settings": sorted({(run.parallel, run.threads) for run in done.itertuples()}),
         "lines": [{**line, "yaml": yaml.safe_dump(line["config"]) if line["config"] else ""} for line in lines],
         "commands": list(runs.command),
@@ -134,36 +135,33 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
 
 def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
     """Say what came out, beside what the paper saw: a sentence, then paragraphs that follow from the numbers."""
-    done = runs[runs.status == "done"]
+    done, title = runs[runs.status == "done"], lines_of(runs).title
     if not len(done):
         return ["No run has finished, so there is nothing to compare."]
     ranked = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
-    order = ", ".join(f"{title} {ap:.1f}" for title, ap in ranked.items())
+    order = ", ".join(f"{name} {ap:.1f}" for name, ap in ranked.items())
     order = f"By AP{' (mean over the seeds)' if len(study.seeds) > 1 else ''}: {order}."
     if not ranked.iloc[0] >= _LEARNED:
         return ["No run has learned to detect yet, so the order means nothing.", order]
-    comparisons, title = compare_focal(runs), runs.drop_duplicates("method").set_index("method").title
+    comparisons, seeds = compare_focal(runs), sorted(done.seed.unique())
     leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
-    focal = (
-        title[comparisons[0].focal] if comparisons and sum(runs.groupby("method").kind.first() == "FL") > 1 else "FL"
+    first = (
+        f"{title[reference(runs)]} is {leads}" if leads else f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
     )
-    text = [f"{focal} is {leads}." if leads else f"{ranked.index[0]} has the highest AP, {ranked.iloc[0]:.1f}."]
     if len(done) < len(runs):
-        text[0] = f"Incomplete, {len(done)} of {len(runs)} runs are done: {text[0]}"
-    text += [order, *(_against(study, c, title[c.rival]) for c in comparisons)]
-    if "FL" in set(runs.kind) - set(done.kind):
-        text.append("No run of FL is done, so nothing is compared with it.")
-    seeds = sorted(done.seed.unique())
+        first = f"Incomplete, {len(done)} of {len(runs)} runs are done: {first}"
+    missing = "No run of FL is done, so nothing is compared with it. "
+    scope = missing if "FL" in set(runs.kind) - set(done.kind) else ""
     if len(seeds) == 1:
-        text[0] += " One seed says nothing about chance."
-        scope = f"One seed ({seeds[0]}): another may order the methods differently."
+        first += ". One seed says nothing about chance"
+        scope += f"One seed ({seeds[0]}): another may order the methods differently."
     else:
-        scope = f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data "
+        scope += f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data "
         scope += "set, budget or learning rate may order the methods differently."
     rates = {lookup(config, "SOLVER.BASE_LR") for config in done.config}
     if len(rates) == 1 and None not in rates and len(title) > 1:
         scope += f" All have one learning rate, {rates.pop():g}, which may suit one method better than another."
-    return [*text, scope]
+    return [f"{first}.", order, *(_against(study, c, title[c.rival]) for c in comparisons), scope]
 
 
 def _lead(c: Comparison, rival: str) -> str:
@@ -171,8 +169,9 @@ def _lead(c: Comparison, rival: str) -> str:
     text = f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}"
     if c.interval_95 is None:
         return text
-    ends, zero = map(signed, c.interval_95), "excludes 0" if c.excludes_zero else "includes 0: not settled"
-    return f"{text} (95 % t interval {' to '.join(ends)}, {zero})"
+    low, high = (number(end, "+.1f") for end in c.interval_95)
+    zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
+    return f"{text} (95 % t interval {low} to {high}, {zero})"
 
 
 def _against(study: Study, c: Comparison, rival: str) -> str:
@@ -181,7 +180,7 @@ def _against(study: Study, c: Comparison, rival: str) -> str:
     text = f"FL against {'the best OHEM' if c.kind == 'OHEM' else 'cross entropy'}, {rival}"
     if c.picked_of > 1:
         text += f" (the best of {c.picked_of} by its mean AP; picking the best of them favours it)"
-    each = ", ".join(f"{signed(difference)} (seed {seed})" for seed, difference in c.difference_by_seed.items())
+    each = ", ".join(f"{number(difference, '+.1f')} (seed {seed})" for seed, difference in c.difference_by_seed.items())
     text += f": {each}" if each else ": no seed has both done, so there is no paired difference"
     text += ", one pair of runs, which has no interval" if len(c.difference_by_seed) == 1 else ""
     text += f". In the paper it is {c.paper_difference:.1f} AP ahead ({focal} against {theirs}; {where})"
@@ -244,72 +243,69 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
 
 def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
     """Our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
-    anchor, lines = reference(runs), runs.drop_duplicates("method").set_index("method")
-    base = (lines.published[anchor] if anchor else None) or {}
+    anchor, lines = reference(runs), lines_of(runs)
     alone = anchor is not None and (lines.kind == lines.kind[anchor]).sum() == 1
     to = f"to {lines.kind[anchor] if alone else lines.title[anchor]}" if anchor else "to FL"
-    scaled = any(lines.published.notna() & (lines.paper_title != lines.title))
+    scaled = any(lines["paper/AP"].notna() & (lines.paper_title != lines.title))
     rows = []
     for method, own in runs.groupby("method", sort=False):
-        done, theirs = own[own.status == "done"], lines.published[method] or {}
+        line, rival = lines.loc[method], anchor if method != anchor else None
         others = Counter(own.status[own.status != "done"])
         why_not = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
-        row = {("", "method"): lines.title[method]}
-        row |= {("here", name): _spread(done[f"bbox/{name}"]) for name in _APS}
-        if not len(done):
+        row = {("", "method"): line.title}
+        row |= {("here", name): spread(own[f"bbox/{name}"]) for name in _APS}
+        if not own[AP].count():
             row["here", "AP"] = " / ".join(sorted(others))
-        row["here", to] = signed(compare(runs, method, anchor).mean) if anchor not in (None, method) else NONE
-        row["paper", "row"] = lines.paper_title[method] if theirs and scaled else NONE
-        row |= {("paper", name): _number(theirs.get(name)) for name in _APS}
-        row["paper", to] = signed(theirs.get("AP", math.nan) - base.get("AP", math.nan)) if method != anchor else NONE
+        row["here", to] = number(compare(runs, method, rival).mean if rival else None, "+.1f")
+        row["paper", "row"] = line.paper_title if scaled and line["paper/AP"] >= 0 else NONE
+        row |= {("paper", name): number(line[f"paper/{name}"]) for name in _APS}
+        row["paper", to] = number(line["paper/AP"] - lines["paper/AP"][rival] if rival else None, "+.1f")
         for name in _APS if study.is_coco else ():
-            row["here − paper", name] = signed(done[f"bbox/{name}"].mean() - theirs.get(name, math.nan))
-        row["", "seeds"] = f"{len(done)} of {len(own)} ({why_not})" if why_not else str(len(done))
+            row["here − paper", name] = number(own[f"bbox/{name}"].mean() - line[f"paper/{name}"], "+.1f")
+        row["", "seeds"] = f"{len(own) - sum(others.values())} of {len(own)} ({why_not})" if why_not else str(len(own))
         rows.append(row)
     marked = [place for place, method in enumerate(lines.index) if method == anchor]
-    return _table(f"Here: {study.profile}. Paper: {CAPTIONS[study.table]}", rows, marked)
+    return make_table(f"Here: {study.profile}. Paper: {CAPTIONS[study.table]}", rows, marked)
 
 
 def size_table(runs: pd.DataFrame) -> dict[str, Any] | None:
     """AP of small, medium and large objects; the paper gives them, and its time per image, in Table 1e only."""
-    rows = []
+    sizes, rows = {"APs": "small", "APm": "medium", "APl": "large"}, []
     for _, own in runs.groupby("method", sort=False):
-        row, theirs = {("", "method"): own.title.iloc[0]}, own.published.iloc[0] or {}
-        done = own[own.status == "done"]
-        row |= {("here", size): _spread(done[f"bbox/{name}"]) for name, size in _SIZES.items()}
-        row |= {("paper", size): _number(theirs.get(name)) for name, size in _SIZES.items()}
-        rows.append(row | {("paper", "ms per image"): _number(theirs.get("ms"), 0)})
-    return _table("AP by the size of the object (under 32², under 96², the rest, in pixels)", rows)
+        line = own.iloc[0]
+        row = {("", "method"): line.title} | {("here", size): spread(own[f"bbox/{n}"]) for n, size in sizes.items()}
+        row |= {("paper", size): number(line[f"paper/{n}"]) for n, size in sizes.items()}
+        rows.append(row | {("paper", "ms per image"): number(line["paper/ms"], ".0f")})
+    return make_table("AP by the size of the object (under 32², under 96², the rest, in pixels)", rows)
 
 
-def class_table(done: pd.DataFrame, objects: pd.DataFrame) -> dict[str, Any] | None:
+def class_table(runs: pd.DataFrame, objects: pd.DataFrame) -> dict[str, Any] | None:
     """AP of each class beside the number of its objects."""
-    means = done.groupby("title", sort=False)[[name for name in done if name.startswith("bbox/AP-")]].mean()
+    means = runs.groupby("title", sort=False)[[name for name in runs if name.startswith("bbox/AP-")]].mean()
     rows = [
         {("", "class"): name}
-        | {("objects in", f"{part} set"): _number(count, 0) for part, count in counts.items()}
-        | {("AP, mean over the seeds", title): _number(aps.get(f"bbox/AP-{name}")) for title, aps in means.iterrows()}
+        | {("objects in", f"{part} set"): number(count, ",.0f") for part, count in counts.items()}
+        | {("AP, mean over the seeds", title): number(aps.get(f"bbox/AP-{name}")) for title, aps in means.iterrows()}
         for name, counts in objects.iterrows()
     ]
-    return _table("AP of each class", rows)
+    return make_table("AP of each class", rows)
 
 
-def cost_table(done: pd.DataFrame) -> dict[str, Any] | None:
+def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
     """Time, memory, and how many examples each method is trained on; means over the runs that are done."""
+    done = runs[runs.status == "done"]
     memory = " or ".join(sorted(done.peak_memory_of[done.peak_memory.notna()].unique()))
-    rows = [
-        {
-            ("", "method"): own.title.iloc[0],
-            ("", "s/step"): _number(own.step_seconds.mean(), 3),
-            ("", "run, min"): _number(own.seconds.mean() / 60),
-            ("", f"peak, MiB{memory and f' ({memory})'}"): _number(own.peak_memory.dropna().max() / 2**20, 0),
-            ("per training image", "positives"): _number(own.positives_per_image.mean()),
-            ("per training image", "negatives"): _number(own.negatives_per_image.mean()),
-            ("", "images seen"): " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE,
-        }
-        for _, own in done.groupby("method", sort=False)
-    ]
-    return _table("Time, memory, and examples in training", rows)
+    rows = []
+    for title, own in done.groupby("title", sort=False):
+        examples = {name: own[f"{name}_per_image"].mean() for name in ("positives", "negatives")}
+        row = {("", "method"): title, ("", "s/step"): number(own.step_seconds.mean(), ".3f")}
+        row["", "run, min"] = number(own.seconds.mean() / 60)
+        row["", f"peak, MiB{memory and f' ({memory})'}"] = number(own.peak_memory.dropna().max() / 2**20, ",.0f")
+        for name, count in examples.items():
+            row["per training image", name] = number(count, ",.0f" if count >= 1000 else ".1f")
+        row["", "images seen"] = " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE
+        rows.append(row)
+    return make_table("Time, memory, and examples in training", rows)
 
 
 def count_objects(data: Data) -> pd.DataFrame:
@@ -331,11 +327,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
-_APS = ("AP", "AP50", "AP75")
-_SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
-
-
-def _table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: Sequence[int] = ()) -> dict | None:
+def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: Sequence[int] = ()) -> dict | None:
     """The template's table, of rows that are cells by group and column; without columns of dashes, if any is left."""
     columns = [key for key in (rows[0] if rows else ()) if any(row[key] != NONE for row in rows)]
     if len(columns) < 2:
@@ -348,13 +340,3 @@ def _table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: 
         "groups": groups if {name for name, _ in groups} - {"", "here"} else [],
         "marked": marked,
     }
-
-
-def _spread(values: pd.Series) -> str:
-    return f"{values.mean():.1f} ± {values.std():.1f}" if values.count() > 1 else _number(values.mean())
-
-
-def _number(value: float | None, digits: int | None = None) -> str:
-    if value is None or math.isnan(value):
-        return NONE
-    return f"{value:,.{int(abs(value) < 1000) if digits is None else digits}f}"

@@ -24,10 +24,11 @@ from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
 from .naming import kind_of
-from .paper import BEST_OHEM, CAPTIONS, CE_R50, FL, FL_R50, TABLES, PaperRow
+from .paper import BEST_OHEM, CAPTIONS, CE_R50, FL, FL_R50, TABLES, PaperRow, Published
 
 CONSOLE = "console.txt"
 RESULT = "result.json"
+AP = "bbox/AP"
 METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
 _1D = {row.method.key: row.published.AP for row in TABLES["1d"] if row.published}
 # AP of the focal loss and of its rival in the paper, and where.
@@ -290,54 +291,59 @@ class Comparison:
 
 def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
     """Compare two methods over the seeds that both have done."""
-    done = runs[runs.status == "done"]
-    kind = runs.kind[runs.method == rival].iloc[0]
-    aps = done.pivot(index="seed", columns="method", values=METRICS[0]).reindex(columns=[method, rival]).dropna()
-    difference = aps[method] - aps[rival]
+    aps = runs.pivot(index="seed", columns="method", values=AP)[[method, rival]].dropna()
+    difference, kind = aps[method] - aps[rival], runs.kind[runs.method == rival].iloc[0]
     paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
-    low = high = excludes_zero = None
+    interval = None
     if len(aps) > 1:
         with warnings.catch_warnings():  # that equal differences lose precision
             warnings.simplefilter("ignore", RuntimeWarning)
-            low, high = map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95))
-        excludes_zero = low > 0 or high < 0
+            interval = tuple(map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95)))
     return Comparison(
         method,
         rival,
         kind,
-        picked_of=done.method[done.kind == kind].nunique(),
+        picked_of=runs[runs.kind == kind].dropna(subset=AP).method.nunique(),
         difference_by_seed=difference.to_dict(),
         mean=float(difference.mean()),
-        interval_95=None if low is None else (low, high),
-        excludes_zero=excludes_zero,
+        interval_95=interval,
+        excludes_zero=interval and (interval[0] > 0 or interval[1] < 0),
         paper_difference=paper,
-        interval_holds_paper_difference=None if low is None or paper is None else low <= paper <= high,
+        interval_holds_paper_difference=interval and paper and interval[0] <= paper <= interval[1],
     )
 
 
 def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
     """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
-    done, focal = runs[runs.status == "done"], reference(runs)
+    done, focal = runs.dropna(subset=AP), reference(runs)
     if "FL" not in set(done.kind[done.method == focal]):
         return []
-    means = {kind: own.groupby("method", sort=False)[METRICS[0]].mean() for kind, own in done.groupby("kind")}
+    means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
     return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
 
 
-def signed(difference: float) -> str:
-    """Return it with one decimal and a sign, such as −1.4."""
-    text = f"{difference:+.1f}".replace("-", "−")
-    return "–" if math.isnan(difference) else "0.0" if text in ("+0.0", "−0.0") else text
+def number(value: float | None, form: str = ".1f") -> str:
+    """Format a number, such as −1.4 by "+.1f"; a dash is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:{form}}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def spread(values: pd.Series, form: str = ".1f") -> str:
+    """Format the mean and, of more than one, the sample standard deviation."""
+    return number(values.mean(), form) + (f" ± {values.std():.1f}" if values.count() > 1 else "")
 
 
 def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
     """Return a table with one row a run, by method in the study's order.
 
-    Its columns are the keys of the lines and the runs of a results.json, and one for each metric, such as "bbox/AP".
+    Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
+    "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
     """
     asked = {row.recipe if study.is_coco else row.method.key: row for row in study.rows}
     runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
-    runs = _with_metrics(pd.DataFrame(runs, dtype=object))
+    runs = _with_numbers(pd.DataFrame(runs, dtype=object))
     shared = runs.groupby("title")["method"].transform("nunique") > 1
     runs.loc[shared, "title"] += " " + runs.method
     return runs
@@ -347,16 +353,23 @@ def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
     """Return the study and the table of runs that a results.json was written from, without the losses by step."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     lines = pd.DataFrame(record["lines"], dtype=object).drop(columns="metrics")
-    runs = _with_metrics(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
+    runs = _with_numbers(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
     names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
     return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
 
 
-def _with_metrics(runs: pd.DataFrame) -> pd.DataFrame:
-    metrics = pd.DataFrame(runs.metrics.tolist(), index=runs.index)
+def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
+    metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
+    metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
+    paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
+    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
-    columns = list(dict.fromkeys([*METRICS, *metrics]))
-    return runs.astype(dict.fromkeys(numbers, float)).join(metrics.reindex(columns=columns).astype(float))
+    return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
+
+
+def lines_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the first run of each method, by method: what is the same for all of its runs."""
+    return runs.drop_duplicates("method").set_index("method")
 
 
 def reference(runs: pd.DataFrame) -> str | None:
@@ -364,10 +377,9 @@ def reference(runs: pd.DataFrame) -> str | None:
 
     It is chosen by its settings and not by how it came out, so that it is not the winner of a draw.
     """
-    published = runs.drop_duplicates("method").set_index("method").published
+    published = lines_of(runs)["paper/AP"]
     own = [method for method in published.index if method.removesuffix("_anchors3x3").endswith(FL.key)]
-    aps = {method: numbers["AP"] for method, numbers in published.items() if numbers}
-    return own[0] if len(own) == 1 else max(aps, key=aps.get, default=None)
+    return own[0] if len(own) == 1 else published.idxmax() if published.count() else None
 
 
 def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
@@ -396,6 +408,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         # What OHEM kept, or else all anchors that are not ignored.
         "positives_per_image": statistics.fmean(recorded("ohem/num_pos", "num_pos_anchors")),
         "negatives_per_image": statistics.fmean(recorded("ohem/num_neg", "num_neg_anchors")),
+        "background_per_image": statistics.fmean(recorded("num_neg_anchors")),
         "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
     }
 
