@@ -16,15 +16,11 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ..files import origin
-from .cli import TRAIN_NET, prepare_data
-from .estimate import describe_plan
-from .executors import InlineExecutor
 from .figures import COLORS
 from .paper import BEST_OHEM, CE, FL
-from .plan import Profile, choose_rows, load_profile, make_runs
-from .results import RunResult, of_method
-from .runner import available_cores, run_all
-from .worker import Run
+from .plan import Profile, choose_rows, describe_plan, load_profile, make_runs, prepare_data
+from .results import Run, RunResult, of_method
+from .runner import InlineExecutor, available_cores, run_all
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: args.seeds.index(run.seed))
         parallel = 1 if runs[0].on_gpu else args.parallel or available_cores()
         if args.dry_run:
-            print(describe_plan(runs, cells[0].profile, parallel))
+            print(describe_plan(runs, parallel))
             return 0
         objects = {cell.profile.name: _objects_per_image(prepare_data(cell.profile).train_json) for cell in cells}
         executor = InlineExecutor(parallel, max(1, available_cores() // parallel))
-        results = {result.folder: result for result in run_all(runs, executor, parallel=parallel)}
+        results = {result.folder: result for result in run_all(runs, executor)}
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,7 +99,7 @@ def _make_cell(cell: str, rows: Sequence[str], seeds: Sequence[int], output: Pat
         profile = load_profile(name, overrides=["SOLVER.MAX_ITER", steps])
         folder = output / f"{profile.name}_{steps}steps"
     chosen = choose_rows("1d", profile, rows)
-    return Cell(profile, int(steps), make_runs(chosen, profile, seeds, folder, TRAIN_NET))
+    return Cell(profile, int(steps), make_runs(chosen, profile, seeds, folder))
 
 
 def outcome_of(cell: Cell, results: Sequence[RunResult], objects_per_image: float) -> Outcome:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .paper import CAPTIONS
-from .results import CONSOLE
+from .results import CONSOLE, typed
 from .study import Outcome, Study, images_seen
-from .worker import shown
 
 _PAPER_IMAGES = 90_000 * 16
 
@@ -69,7 +68,7 @@ def _troubles(outcome: Outcome) -> list[Note]:
             found.append(Note(f"{name}: diverged.", text))
         elif run.status == "failed":
             code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
-            text = f"It failed{code}; console: {shown(run.folder / CONSOLE)}."
+            text = f"It failed{code}; console: {typed(run.folder / CONSOLE)}."
             found.append(Note(f"{name}: failed.", text, run.error))
     return found
 

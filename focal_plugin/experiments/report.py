@@ -11,10 +11,10 @@ import matplotlib
 
 from ..eval.detections import precision_recall_curves
 from ..eval.page import render_html, render_markdown
-from ..files import origin
+from ..files import atomic_write, origin
 from .notes import notes
 from .record import recipe_of, storable, study_record
-from .results import RunResult, write_whole
+from .results import RunResult
 from .sections import Sections
 from .study import Data, Line, Study, outcomes, reference
 from .tables import class_table, comparison_table
@@ -66,9 +66,12 @@ def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -
         **study_record(study, found, comparisons, curves),
     }
     text = json.dumps(storable(record), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(folder / "results.json", text + "\n")
-    write_whole(folder / "report.md", render_markdown(context))
-    write_whole(folder / "index.html", render_html(context, folder))
+    with atomic_write(folder / "results.json") as file:
+        file.write(text + "\n")
+    with atomic_write(folder / "report.md") as file:
+        file.write(render_markdown(context))
+    with atomic_write(folder / "index.html") as file:
+        file.write(render_html(context, folder))
     return folder / "index.html"
 
 

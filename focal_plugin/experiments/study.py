@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ..config_yaml import lookup
 from ..eval.texts import printable
-from .naming import kind_of
-from .paper import CAPTIONS, FL, Published
+from .paper import CAPTIONS, FL, Published, kind_of
 from .results import RunResult, of_method
 from .statistics import Summary, summarize
 
