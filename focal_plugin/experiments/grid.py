@@ -14,31 +14,27 @@ from matplotlib.figure import Figure
 
 from ..eval.drawing import COLORS
 from ..files import atomic_write, origin
-from .cli import TRAIN_NET, prepare_data
-from .estimate import describe_plan
-from .executors import InlineExecutor
 from .paper import BEST_OHEM, CE, FL, PaperRow
-from .plan import Profile, choose_rows, load_profile, make_runs
-from .report import make_table, to_markdown
-from .results import AP, Study, compare, number, spread, tabulate_runs
-from .runner import available_cores, run_all
-from .worker import Run
+from .plan import Profile, choose_rows, describe_plan, load_profile, make_runs, prepare_data
+from .report import make_table, number, spread, to_markdown
+from .results import AP, Run, Study, compare, tabulate_runs
+from .runner import InlineExecutor, available_cores, run_all
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     command = shlex.join(["tools/grid.py", *(argv or sys.argv[1:])])
     try:
-        cells = [make_cell(cell, [FL.key, CE.key, args.ohem], args.seeds, args.output) for cell in args.cells]
+        cells = [make_cell(cell, [FL.method, CE.method, args.ohem], args.seeds, args.output) for cell in args.cells]
         # Seed by seed, so that a grid that is stopped is whole for the seeds it has.
         runs = sorted((run for _, _, own in cells for run in own), key=lambda run: args.seeds.index(run.seed))
         parallel = 1 if runs[0].on_gpu else args.parallel or available_cores()
         if args.dry_run:
-            print(describe_plan(runs, cells[0][0], parallel))
+            print(describe_plan(runs, parallel))
             return 0
         data = [prepare_data(profile) for profile, _, _ in cells]
         executor = InlineExecutor(parallel, max(1, available_cores() // parallel))
-        results = {result.folder: result for result in run_all(runs, executor, parallel=parallel)}
+        results = {result.folder: result for result in run_all(runs, executor)}
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +65,7 @@ def make_cell(
         profile = load_profile(name, overrides=["SOLVER.MAX_ITER", steps])
         folder = output / f"{profile.name}_{steps}steps"
     chosen = choose_rows("1d", profile, rows)
-    return profile, chosen, make_runs(chosen, profile, seeds, folder, TRAIN_NET)
+    return profile, chosen, make_runs(chosen, profile, seeds, folder)
 
 
 def tabulate_cell(study: Study, results: Sequence, steps: int) -> pd.DataFrame:
@@ -82,19 +78,18 @@ def tabulate_cell(study: Study, results: Sequence, steps: int) -> pd.DataFrame:
 
 def write_grid(grid: pd.DataFrame, ohem: str, folder: Path, command: str) -> str:
     """Write grid.md, grid.json and grid.png from the tables of all cells; return the text of grid.md."""
-    rows, cells = [], []
+    methods, rows, cells = {"FL": FL.method, "CE": CE.method, "OHEM": ohem}, [], []
     for (profile, steps), runs in grid.groupby(["profile", "steps"], sort=False):
-        done, background = runs[runs.status == "done"], runs.background.mean()
-        aps = {method: own.set_index("seed")[AP] for method, own in done.groupby("method")}
-        leads = {rival: pd.Series(compare(runs, FL.key, rival).difference_by_seed) for rival in (ohem, CE.key)}
-        row = {
-            ("", "profile"): profile,
-            ("", "steps"): f"{steps:,}",
-            ("", "background / object"): number(background, ",.0f"),
-        }
-        row |= {("", n): spread(aps.get(m, pd.Series())) for n, m in (("FL", FL.key), ("CE", CE.key), ("OHEM", ohem))}
-        rows.append(row | {("", f"FL − {n}"): spread(leads[m], "+.1f") for n, m in (("OHEM", ohem), ("CE", CE.key))})
-        cell = {"name": profile, "steps": steps, "negatives_per_object": None if pd.isna(background) else background}
+        background = None if runs.background.isna().all() else runs.background.mean()
+        aps = {method: own.set_index("seed")[AP].dropna() for method, own in runs.groupby("method")}
+        row = {("", "profile"): profile, ("", "steps"): f"{steps:,}"}
+        row["", "background / object"] = number(background, ",.0f")
+        row |= {("", name): spread(aps[method]) for name, method in methods.items()}
+        for name in ("OHEM", "CE"):
+            lead = compare(runs, FL.method, methods[name]).difference_by_seed
+            row["", f"FL − {name}"] = spread(pd.Series(lead, dtype=float), "+.1f")
+        rows.append(row)
+        cell = {"name": profile, "steps": int(steps), "negatives_per_object": background}
         cells.append(cell | {"ap": {m: ap.to_dict() for m, ap in aps.items()}, "seconds": runs.seconds.sum()})
     hours = grid.seconds.sum() / 3600
     about = f"AP, mean ± standard deviation over the seeds; leads are paired by seed. OHEM: {ohem} of Table 1d. "
@@ -115,11 +110,11 @@ def write_grid(grid: pd.DataFrame, ohem: str, folder: Path, command: str) -> str
 def draw_grid(grid: pd.DataFrame, ohem: str) -> Figure:
     """Draw the lead of the focal loss over each rival: one line per budget, one dot per seed."""
     figure = Figure(figsize=(10.4, 4.6), layout="constrained")
-    for axis, (rival, name) in zip(figure.subplots(1, 2, sharey=True), [(ohem, "OHEM"), (CE.key, "CE")]):
+    for axis, (rival, name) in zip(figure.subplots(1, 2, sharey=True), [(ohem, "OHEM"), (CE.method, "CE")]):
         for (steps, cells), color in zip(grid.groupby("steps"), COLORS):
-            leads = {runs.background.mean(): compare(runs, FL.key, rival) for _, runs in cells.groupby("profile")}
-            leads = {x: lead for x, lead in sorted(leads.items()) if lead.difference_by_seed}
-            axis.plot(leads, [lead.mean for lead in leads.values()], "-o", color=color, label=f"{steps:,} steps")
+            leads = {runs.background.mean(): compare(runs, FL.method, rival) for _, runs in cells.groupby("profile")}
+            leads = {x: leads[x] for x in sorted(leads) if leads[x].difference_by_seed}
+            axis.plot(list(leads), [lead.mean for lead in leads.values()], "-o", color=color, label=f"{steps:,} steps")
             for x, lead in leads.items():
                 seeds = list(lead.difference_by_seed.values())
                 axis.plot([x] * len(seeds), seeds, ".", color=color, alpha=0.45, markersize=5)
@@ -137,7 +132,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     cells = "profiles as in reproduce.py, each with a training budget, such as digits:500"
     add("--cells", nargs="+", required=True, metavar="PROFILE:STEPS", help=cells)
     ohem = "the row of Table 1d to compare with (default: %(default)s)"
-    add("--ohem", default=BEST_OHEM.key, metavar="ROW", help=ohem)
+    add("--ohem", default=BEST_OHEM.method, metavar="ROW", help=ohem)
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
     add("--output", type=Path, default=Path("output/reproduce"), help="folder for the runs (default: %(default)s)")
     add("--report", type=Path, default=Path("report/grid"), help="folder for the result (default: %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,11 +32,8 @@ from .results import (
     RunResult,
     Study,
     compare,
-    compare_focal,
     lines_of,
-    number,
     reference,
-    spread,
     tabulate_runs,
 )
 
@@ -89,7 +87,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "markdown": to_markdown,
         **made,
     }
-    not_of_run = [*_OF_LINE, "config", "detections", "loss_cls", *(name for name in runs if name.startswith("bbox/"))]
+    not_of_run = [*_OF_LINE, "config", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
         "notes": [" ".join(filter(None, note.values())) for note in remarks],
@@ -104,7 +102,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
     # None for what is no number: JSON has no NaN.
     record = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
     texts = {
-        "results.json": json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.json": json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(context),
         "index.html": render_html(context, folder, "report.html"),
     }
@@ -131,6 +129,15 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
         "config": next(filter(None, own.config), {}),
         "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},
     }
+
+
+def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
+    """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
+    done, focal = runs.dropna(subset=AP), reference(runs)
+    if "FL" not in set(done.kind[done.method == focal]):
+        return []
+    means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
+    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
 
 
 def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
@@ -325,6 +332,19 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     rows = [[markdown_text(cell) for cell in row] for row in table["rows"]]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    """Format a number, such as −1.4 by "+.1f"; a dash is none."""
+    if value is None or math.isnan(value):
+        return NONE
+    text = f"{value:{form}}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def spread(values: pd.Series, form: str = ".1f") -> str:
+    """Format the mean and, of more than one, the sample standard deviation."""
+    return number(values.mean(), form) + (f" ± {values.std():.1f}" if values.count() > 1 else "")
 
 
 def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: Sequence[int] = ()) -> dict | None:

@@ -1,8 +1,7 @@
-"""What one training leaves in its folder, read back."""
+"""What there is to train, and what one training leaves in its folder, read back."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,8 +9,10 @@ import re
 import shlex
 import signal
 import statistics
+import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,54 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .naming import kind_of
-from .paper import BEST_OHEM, CAPTIONS, CE_R50, FL, FL_R50, TABLES, PaperRow, Published
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
 
-CONSOLE = "console.txt"
-RESULT = "result.json"
+CONSOLE, RESULT = "console.txt", "result.json"
 AP = "bbox/AP"
-METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
-_1D = {row.method.key: row.published.AP for row in TABLES["1d"] if row.published}
+METRICS = tuple(f"bbox/{name}" for name in Published._fields[:6])  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
+_FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
-    "OHEM": (_1D[FL.key], _1D[BEST_OHEM.key], "Table 1d: COCO, ResNet-101-FPN, 600 px"),
-    "CE": (FL_R50.AP, CE_R50.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+    "OHEM": (_FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row of a table with one seed.
+
+    Attributes:
+        method, title, seed: see RunResult.
+        folder: everything it leaves goes there.
+        command: what trains it, as a person in this folder would type it; it begins with "python".
+        fingerprint: of everything that decides the outcome.
+        max_iter: SOLVER.MAX_ITER.
+        images_per_step: SOLVER.IMS_PER_BATCH.
+        on_gpu: whether it computes there.
+        row: of the paper's tables.
+    """
+
+    method: str
+    title: str
+    seed: int
+    folder: Path
+    command: tuple[str, ...]
+    fingerprint: str
+    max_iter: int
+    images_per_step: int = 0
+    on_gpu: bool = False
+    row: PaperRow | None = None
+
+    def result(self) -> RunResult:
+        """Return how it ended, if it has ended with this fingerprint; else a result that is "missing"."""
+        result = RunResult(self.method, self.title, self.seed, self.folder, list(self.command), self.fingerprint)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+            if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or result.detections.is_file()):
+                saved["metrics"] = {k: math.nan if v is None else v for k, v in saved["metrics"].items()}
+                vars(result).update({key: saved[key] for key in vars(result).keys() & saved.keys()})
+        return result
 
 
 @dataclass
@@ -92,7 +128,7 @@ class RunResult:
 
     @property
     def ended(self) -> bool:
-        """Whether there is an outcome, so that it need not be trained again."""
+        """Return whether there is an outcome, so that it need not be trained again."""
         return self.status in ("done", "diverged")
 
     @property
@@ -104,116 +140,69 @@ class RunResult:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of Detectron2's metrics.json in the order of their steps.
+        """Return the records of Detectron2's metrics.json in the order of their steps.
 
         A run that was stopped and went on from a checkpoint has done some steps twice: the later record counts.
         """
-        path = self.folder / "metrics.json"
-        records = _parse(path.read_text(encoding="utf-8")) if path.is_file() else []
-        by_step = {record["iteration"]: record for record in records if "iteration" in record}
+        by_step = {record["iteration"]: record for record in self._records()}
         return [by_step[step] for step in sorted(by_step)]
 
+    def last_step(self) -> dict[str, Any] | None:
+        """Return the newest training record; only the end of the file is read, for long runs write long files."""
+        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), None)
+
+    def _records(self, tail: int = sys.maxsize) -> list[dict[str, Any]]:
+        records = []
+        with suppress(OSError), (self.folder / "metrics.json").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            for line in file.read().decode("utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # a stop leaves half a line, which has the next record behind it
+                    records.append(json.loads(line[line.rindex("{") :]))
+        return [record for record in records if "iteration" in record]
+
     def config(self) -> dict[str, Any]:
-        """The full configuration the run was trained with; empty if it failed before writing one."""
+        """Return the full configuration the run was trained with; empty if it failed before writing one."""
         path = self.folder / "config.yaml"
         return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
-    def last_step(self, tail: int = 16384) -> dict[str, Any] | None:
-        """The newest training record; reads only the end of the file, for long runs write long files."""
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - tail))
-            records = _parse(file.read().decode("utf-8", errors="replace"))
-        return next((r for r in reversed(records) if "total_loss" in r and "iteration" in r), None)
-
     def finish(self, exit_code: int, seconds: float) -> None:
-        """Takes in what the ended process has left, and writes it down."""
-        self.exit_code, self.seconds, self.metrics = exit_code, seconds, self._final_metrics()
-        self.machine, self.date = machine(), now()
-        self._find_gpu_memory()
+        """Take in what the ended process has left, and write it down."""
+        self.exit_code, self.seconds, self.machine, self.date = exit_code, seconds, machine(), now()
+        self.metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}
+        with suppress(OSError, ValueError):  # Detectron2 gives NaN to a model that detects nothing; its AP is 0
+            if json.loads(self.detections.read_text(encoding="utf-8")) == []:
+                self.metrics = {k: 0.0 if math.isnan(v) else v for k, v in self.metrics.items()}
+        console = ""
+        with suppress(OSError):
+            console = (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+        gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
+        self.peak_memory_of = "GPU" if gpu else "process"
+        self.peak_memory = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        self.status, self.error, self.step = "done", "", None
         if exit_code:
-            self.error = _last_error(self.folder / CONSOLE, exit_code)
-            self.step = self._diverged_at()
-            self.status = "failed" if self.step is None else "diverged"
+            self.status, self.error = "failed", _last_error(console, exit_code)
+            with suppress(OSError, ValueError, KeyError, TypeError):  # as the trainer's guard has left it
+                self.step = int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
+                self.status = "diverged"
         elif "bbox/AP" not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
-        else:
-            self.status, self.error = "done", ""
-        self._save()
-
-    def load(self) -> bool:
-        """Takes over how an earlier attempt in this folder ended, if it has this fingerprint."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-            if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or self.detections.is_file()):
-                known = {name: saved[name] for name in _SAVED if name in saved}
-                known["metrics"] = {k: math.nan if v is None else v for k, v in saved["metrics"].items()}
-                vars(self).update(known)
-                return True
-        return False
-
-    def _save(self) -> None:
-        saved = {key: value for key, value in asdict(self).items() if key in _SAVED}
-        # A class without an object has no AP; JSON has no NaN.
+        # How it is called and where it lies are the asker's to say. A class without an object has no AP; JSON no NaN.
+        saved = {k: v for k, v in asdict(self).items() if k not in ("method", "title", "folder", "reused")}
         saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
-        text = json.dumps(saved, indent=1, allow_nan=False)
-        write_whole(self.folder / RESULT, text + "\n")
-
-    def _diverged_at(self) -> int | None:
-        """Return the step that the trainer's guard has left in the folder; None if the loss did not break."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
-        return None
-
-    def _final_metrics(self) -> dict[str, float]:
-        metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}
-        # Upstream gives NaN to a model that detects nothing at all. Its AP is 0.
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(self.detections.read_text(encoding="utf-8")) == []:
-                metrics = {k: 0.0 if math.isnan(v) else v for k, v in metrics.items()}
-        return metrics
-
-    def _find_gpu_memory(self) -> None:
-        """Upstream's printer ends its lines with PyTorch's peak on the GPU, such as `max_mem: 4012M`."""
-        with contextlib.suppress(OSError):
-            peaks = re.findall(
-                r"max_mem: (\d+)M", (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
-            )
-            if peaks:
-                self.peak_memory, self.peak_memory_of = max(map(int, peaks)) * 2**20, "GPU"
+        with atomic_write(self.folder / RESULT) as file:
+            file.write(json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
 
-# Where a run lies and how it is called are the asker's to say.
-_SAVED = [f.name for f in fields(RunResult) if f.name not in ("method", "title", "folder", "reused")]
+def typed(path: Path) -> str:
+    """Return the path as a person in this folder would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that, stopped at any moment (power included), it is there whole or as it was."""
-    with atomic_write(path) as file:
-        file.write(text)
-
-
-def of_method(results: Sequence[RunResult], method: str) -> list[RunResult]:
-    return [result for result in results if result.method == method]
-
-
-def _parse(text: str) -> list[dict[str, Any]]:
-    records = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
-def _last_error(console: Path, exit_code: int) -> str:
-    """The exception a process died of, or the end of its console."""
-    text = console.read_text(encoding="utf-8", errors="replace") if console.is_file() else ""
-    lines = [line.rstrip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    exception = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
-    raised = [i for i, line in enumerate(lines) if exception.match(line)]
+def _last_error(console: str, exit_code: int) -> str:
+    """Return the exception a process died of, or the end of its console."""
+    lines = [line.rstrip() for line in console.splitlines() if line.strip()]
+    raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
     text = "\n".join(lines[raised[-1] :][:4] if raised else lines[-3:]) or "nothing on the console"
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
@@ -313,35 +302,13 @@ def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
     )
 
 
-def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
-    """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
-    done, focal = runs.dropna(subset=AP), reference(runs)
-    if "FL" not in set(done.kind[done.method == focal]):
-        return []
-    means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
-    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
-
-
-def number(value: float | None, form: str = ".1f") -> str:
-    """Format a number, such as −1.4 by "+.1f"; a dash is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    text = f"{value:{form}}".replace("-", "−")
-    return "0.0" if text in ("+0.0", "−0.0") else text
-
-
-def spread(values: pd.Series, form: str = ".1f") -> str:
-    """Format the mean and, of more than one, the sample standard deviation."""
-    return number(values.mean(), form) + (f" ± {values.std():.1f}" if values.count() > 1 else "")
-
-
 def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
     """Return a table with one row a run, by method in the study's order.
 
     Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
     "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
     """
-    asked = {row.recipe if study.is_coco else row.method.key: row for row in study.rows}
+    asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
     runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
     runs = _with_numbers(pd.DataFrame(runs, dtype=object))
     shared = runs.groupby("title")["method"].transform("nunique") > 1
@@ -362,7 +329,7 @@ def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
     paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
+    paper = paper.reindex(columns=Published._fields).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -395,7 +362,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "title": printable(run.title, limit=120, quotes=False),
         "kind": _kind(run.method, config),
         "paper_title": row.title,
-        "published": asdict(row.published) if row.published else None,
+        "published": row.published and row.published._asdict(),
         "command": shlex.join(run.command),
         "overrides": _overrides(run.command),
         "config": config,
