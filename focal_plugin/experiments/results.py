@@ -27,6 +27,7 @@ from ..files import atomic_write, machine, now, printable
 from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
 
 CONSOLE, RESULT = "console.txt", "result.json"
+OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 AP = "bbox/AP"
 METRICS = tuple(f"bbox/{name}" for name in Published._fields[:6])  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
@@ -319,7 +320,7 @@ def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
 def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
     """Return the study and the table of runs that a results.json was written from, without the losses by step."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    lines = pd.DataFrame(record["lines"], dtype=object).drop(columns="metrics")
+    lines = pd.DataFrame(record["lines"], dtype=object)[["method", *OF_LINE]]
     runs = _with_numbers(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
     names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
     return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
