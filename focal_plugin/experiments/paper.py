@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,8 @@ _BOX_LOSSES = {"iou": "IoU", "giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
 _PAPER_EXAMPLES = 128  # what a profile's own MODEL.OHEM.BATCH_SIZE stands for
 
 
-class Published(NamedTuple):
+@dataclass(frozen=True)
+class Published:
     """In percent, as COCO defines them; ms per image on the paper's Nvidia M40. None: the paper does not say."""
 
     AP: float
@@ -33,25 +34,15 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a table.
+    """A row of a table of the paper, or of ours."""
 
-    Attributes:
-        table: such as "1d".
-        method: key of its loss or anchors, such as "ohem_128_nms0.5".
-        title: as in the paper.
-        network: backbone and image size, such as "R-50-600", which only the coco profile varies.
-        settings: config keys and values of the method.
-        anchors: numbers of scales and of aspect ratios at a position; None: the profile's own.
-        published: what the paper measured; None for a row of ours.
-    """
-
-    table: str
-    method: str
-    title: str
-    network: str
-    settings: tuple[tuple[str, Any], ...]
-    anchors: tuple[int, int] | None
-    published: Published | None
+    table: str  # such as "1d"
+    method: str  # key of its loss or anchors, such as "ohem_128_nms0.5"
+    title: str  # as in the paper
+    network: str  # backbone and image size, such as "R-50-600", which only the coco profile varies
+    settings: tuple[tuple[str, Any], ...]  # config keys and values of the method
+    anchors: tuple[int, int] | None  # numbers of scales and of aspect ratios at a position; None: the profile's own
+    published: Published | None  # None for a row of ours
 
     @property
     def key(self) -> str:

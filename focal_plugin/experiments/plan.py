@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import statistics
@@ -23,41 +22,26 @@ from ..engine.auto_scale import scale_to_workers
 from ..engine.preflight import check_datasets
 from .paper import TABLES, PaperRow, title_of
 from .results import Data, Run, typed
-from .runner import check_folder, format_duration, step_seconds
+from .runner import check_folder, format_duration
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN_NET = _PACKAGE.parent / "tools" / "train_net.py"
+_NOT_TRAINED = ("analysis", "deploy", "doctor.py", "eval", "experiments", "mmdet.py")  # what no training loads
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What the rows are trained on: the paper's own setting, or a config that each row changes the loss of.
+    """What the rows are trained on: the paper's own setting, or a config that each row changes the loss of."""
 
-    Attributes:
-        name: "coco", "digits" or that of a YAML file.
-        is_coco: the paper's own setting, with a config for each row.
-        config_file: the config that all rows are based on.
-        register: arguments of train_net's --register.
-        overrides: config keys and values for all rows, in turn; they win over a row's own.
-    """
-
-    name: str
-    config_file: Path
-    register: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    is_coco: bool = False
+    name: str  # "coco", "digits" or that of a YAML file
+    config_file: Path  # that all rows are based on
+    register: tuple[str, ...] = ()  # arguments of train_net's --register
+    overrides: tuple[str, ...] = ()  # config keys and values for all rows, in turn; they win over a row's own
+    is_coco: bool = False  # the paper's own setting, with a config for each row
 
     def config(self) -> CfgNode:
         """Return the configuration that all rows are based on."""
         return load_config(self.config_file, list(self.overrides))
-
-    def recipe(self, row: PaperRow) -> tuple[Path, list[str]]:
-        """Return the config file of a row and the overrides on top of it."""
-        if self.is_coco:
-            return config_dir() / "paper" / f"{row.recipe}.yaml", list(self.overrides)
-        settings = row.overrides(self.config()).items()
-        words = [word for key, value in settings for word in (key, value if isinstance(value, str) else repr(value))]
-        return self.config_file, [*words, *self.overrides]
 
 
 def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[str] = ()) -> Profile:
@@ -121,13 +105,19 @@ def make_runs(
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
     if not TRAIN_NET.is_file():
         raise ValueError(f"there is no {TRAIN_NET}: run it from a checkout, not with an installed wheel")
-    inputs = _digest_of_inputs(profile.config())
-    return [_make_run(row, profile, seed, output, num_gpus, inputs) for seed in seeds for row in rows]
+    base = profile.config()
+    inputs = _digest_of_inputs(base)
+    return [_make_run(row, profile, base, seed, output, num_gpus, inputs) for seed in seeds for row in rows]
 
 
-def _make_run(row: PaperRow, profile: Profile, seed: int, output: Path, num_gpus: int, inputs: str) -> Run:
-    config_file, overrides = profile.recipe(row)
-    overrides = ["SEED", str(seed), *overrides]
+def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_gpus: int, inputs: str) -> Run:
+    config_file, overrides = profile.config_file, ["SEED", str(seed)]
+    if profile.is_coco:
+        config_file = config_dir() / "paper" / f"{row.recipe}.yaml"
+    else:
+        for key, value in row.overrides(base).items():
+            overrides += [key, value if isinstance(value, str) else repr(value)]
+    overrides += profile.overrides
     cfg = load_config(config_file, overrides)
     solver = scale_to_workers(cfg, num_gpus).SOLVER
     title = f"{row.network} {title_of(cfg)}" if row.table == "1e" else title_of(cfg)
@@ -152,22 +142,8 @@ def _make_run(row: PaperRow, profile: Profile, seed: int, output: Path, num_gpus
 
 
 def training_sources() -> list[Path]:
-    """Return the files of the package that a training loads: from ``engine`` on, import by import.
-
-    A typo mended in a report or in the doctor is none of theirs, and costs no training.
-    """
-    found, waiting = set(), [_PACKAGE / "__init__.py", _PACKAGE / "engine" / "__init__.py"]
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.is_file():
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                module = path.parents[node.level - 1].joinpath(*filter(None, (node.module or "").split(".")))
-                for name in (module, *(module / alias.name for alias in node.names)):
-                    waiting += [name.with_suffix(".py"), name / "__init__.py"]
-    return sorted(found)
+    """Return the files whose code decides the outcome: a typo mended in a report costs no training."""
+    return [path for path in sorted(_PACKAGE.rglob("*.py")) if path.relative_to(_PACKAGE).parts[0] not in _NOT_TRAINED]
 
 
 def _digest_of_inputs(cfg: CfgNode) -> str:
@@ -187,24 +163,27 @@ def _digest_of_inputs(cfg: CfgNode) -> str:
 
 def describe_plan(runs: Sequence[Run], parallel: int) -> str:
     """Return a table of the runs with the paper's numbers, and what is left to train; the time if one is measured."""
-    lines, refused, left = [], "", {}
+    lines, refused, left, times = [], "", {}, []
     for run in runs:
-        state, done = run.result().status, run.max_iter
-        if not run.result().ended:
-            try:
-                attempts = check_folder(run)
+        result, state, done = run.result(), "to train", run.max_iter
+        try:
+            attempts = check_folder(run)
+            if attempts and (record := result.last_step()):
+                times.append(record["time"])
+            if not result.ended:
                 names = run.folder.glob("model_[0-9]*.pth") if attempts else ()
                 done = max((int(path.stem.removeprefix("model_")) + 1 for path in names), default=0)
-                state = f"goes on at {done:,}" if done else "to train"
-            except FileExistsError as error:
-                state, done, refused = "refused", 0, refused or f"\n{error}"
+        except FileExistsError as error:
+            state, done, refused = "refused", 0, refused or f"\n{error}"
+        state = result.status if result.ended else f"goes on at {done:,}" if done else state
+        if not result.ended:
             left[run] = run.max_iter - done
-        published = run.row.published[:3] if run.row.published else ("-", "-", "-")
-        lines.append([run.row.key, run.seed, run.title, *published, f"{run.max_iter:,}", run.images_per_step, state])
+        paper = run.row.published
+        numbers = (paper.AP, paper.AP50, paper.AP75) if paper else ("-", "-", "-")
+        lines.append([run.row.key, run.seed, run.title, *numbers, f"{run.max_iter:,}", run.images_per_step, state])
     headers = ["row", "seed", "trained here", "paper's AP", "AP50", "AP75", "steps", "images / step", "state"]
     steps, images = sum(left.values()), sum(steps * run.images_per_step for run, steps in left.items())
     text = f"{len(left)} of {len(runs)} runs to train: {steps:,} steps, {images:,} images, {parallel} at a time."
-    times = step_seconds(runs)
     if left and times:
         second = statistics.median(times)
         time = format_duration(steps * second / min(parallel, len(left)))

@@ -29,7 +29,7 @@ from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kin
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 AP = "bbox/AP"
-METRICS = tuple(f"bbox/{name}" for name in Published._fields[:6])  # in percent, as COCO's
+METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
 _FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
@@ -40,28 +40,17 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row of a table with one seed.
+    """One training: a row of a table with one seed."""
 
-    Attributes:
-        method, title, seed: see RunResult.
-        folder: everything it leaves goes there.
-        command: what trains it, as a person in this folder would type it; it begins with "python".
-        fingerprint: of everything that decides the outcome.
-        max_iter: SOLVER.MAX_ITER.
-        images_per_step: SOLVER.IMS_PER_BATCH.
-        on_gpu: whether it computes there.
-        row: of the paper's tables.
-    """
-
-    method: str
+    method: str  # see RunResult
     title: str
     seed: int
-    folder: Path
-    command: tuple[str, ...]
-    fingerprint: str
-    max_iter: int
-    images_per_step: int = 0
-    on_gpu: bool = False
+    folder: Path  # everything it leaves goes there
+    command: tuple[str, ...]  # what trains it, as a person in this folder would type it; it begins with "python"
+    fingerprint: str  # of everything that decides the outcome
+    max_iter: int  # SOLVER.MAX_ITER
+    images_per_step: int = 0  # SOLVER.IMS_PER_BATCH
+    on_gpu: bool = False  # whether it computes there
     row: PaperRow | None = None
 
     def result(self) -> RunResult:
@@ -77,51 +66,28 @@ class Run:
 
 @dataclass
 class RunResult:
-    """How one training ended.
+    """How one training ended."""
 
-    Attributes:
-        method: key of the paper's method, such as "ohem_128_nms0.5".
-        title: the method by what its configuration does, such as "OHEM 32/.5".
-        seed: of weights and data order.
-        folder: where all of the run is.
-        command: what trained it, as a person would type it.
-        fingerprint: of everything that decides the outcome.
-        status: "done", "diverged", "failed", or "missing" for a run that has not ended.
-        step: of a diverged run, the step whose loss was no number.
-        error: of a diverged or failed run, what it said.
-        exit_code: of the process; None: it was not started.
-        metrics: of the last evaluation, in percent: "bbox/AP", "bbox/AP50", "bbox/APs", "bbox/AP-dog", ...
-        seconds: wall clock of the process, start-up and evaluation included; of the last attempt.
-        attempts: 1, or more for a run that was stopped and went on.
-        peak_memory: bytes; of the GPU, or resident in the process on a CPU. 0: unknown.
-        peak_memory_of: "GPU" or "process".
-        machine: where it was trained.
-        date: when it ended, UTC.
-        threads: of the process.
-        parallel: how many runs shared the machine.
-        reused: an earlier call trained it.
-    """
-
-    method: str
-    title: str
-    seed: int
-    folder: Path
-    command: list[str]
-    fingerprint: str = ""
-    status: str = "missing"
-    step: int | None = None
-    error: str = ""
-    exit_code: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    attempts: int = 1
-    peak_memory: int = 0
-    peak_memory_of: str = "process"
-    machine: str = ""
-    date: str = ""
-    threads: int = 1
-    parallel: int = 1
-    reused: bool = False
+    method: str  # key of the paper's method, such as "ohem_128_nms0.5", or on COCO of its recipe
+    title: str  # the method by what its configuration does, such as "OHEM 32/.5"
+    seed: int  # of weights and data order
+    folder: Path  # where all of the run is
+    command: list[str]  # what trained it, as a person would type it
+    fingerprint: str = ""  # of everything that decides the outcome
+    status: str = "missing"  # has not ended; or "done", "diverged", "failed"
+    step: int | None = None  # of a diverged run, the step whose loss was no number
+    error: str = ""  # of a diverged or failed run, what it said
+    exit_code: int | None = None  # of the process; None: it was not started
+    metrics: dict[str, float] = field(default_factory=dict)  # in percent: "bbox/AP", "bbox/AP50", "bbox/AP-dog", ...
+    seconds: float = 0.0  # wall clock of the last attempt's process, start-up and evaluation included
+    attempts: int = 1  # more for a run that was stopped and went on
+    peak_memory: int = 0  # bytes; of the GPU, or resident in the process on a CPU. 0: unknown
+    peak_memory_of: str = "process"  # or "GPU"
+    machine: str = ""  # where it was trained
+    date: str = ""  # when it ended, UTC
+    threads: int = 1  # of the process
+    parallel: int = 1  # how many runs shared the machine
+    reused: bool = False  # an earlier call trained it
 
     @property
     def ok(self) -> bool:
@@ -330,7 +296,7 @@ def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
     paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=Published._fields).add_prefix("paper/")
+    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -363,7 +329,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "title": printable(run.title, limit=120, quotes=False),
         "kind": _kind(run.method, config),
         "paper_title": row.title,
-        "published": row.published and row.published._asdict(),
+        "published": row.published and asdict(row.published),
         "command": shlex.join(run.command),
         "overrides": _overrides(run.command),
         "config": config,

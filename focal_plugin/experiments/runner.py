@@ -80,13 +80,11 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
 def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Callable[[str], None]) -> list[RunResult]:
     """Fill the executor's slots until all has ended; ``jobs`` are those that run."""
-    results = {run: run.result() for run in runs}
+    results = {run: result for run in runs if (result := run.result()).ended}
     for run, result in results.items():
-        result.reused = result.ended
-        if result.reused:
-            say(f"{_name(run)}: reused, {_outcome(result)} (--fresh trains it again)")
-    waiting = [run for run, result in results.items() if not result.reused]
-    shown = time.monotonic()
+        result.reused = True
+        say(f"{_name(run)}: reused, {_outcome(result)} (--fresh trains it again)")
+    waiting, shown = [run for run in runs if run not in results], time.monotonic()
     while waiting or jobs:
         free = executor.slots - len(jobs)
         batch, waiting = waiting[:free], waiting[free:]
@@ -95,40 +93,36 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
             say(f"{_name(run)}: started, console in {typed(run.folder / CONSOLE)}")
         time.sleep(_POLL)
         for run in [run for run, job in jobs.items() if job.done()]:
-            error, results[run] = jobs.pop(run).exception(), run.result()
-            if error or results[run].status == "missing":
-                results[run].status = "failed"
-                results[run].error = f"{type(error).__name__}: {error}" if error else "left no result"
-            say(f"{_name(run)}: {_outcome(results[run])}")
+            error, result = jobs.pop(run).exception(), run.result()
+            if error or result.status == "missing":
+                result.status, result.error = (
+                    "failed",
+                    f"{type(error).__name__}: {error}" if error else "left no result",
+                )
+            results[run] = result
+            say(f"{_name(run)}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
             shown = time.monotonic()
-            say(_progress(results, jobs, executor.parallel))
-    return list(results.values())
+            say(_progress(runs, results, jobs, executor.parallel))
+    return [results[run] for run in runs]
 
 
-def _progress(results: Mapping[Run, RunResult], jobs: Mapping[Run, Any], parallel: int) -> str:
+def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mapping[Run, Any], parallel: int) -> str:
     """Return a line such as `FL seed 1 120/400 loss 0.41; 3 done, 1 running, 6 waiting; about 9.0 min left`."""
-    words, steps_left = [], 0
-    counts = Counter("running" if run in jobs else result.status for run, result in results.items())
-    counts["waiting"] = counts.pop("missing", 0)
-    for run in [run for run, result in results.items() if run in jobs or result.status == "missing"]:
+    words, times, steps_left = [], [], 0
+    for run in runs:
         record = run.result().last_step()
         step = record["iteration"] + 1 if record else 0
-        steps_left += run.max_iter - step
+        times += [record["time"]] if record and "time" in record else []
+        steps_left += 0 if run in results else run.max_iter - step
         if run in jobs:
             state = f"{step:,}/{run.max_iter:,} loss {record['total_loss']:.3g}" if record else "starting"
             words.append(f"{_name(run)} {'evaluating' if step >= run.max_iter else state}")
-    times = step_seconds(list(results))
-    at_once = min(parallel, counts["running"] + counts["waiting"])
-    left = f"about {format_duration(steps_left * statistics.median(times) / at_once)} left" if times else ""
-    state = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return "; ".join(filter(None, [", ".join(words), state, left]))
-
-
-def step_seconds(runs: Sequence[Run]) -> list[float]:
-    """Return the seconds of a step of each run that has measured them, here or in an earlier call."""
-    records = [run.result().last_step() or {} for run in runs if _known(run.folder)[0] == run.fingerprint]
-    return [record["time"] for record in records if "time" in record]
+    states = ["running" if run in jobs else results[run].status if run in results else "waiting" for run in runs]
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
+    seconds = steps_left * statistics.median(times or [0]) / min(parallel, len(runs) - len(results))
+    left = f"; about {format_duration(seconds)} left" if seconds else ""
+    return f"{', '.join(words)}; {counts}{left}"
 
 
 def format_duration(seconds: float) -> str:
@@ -157,19 +151,16 @@ def _outcome(result: RunResult) -> str:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP (a batch system, a closed terminal) end the runs as cleanly as Ctrl-C does, inside."""
-    handlers = {
-        number: signal.default_int_handler
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup wants it ignored
-    }
-    # A shell has a job in the background ignore SIGINT, and with it all that the job starts. But torch ends the workers
-    # of a dead training by it, and submitit its jobs: a handler that does nothing is not inherited.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        handlers[signal.SIGINT] = lambda *_: None
+    """Let SIGTERM and SIGHUP (a batch system, a closed terminal) end the runs as cleanly as Ctrl-C does, inside.
+
+    What is ignored stays so (nohup has SIGHUP ignored, a shell the SIGINT of a job in the background). But torch ends
+    the workers of a dead training by SIGINT, and submitit its jobs: a handler that does nothing is not inherited.
+    """
     with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            handler = (lambda *_: None) if is_ignored else signal.default_int_handler
+            if threading.current_thread() is threading.main_thread() and not (is_ignored and number == signal.SIGHUP):
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
@@ -181,29 +172,23 @@ def check_folder(run: Run, fresh: bool = False) -> int:
         FileExistsError: the folder holds what no run has written, a run.json that cannot be read, or, unless ``fresh``,
             a model of another configuration, data or code. Nothing is deleted on suspicion.
     """
-    fingerprint, attempts = _known(run.folder)
-    if not fingerprint and _left_in(run.folder):
-        raise FileExistsError(f"{run.folder} is not empty and no earlier run; choose another output folder")
-    if fingerprint == run.fingerprint:
-        return attempts
+    path = run.folder / _RUN
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["fingerprint"] == run.fingerprint:
+            return known["attempts"]
+    except FileNotFoundError:
+        if _left_in(run.folder):
+            text = f"{run.folder} is not empty and no earlier run; choose another output folder"
+            raise FileExistsError(text) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{path} cannot be read ({error}): move its folder away, or see what is wrong") from error
     if not fresh and any(run.folder.glob("*.pth")):
         raise FileExistsError(
             f"{run.folder} holds a run of another config, data or code: --fresh trains it again there and deletes the "
             "earlier one; another --output keeps it"
         )
     return 0
-
-
-def _known(folder: Path) -> tuple[str, int]:
-    """Return the fingerprint of the run in the folder, empty if there is none, and how often it has been started."""
-    try:
-        content = json.loads((folder / _RUN).read_text(encoding="utf-8"))
-        return content["fingerprint"], content["attempts"]
-    except FileNotFoundError:
-        return "", 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        path = folder / _RUN
-        raise FileExistsError(f"{path} cannot be read ({error}): move {folder} away, or see what is wrong") from error
 
 
 def _left_in(folder: Path) -> list[Path]:
