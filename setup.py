@@ -28,7 +28,11 @@ setup(
     # package, without modules, that happens to live elsewhere.
     packages=[*find_packages(include=["focal_plugin", "focal_plugin.*"]), "focal_plugin.configs"],
     package_dir={"focal_plugin.configs": "configs"},
-    package_data={"focal_plugin.configs": ["**/*.yaml", "**/*.py"], "focal_plugin.eval": ["templates/*"]},
+    package_data={
+        "focal_plugin.configs": ["**/*.yaml", "**/*.py"],
+        "focal_plugin.eval": ["templates/*"],
+        "focal_plugin.experiments": ["*.yaml"],
+    },
     # Neither detectron2 nor torch is listed. Detectron2 is not on the index under its own name, so pip
     # could not install it; and pip must never exchange the torch that Detectron2 was compiled against.
     install_requires=[
@@ -45,7 +49,7 @@ setup(
         "tabulate",
         "tqdm",
     ],
-    extras_require={"export": ["onnx", "onnxruntime"]},
+    extras_require={"export": ["onnx", "onnxruntime"], "slurm": ["submitit"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

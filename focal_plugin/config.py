@@ -21,9 +21,8 @@ NO_KEYS = "the config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg
 def add_focal_config(cfg: CN) -> None:
     """Add the keys of focal_plugin to ``cfg``; no key or default of Detectron2 is changed.
 
-    A second call changes nothing. alpha, gamma and the prior stay ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``,
-    ``FOCAL_LOSS_GAMMA`` and ``PRIOR_PROB``. The focal-loss paper does not say how its OHEM baseline was ranked,
-    scoped, normalized and de-duplicated: each of those choices is a key of ``MODEL.OHEM``.
+    alpha, gamma and the prior stay ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, ``FOCAL_LOSS_GAMMA`` and ``PRIOR_PROB``. What
+    the focal-loss paper leaves open about its OHEM baseline is a key of ``MODEL.OHEM`` each.
     """
     focal = cfg.MODEL.setdefault("FOCAL", CN())
     # Head, which owns the classification loss: FocalHead, OHEMHead, SSDHead or yours in RETINANET_HEAD_REGISTRY
@@ -93,9 +92,8 @@ def extend_config(add_keys: Callable[[CN], None]) -> Callable[[CN], None]:
 def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
     """Load a config that came with focal_plugin (``"retina_focal.yaml"``), or any other YAML file, over the defaults.
 
-    YAML is loaded safely: Detectron2 runs ``!!python`` tags in a config and fetches a ``_BASE_`` over the network; this
-    refuses both. It also refuses what Detectron2 takes in silence: a key given twice, and an ``OUTPUT_DIR`` from a file
-    that leads out of the working directory (on the command line it may).
+    Unlike Detectron2, it runs no ``!!python`` tag and fetches no ``_BASE_``, and it refuses what Detectron2 takes in
+    silence: a key given twice, and an ``OUTPUT_DIR`` in a file that leads out of the working directory.
 
     Args:
         config_file: as :func:`find_config` takes it; empty for the defaults alone.
@@ -105,9 +103,8 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
         the config, not frozen.
 
     Raises:
-        FileNotFoundError: the file or a ``_BASE_`` of it is not there.
-        ValueError: no valid YAML, a ``!!python`` tag, an unknown key or a value of the wrong type; the message
-            names the file and the key.
+        FileNotFoundError, ValueError: a file is not there, or has no valid YAML, an unknown key or a value of the
+            wrong type; the message names the file and the key.
     """
     cfg = get_cfg()
     for add_keys in (add_focal_config, *_EXTENSIONS):
@@ -118,10 +115,10 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
             f"{path} is a Python config, which tools/lazyconfig_train_net.py takes; here give the YAML file of the "
             "same recipe"
         )
-    default_folder = cfg.OUTPUT_DIR
+    default = cfg.OUTPUT_DIR
     if path:
         merge_file(cfg, path)
-    if default_folder != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
+    if default != cfg.OUTPUT_DIR and "OUTPUT_DIR" not in opts[::2]:
         check_output_dir(cfg, path)
     merge_overrides(cfg, list(opts))
     return unshare(cfg)
@@ -134,7 +131,7 @@ def find_config(config_file: str | os.PathLike) -> Path:
     """Return the path of a config file: one that exists, or one under the installed ``configs`` folder.
 
     Raises:
-        FileNotFoundError: there is neither; the message lists the configs that there are.
+        FileNotFoundError: there is neither; the message lists those that there are.
     """
     folder = config_dir()
     for path in (Path(config_file), folder / config_file):
@@ -156,13 +153,12 @@ def config_dir() -> Path:
 
 
 def unknown_keys(cfg: CN) -> list[str]:
-    """Return a line for each key that was set in Python and that neither Detectron2 nor focal_plugin reads.
+    """Return a line for each key that was set in Python, where it is no error, and that nothing here reads.
 
-    ``cfg.BASE_LR = 0.1`` is no error: the attribute is new, and SOLVER.BASE_LR is what it was. Groups of keys that
-    neither has are another project's, and not looked at.
+    Groups of keys that neither Detectron2 nor focal_plugin has are another project's, and not looked at.
     """
-    known = load_config("")
-    names, lines = all_keys(known), []
+    known, lines = load_config(""), []
+    names = all_keys(known)
     for key in all_keys(cfg):
         group, _, name = key.rpartition(".")
         # COMPUTED_ is Detectron2's own prefix for values that code puts into a config.

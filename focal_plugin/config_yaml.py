@@ -32,8 +32,6 @@ def merge_file(cfg: CfgNode, file: str, opened: list[str] | None = None) -> None
     """Merge a YAML file and, before it, those of its ``_BASE_`` into ``cfg``, as ``CfgNode.merge_from_file`` does.
 
     Args:
-        cfg: changed in place.
-        file: its path.
         opened: what has been read for this config so far, for which this file is a ``_BASE_``.
 
     Raises:
@@ -85,18 +83,17 @@ def check_output_dir(cfg: CfgNode, file: str) -> None:
         # Of what is there already symbolic links are followed, as they will be when it is written to.
         here, there = os.path.realpath("."), os.path.realpath(folder)
         if not os.path.isabs(folder) and os.path.commonpath([here, there]) != here:
-            raise ValueError(
-                f"leads out of the working directory, to {printable(there, 300)}: give it on the command line, or an "
-                "absolute path"
-            )
+            way_out = "give it on the command line, or an absolute path"
+            raise ValueError(f"leads out of the working directory, to {printable(there, 300)}: {way_out}")
 
 
 def all_keys(node: CfgNode, prefix: str = "") -> list[str]:
     """Return the full names of the keys of a config, groups left out."""
-    keys = []
-    for name, value in node.items():
-        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
-    return keys
+    return [
+        key
+        for name, value in node.items()
+        for key in (all_keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name])
+    ]
 
 
 def lookup(config: Mapping, key: str) -> Any:
@@ -183,8 +180,8 @@ def _read(file: str) -> tuple[dict[str, Any], list[str]]:
     bases = bases if isinstance(bases, list) else [bases]
     for base in bases:
         if not isinstance(base, str) or not base or "://" in base:
-            rule = "_BASE_ must be a path or a list of paths, and is not fetched"
-            raise ValueError(f"{rule}: {printable(base)}; save it here, and name its path")
+            what = "_BASE_ must be a path or a list of paths, and is not fetched"
+            raise ValueError(f"{what}: {printable(base)}; save it here, and name its path")
     return content, bases
 
 

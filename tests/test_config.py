@@ -21,11 +21,8 @@ COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "ret
 ALL = sorted(p.relative_to(config_dir()).as_posix() for p in config_dir().rglob("*.yaml"))
 
 
-def flat(node, prefix=""):
-    out = {}
-    for key, value in node.items():
-        out.update(flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
-    return out
+def flat(cfg):
+    return {key: lookup(cfg, key) for key in all_keys(cfg)}
 
 
 def upstream(name):
@@ -162,45 +159,7 @@ def test_overrides():
     assert cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA == 2.0 and isinstance(cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA, float)
 
 
-# ------------------------------ refused
-
-
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.*FOCAL_LOSS_GAMMA"),
-        (["MODEL.OHEM.BATCH_SIZE", "many"], "override 'MODEL.OHEM.BATCH_SIZE many': Type mismatch"),
-        (["MODEL.OHEM.BATCH_SIZE"], "KEY VALUE pairs"),
-        (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "--resume comes after the first KEY VALUE pair"),
-        (["DATASETS.TRAIN", "digits_train"], r'write a tuple: \("name",\)'),
-        (["MODEL.NOPE.X", "2"], "unknown config key 'MODEL.NOPE.X'"),
-    ],
-)
-def test_bad_overrides(opts, message):
-    with pytest.raises(ValueError, match=message):
-        get_config("retina_focal.yaml", opts)
-
-
-@pytest.mark.parametrize(
-    "content, error, message",
-    [
-        ("MODEL: {FOCAL: {HED: x}}", ValueError, "unknown config key 'MODEL.FOCAL.HED'; did you mean MODEL.FOCAL.HEAD"),
-        ("MODEL: {OHEM: {BATCH_SIZE: lots}}", ValueError, "Type mismatch .*MODEL.OHEM.BATCH_SIZE"),
-        ("MODEL: {FOCAL: {STAR_BETA: 1}}", ValueError, r"write a float with a point"),
-        ("MODEL: [", ValueError, "not valid YAML"),
-        ("\xff\xfe\x00", ValueError, "not valid YAML"),
-        ("OUTPUT_DIR: caf\xe9", ValueError, "not valid YAML in UTF-8: .*character 16"),
-        ("SOLVER: {MAX_ITER: 9e4}", ValueError, "SOLVER.MAX_ITER .write a whole number: 90000"),
-        ("SOLVR: {BASE_LR: 0.1}", ValueError, "unknown config key 'SOLVR'; did you mean SOLVER"),
-        ("_BASE_: c.yaml", ValueError, "its _BASE_ .* leads back"),
-        ("_BASE_: nowhere.yaml", FileNotFoundError, "_BASE_ .*nowhere.yaml': not there"),
-    ],
-)
-def test_bad_files_are_refused_by_name(tmp_path, monkeypatch, content, error, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(error, match=rf"c\.yaml: .*{message}"):
-        load_config("c.yaml")
+# ------------------------------ unknown, and refused
 
 
 @pytest.mark.parametrize(
@@ -232,8 +191,8 @@ def test_keys_that_nobody_reads(key, meant):
     group, _, name = key.rpartition(".")
     setattr(lookup(cfg, group) if group else cfg, name, 1)
     (line,) = unknown_keys(cfg)
-    assert line.startswith(f"{key}: no such key ")
-    assert line.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in line
+    assert line.startswith(f"{key}: no such key ") and line.count("did you mean") == bool(meant)
+    assert not meant or line.endswith(f"; did you mean {meant}?")
 
 
 def test_our_own_keys_and_other_projects_nodes_are_known():

@@ -16,27 +16,25 @@ from iopath.common import file_io
 
 from focal_plugin import get_config
 from focal_plugin.config import config_dir
+from focal_plugin.config_yaml import all_keys, lookup
 from focal_plugin.engine.checkpoint import SafeCheckpointer
 
 ZOO = sorted(path.stem for path in (config_dir() / "zoo").glob("*.yaml"))
+THEIRS = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "COCO-Detection"
 NARROW = [
     *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CONVS", "1"),
 ]
 
 
-def flat(node, prefix=""):
-    out = {}
-    for key, value in node.items():
-        out.update(flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
-    return out
+def flat(cfg):
+    return {key: lookup(cfg, key) for key in all_keys(cfg)}
 
 
 def upstream(name, opts=()):
     cfg = get_cfg()
     # Upstream's own file with a !!python tag; not through model_zoo, which wants an old setuptools.
-    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "COCO-Detection"
-    cfg.merge_from_file(str(folder / f"{name}.yaml"), allow_unsafe=True)
+    cfg.merge_from_file(str(THEIRS / f"{name}.yaml"), allow_unsafe=True)
     cfg.merge_from_list(list(opts))
     return cfg
 
@@ -95,9 +93,8 @@ def zoo_file(model, more=None, protocol=4):
 
 
 def test_every_retinanet_of_the_zoo_is_there():
-    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "COCO-Detection"
     # Upstream's .py of the 1x schedule is the same model in its other config language.
-    assert sorted(path.stem for path in folder.glob("retinanet_*.yaml")) == ZOO
+    assert sorted(path.stem for path in THEIRS.glob("retinanet_*.yaml")) == ZOO
 
 
 @pytest.mark.parametrize("name", ZOO)

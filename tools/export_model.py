@@ -16,16 +16,17 @@ import warnings
 from pathlib import Path
 
 from focal_plugin.deploy.export import (
-    EXPORTERS,
     FILES,
+    OUTPUTS,
     MissingPackageError,
-    describe,
+    check_export,
+    export,
+    format_differences,
     read_sample,
     require,
     write_description,
 )
-from focal_plugin.deploy.export_check import check_export, format_differences
-from focal_plugin.deploy.model import add_model_arguments, class_names, load_inference_config
+from focal_plugin.deploy.predict import add_model_arguments, load_inference_config, name_classes, read_extras
 from focal_plugin.engine.checkpoint import build_trained_model
 
 
@@ -41,34 +42,32 @@ def parse_args():
     return parser.parse_args()
 
 
-def export(args, formats):
+def run(args, formats):
     """Writes and compares; whether all are the same."""
     if "onnx" in formats:
         require("onnx", "an ONNX export")
         if args.check:
             require("onnxruntime", "checking an ONNX export (--no-check leaves it out)")
     args.opts += ["MODEL.DEVICE", "cpu"]
-    cfg, dataset = load_inference_config(args)
-    classes = class_names(cfg.MODEL.RETINANET.NUM_CLASSES, dataset, args.classes)
+    cfg = load_inference_config(args)
     sample = read_sample(cfg, args.sample_image)
     model = build_trained_model(cfg).eval()
+    classes, _ = name_classes(cfg, args.classes, read_extras(cfg).get("thing_classes", ()))
     args.output.mkdir(parents=True, exist_ok=True)
     same = True
     for name in formats:
         path = args.output / FILES[name]
-        EXPORTERS[name](model, sample, path)
+        export(model, sample, path)
         print(f"{name}: {path}, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
         if args.check:
             differences = check_export(model, path, sample)
             print(format_differences(differences), flush=True)
             same = same and not any(d.problems for d in differences.values())
-    description = describe(cfg, classes, formats)
-    write_description(args.output / "model.json", description)
-    resize = description["input"]["resize"]
+    write_description(args.output / "model.json", cfg, classes, formats)
     print(
-        f"Before: float32 (3, height, width), {cfg.INPUT.FORMAT}, 0 to 255, shortest edge {resize['shortest_edge']} "
-        f"(longest at most {resize['longest_edge_at_most']}).\n"
-        f"After: {', '.join(o['name'] for o in description['outputs'])}; boxes are XYXY in pixels of that input.\n"
+        f"Before: float32 (3, height, width), {cfg.INPUT.FORMAT}, 0 to 255, shortest edge {cfg.INPUT.MIN_SIZE_TEST} "
+        f"(longest at most {cfg.INPUT.MAX_SIZE_TEST}).\n"
+        f"After: {', '.join(OUTPUTS)}; boxes are XYXY in pixels of that input.\n"
         f"All of it is in {args.output / 'model.json'}."
     )
     return same
@@ -76,10 +75,10 @@ def export(args, formats):
 
 def main():
     args = parse_args()
-    # What the tracer says of upstream's sizes, which never vary where it says so.
+    # What the tracer says of Detectron2's sizes, which never vary where it says so.
     warnings.simplefilter("ignore")
     try:
-        same = export(args, list(FILES) if args.format == "all" else [args.format])
+        same = run(args, list(FILES) if args.format == "all" else [args.format])
     except (OSError, ValueError, MissingPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

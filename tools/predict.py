@@ -4,6 +4,8 @@
 tools/predict.py photo.jpg holiday/ 'frames/*.png' film.mp4 --config-file configs/digits/focal.yaml \\
     --output predictions MODEL.WEIGHTS output/digits/model_final.pth
 
+Category ids are those of DATASETS.TEST, or of what --register NAME=ANNOTATIONS.JSON:IMAGE_DIR names, where its class
+names are those used; else 0, 1, ... in the order of the classes.
 Exit code: 0; 1: some inputs could not be read, the others are done; 2: nothing to do, or it cannot be done.
 """
 
@@ -14,8 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from focal_plugin.deploy.model import add_model_arguments, category_ids, class_names, load_inference_config
-from focal_plugin.deploy.prediction import Predictor, find_inputs, predict
+from focal_plugin.deploy.predict import Predictor, add_model_arguments, find_inputs, load_inference_config, predict
 
 KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*")  # MODEL.WEIGHTS, SEED
 
@@ -33,7 +34,7 @@ def parse_args():
     add("inputs", nargs="+", metavar="IMAGES", help="files, folders (with all below them), globs, videos")
     add_model_arguments(parser)
     add("--output", type=Path, required=True, metavar="DIR", help="folder for pictures and detections.json")
-    add("--score-threshold", type=threshold, default=0.5, metavar="S", help="(default: %(default)s)")
+    add("--score-threshold", type=threshold, metavar="S", help="(default: that in the checkpoint, else 0.5)")
     parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " [KEY VALUE ...]"
     # argparse cannot part two lists of words, one before and one behind the flags.
     args, words = parser.parse_known_args()
@@ -48,26 +49,25 @@ def parse_args():
 
 def run(args):
     """Predicts; returns how many inputs failed."""
+    if not args.inputs:
+        raise ValueError("no images: name files, folders or globs")
     paths = find_inputs(args.inputs, args.output)
-    cfg, dataset = load_inference_config(args)
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    classes = class_names(num_classes, dataset, args.classes)
-    predictor = Predictor(cfg, args.score_threshold)
+    predictor = Predictor(load_inference_config(args), args.classes, args.score_threshold)
     args.output.mkdir(parents=True, exist_ok=True)
-    ids = None if args.classes else category_ids(num_classes, dataset)
     failed = found = 0
 
-    def frames(iterator, total):
-        return tqdm(iterator, total=total, unit="frame", disable=None)
-
-    done = predict(predictor, paths, args.output, classes, ids, frames)
-    for _, result in tqdm(done, total=len(paths), unit="file", disable=None):
+    for _, result in tqdm(predict(predictor, paths, args.output), total=len(paths), unit="file", disable=None):
         if isinstance(result, int):
             found += result
         else:
             failed += 1
             tqdm.write(f"error: {result}", file=sys.stderr)
-    print(f"{found} objects in {len(paths) - failed} files; pictures and detections.json are in {args.output}")
+    print(
+        f"{found} objects in {len(paths) - failed} files, with scores from {predictor.score_threshold:.3g}; pictures "
+        f"and detections.json are in {args.output}"
+    )
+    if predictor.category_ids[0] == 0:
+        print("Category ids count from 0; --register NAME=ANNOTATIONS.JSON:IMAGE_DIR gives those of a data set.")
     return failed
 
 

@@ -4,13 +4,12 @@
 
     tools/setup_env.py .venv
 
-An environment made here holds two files: OWNED, written before anything else, says that this script may
-empty it; COMPLETE, written after everything else, says what it was made from. Without OWNED it is somebody
-else's and is only looked at. With OWNED but without a COMPLETE that matches, it is made again from nothing:
-never repaired.
+An environment made here holds a file, OWNED, written before anything else: it says which checkout may empty it and,
+once all is installed, from what. Without it the environment is somebody else's and is only looked at. With it, but not
+from what is wanted now, it is made again from nothing: never repaired.
 
-Standard library only, since it runs before anything is installed; and in syntax that an old Python can read,
-so that it gets as far as saying so.
+Standard library only, since it runs before anything is installed; and in syntax that an old Python can read, so that
+it gets as far as saying so.
 """
 
 import argparse
@@ -20,29 +19,21 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
-REQUIREMENTS = ROOT / "requirements" / "dev.txt"
-
+CONSTRAINTS, REQUIREMENTS, DETECTRON2 = (
+    ROOT / "requirements" / name for name in ("constraints.txt", "dev.txt", "detectron2.txt")
+)
 OWNED = "made-by-focal_plugin"
-COMPLETE = "focal_plugin-complete"
-
 OLDEST, NEWEST = (3, 11), (3, 13)  # what the pinned versions have wheels for
-
-# Upstream Detectron2 of 2024-04-17 with a fix for Python 3.11, as a wheel that needs no compiler. It is
-# tagged Python 3.10 because of one compiled module, which RetinaNet does not use; the rest is pure Python.
-DETECTRON2 = "sal-detectron2==0.7.2"
 DETECTRON2_TAG = "3.10"
-DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
-UPSTREAM = "git+https://github.com/facebookresearch/detectron2.git@02b5c4e2"
+DETECTRON2_SOURCE = "git+https://github.com/facebookresearch/detectron2.git@02b5c4e2"
 
-# Where packages come from (indexes, proxies, certificates) is the user's to say; which ones, and where they
-# go, is not. Each of these is a PIP_ variable.
+# Where packages come from (indexes, proxies, certificates) is the user's to say; which ones, and where they go, is not.
+# Each of these is a PIP_ variable.
 OVERRIDDEN = {
     *("TARGET", "PREFIX", "ROOT", "SRC", "DRY_RUN", "IGNORE_INSTALLED", "UPGRADE", "PRE", "NO_DEPS"),
     *("CONSTRAINT", "REQUIREMENT", "REQUIRE_HASHES", "ONLY_BINARY", "NO_BINARY", "NO_BUILD_ISOLATION"),
@@ -65,37 +56,13 @@ class SetupError(Exception):
 
 
 def say(text):
-    print(text, flush=True)  # before what pip prints next
+    print("setup: " + text, flush=True)  # before what pip prints next
 
 
-# ------------------------------ state on disk
-
-
-def fingerprint():
-    """Of all that a finished environment depends on: the pins, this script, and where the checkout lies."""
-    digest = hashlib.sha256(str(ROOT).encode())
-    for path in (CONSTRAINTS, REQUIREMENTS, Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def state(venv, want):
-    """absent, foreign, unfinished, outdated or complete."""
-    if not venv.exists() or (venv.is_dir() and not any(venv.iterdir())):
-        return "absent"
-    if not is_ours(venv):
-        return "foreign"
-    if not (venv / COMPLETE).is_file():
-        return "unfinished"
-    # A link to a Python that has been removed since does not exist().
-    current = (venv / COMPLETE).read_text().strip() == want and (venv / "bin" / "python").exists()
-    return "complete" if current else "outdated"
-
-
-def claim(venv):
-    venv.mkdir(parents=True, exist_ok=True)
-    text = "The checkout whose tools/setup_env.py made this environment, and empties it when it has to.\n"
-    (venv / OWNED).write_text(f"{ROOT}\n{text}")
+def mark():
+    """What OWNED says of a finished environment: whose it is, and a sum of all that it depends on."""
+    files = (CONSTRAINTS, REQUIREMENTS, DETECTRON2, Path(__file__))
+    return f"{ROOT}\n{hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()}\n"
 
 
 def is_ours(venv):
@@ -104,19 +71,16 @@ def is_ours(venv):
 
 
 def empty(venv):
-    """Everything but OWNED goes, COMPLETE first: stopped anywhere, the rest is ours, and is not trusted."""
-    if not is_ours(venv):
+    """Make a folder of ours, with nothing but OWNED in it. Stopped anywhere, the rest is ours, and is not trusted."""
+    if venv.exists() and any(venv.iterdir()) and not is_ours(venv):
         raise SetupError(f"{venv} was not made by this checkout, so it is not touched")
-    if (venv / COMPLETE).exists():
-        (venv / COMPLETE).unlink()
+    venv.mkdir(parents=True, exist_ok=True)
+    (venv / OWNED).write_text(f"{ROOT}\n")
     for path in venv.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != OWNED:
             path.unlink()
-
-
-# ------------------------------ the steps
 
 
 def environment():
@@ -125,79 +89,49 @@ def environment():
     return {**kept, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
-class Builder:
-    def __init__(self, venv, lock):
-        self.venv, self.lock = venv, lock
-        self.python = venv / "bin" / "python"
-
-    def run(self, *command):
-        # What outlives a killed setup keeps the lock: nothing empties the environment under a running pip.
-        command = [str(part) for part in command]
-        done = subprocess.run(command, cwd=self.venv, env=environment(), pass_fds=[self.lock.fileno()])
-        if done.returncode:
-            raise SetupError(f"exit status {done.returncode}")
-
-    def pip(self, verb, *arguments):
-        self.run(self.python, "-m", "pip", verb, *arguments)
-
-    def create(self):
-        self.run(sys.executable, "-m", "venv", self.venv)
-
-    def build_tools(self):
-        self.pip("install", "--constraint", CONSTRAINTS, "setuptools", "wheel")
-
-    def torch(self):
-        self.pip("install", "--constraint", CONSTRAINTS, "torch", "torchvision")
-
-    def requirements(self):
-        # No isolation: fvcore and iopath come as sources, and are built with the pinned setuptools.
-        pins = ("--constraint", CONSTRAINTS, "--requirement", REQUIREMENTS)
-        self.pip("install", "--no-build-isolation", *pins)
-
-    def detectron2(self):
-        with tempfile.TemporaryDirectory() as folder:
-            where = ("--only-binary=:all:", "--python-version", DETECTRON2_TAG, "--dest", folder)
-            self.pip("download", "--no-deps", *where, DETECTRON2)
-            (wheel,) = Path(folder).glob("*.whl")
-            check_sha256(wheel, DETECTRON2_SHA256)
-            code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            unpack(wheel, subprocess.check_output([str(self.python), "-c", code], text=True).strip())
-
-    def plugin(self):
-        self.pip("install", "--no-deps", "--no-build-isolation", "--editable", ROOT)
-
-    def check(self):
-        self.run(self.python, "-c", PROBE + "import focal_plugin")
-
-    # In this order: what it is called, what does it, what to do when that fails.
-    steps = (
-        ("environment", create, "does this Python have venv? (Debian, Ubuntu: apt install python3-venv)"),
-        ("build tools", build_tools, "is the package index within reach (network, proxy, pip config)?"),
-        ("torch, torchvision", torch, "is there room? On Linux it takes 6 GB, and pip's cache as much"),
-        ("requirements", requirements, "see pip's message; versions are in requirements/constraints.txt"),
-        ("Detectron2", detectron2, "or name an environment of yours that has it: make VENV=/path/to/env"),
-        ("focal_plugin", plugin, "see pip's message"),
-        ("check", check, '"torchvision::nms does not exist": is pip set to an index of CPU-only torch?'),
+def steps(venv):
+    """Return what each is called, its command, and what to do when that fails; in this order."""
+    python, pins = venv / "bin" / "python", ("--constraint", CONSTRAINTS)
+    pip = (python, "-m", "pip", "install")
+    built_here = (*pip, "--no-build-isolation")  # with the pinned setuptools: fvcore and iopath come as sources
+    tag = ("--only-binary=:all:", "--python-version", DETECTRON2_TAG, "--target", site_packages(venv))
+    return (
+        (
+            "environment",
+            (sys.executable, "-m", "venv", venv),
+            "does this Python have venv? (Debian, Ubuntu: apt install python3-venv)",
+        ),
+        (
+            "build tools",
+            (*pip, *pins, "setuptools", "wheel"),
+            "is the package index within reach (network, proxy, pip config)?",
+        ),
+        (
+            "torch, torchvision",
+            (*pip, *pins, "torch", "torchvision"),
+            "is there room? On Linux it takes 6 GB, and pip's cache as much",
+        ),
+        (
+            "requirements",
+            (*built_here, *pins, "--requirement", REQUIREMENTS),
+            "see pip's message; versions are in requirements/constraints.txt",
+        ),
+        (
+            "Detectron2",
+            (*pip, "--no-deps", *tag, "--require-hashes", "--requirement", DETECTRON2),
+            "or name an environment of yours that has it: make VENV=/path/to/env",
+        ),
+        ("focal_plugin", (*built_here, "--no-deps", "--editable", ROOT), "see pip's message"),
+        (
+            "check",
+            (python, "-c", PROBE + "import focal_plugin"),
+            '"torchvision::nms does not exist": is pip set to an index of CPU-only torch?',
+        ),
     )
 
 
-def check_sha256(path, expected):
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise SetupError(f"{path.name} has sha256 {found}, not {expected}: not installed")
-
-
-def unpack(wheel, purelib):
-    """What pip does with a wheel of plain files, whatever its tag; but without the top-level package `tools`,
-    which this one brings along by mistake."""
-    with zipfile.ZipFile(str(wheel)) as archive:
-        archive.extractall(purelib, [name for name in archive.namelist() if not name.startswith("tools/")])
-    for record in Path(purelib).glob("sal_detectron2-*.dist-info/RECORD"):
-        lines = record.read_text().splitlines(keepends=True)
-        record.write_text("".join(line for line in lines if not line.startswith("tools/")))
-
-
-# ------------------------------ putting it together
+def site_packages(venv):
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(venv)}))
 
 
 def runs(python):
@@ -214,24 +148,6 @@ def check_version(version, runs=runs):
     )
 
 
-def build(venv, want, lock):
-    check_version(sys.version_info)
-    if (venv / OWNED).exists():
-        empty(venv)
-    claim(venv)
-    builder, began = Builder(venv, lock), time.monotonic()
-    for number, (title, action, hint) in enumerate(Builder.steps, 1):
-        start = time.monotonic()
-        say(f"setup: [{number}/{len(Builder.steps)}] {title}")
-        try:
-            action(builder)
-        except (SetupError, OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
-            raise SetupError(f"step {number} ({title}) failed: {error}\n  What to do: {hint}") from error
-        say(f"setup: [{number}/{len(Builder.steps)}] {title}: {time.monotonic() - start:.0f} s")
-    (venv / COMPLETE).write_text(want + "\n")
-    say(f"setup: {venv} is ready, after {time.monotonic() - began:.0f} s")
-
-
 def check_foreign(venv):
     """An environment of the user's is used as it is: looked at, never changed."""
     python = venv / "bin" / "python"
@@ -246,31 +162,45 @@ def check_foreign(venv):
         raise SetupError(
             f"{venv} is your own environment, and what the plugin needs does not import there: {reason}\n"
             "  What to do: install torch and torchvision into it, then Detectron2:\n"
-            f"    {python} -m pip install --no-build-isolation '{UPSTREAM}'\n"
+            f"    {python} -m pip install --no-build-isolation '{DETECTRON2_SOURCE}'\n"
             "  or let setup make one of its own: VENV=.focal-venv"
         )
-    say(f"setup: your environment {venv} is used as it is ({probe.stdout.strip()})")
+    say(f"your environment {venv} is used as it is ({probe.stdout.strip()})")
 
 
 def setup(venv):
-    want = fingerprint()
     with open(__file__, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("setup: waiting for another setup, or for the pip of one that was stopped")
+            say("waiting for another setup, or for the pip of one that was stopped")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        found = state(venv, want)
-        if found == "foreign":
+        is_new = not venv.exists() or (venv.is_dir() and not any(venv.iterdir()))
+        if not (is_new or is_ours(venv)):
             check_foreign(venv)
-        elif found != "complete":
-            reason = {
-                "absent": "making it",
-                "unfinished": "never finished; making it again from nothing",
-                "outdated": "made from other versions; making it again from nothing",
-            }
-            say(f"setup: {venv}: {reason[found]}")
-            build(venv, want, lock)
+            return
+        # A link to a Python that has been removed since does not exist().
+        if not is_new and (venv / OWNED).read_text() == mark() and (venv / "bin" / "python").exists():
+            return
+        check_version(sys.version_info)
+        again = "never finished, or made from other versions; making it again from nothing"
+        say(f"{venv}: {'making it' if is_new else again}")
+        empty(venv)
+        began, todo = time.monotonic(), steps(venv)
+        for number, (title, command, hint) in enumerate(todo, 1):
+            say(f"[{number}/{len(todo)}] {title}, after {time.monotonic() - began:.0f} s")
+            # What outlives a killed setup keeps the lock: nothing empties the environment under a running pip.
+            keep = {"cwd": venv, "env": environment(), "pass_fds": [lock.fileno()]}
+            try:
+                failure = subprocess.call([str(word) for word in command], **keep)
+            except OSError as error:
+                failure = error
+            if failure:
+                reason = f"exit status {failure}" if isinstance(failure, int) else failure
+                raise SetupError(f"step {number} ({title}) failed: {reason}\n  What to do: {hint}")
+        shutil.rmtree(site_packages(venv) / "tools", ignore_errors=True)  # which Detectron2's wheel brings by mistake
+        (venv / OWNED).write_text(mark())
+        say(f"{venv} is ready, after {time.monotonic() - began:.0f} s")
 
 
 def main():

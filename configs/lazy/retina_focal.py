@@ -1,7 +1,7 @@
 """retina_focal.yaml as a Python config: FL, R-50-FPN 1x, for 8 GPUs and a batch of 16.
 
 Detectron2's COCO-Detection/retinanet_R_50_FPN_1x.py with the plugin's classes. Where its YAML and Python forms of that
-recipe differ, this follows the YAML; tests/test_lazy.py compares the two. Unlike YAML this is code, and is run.
+recipe differ, this follows the YAML; tests/engine/test_lazy.py compares the two. Unlike YAML this is code, and is run.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Train by a config made for some number of workers on another number of them.
 
-Detectron2's ``DefaultTrainer.auto_scale_workers`` does the scaling: batch and learning rate in proportion to the
-workers, the schedule inversely, so that as many images are seen as before. No function here changes a config.
+Detectron2's ``auto_scale_workers`` scales batch and learning rate in proportion to the workers, and the schedule
+inversely, so that as many images are seen as before. No function here changes a config.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def check_scale(cfg: CfgNode, num_workers: int) -> None:
 def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     """Scale ``cfg`` to this many workers by Detectron2's rule, without what its rounding breaks.
 
-    Detectron2 rounds a period to 0, and two decays of the learning rate to one step. Here a period is at least 1 step,
-    and a decay comes at least a step after the one before, or is dropped with a warning if training ends by then.
+    A period, which Detectron2 rounds to 0, is at least 1 step, and a decay of the learning rate comes at least a step
+    after the one before, or is dropped with a warning if training ends by then.
 
     Returns:
-        A new config, frozen if ``cfg`` is, whose ``SOLVER.REFERENCE_WORLD_SIZE`` is ``num_workers``, so that
-        Detectron2's trainer does not scale it again; ``cfg`` itself if there is nothing to scale.
+        A new config for ``num_workers``, frozen if ``cfg`` is; ``cfg`` itself if there is nothing to scale.
 
     Raises:
         ValueError: as :func:`check_scale`.
@@ -70,22 +69,18 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     if scaled is cfg:
         return cfg
     scaled.defrost()
-    solver = scaled.SOLVER
+    solver, steps = scaled.SOLVER, list(scaled.SOLVER.STEPS)
     solver.CHECKPOINT_PERIOD = max(solver.CHECKPOINT_PERIOD, 1)
     scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(cfg.TEST.EVAL_PERIOD, 1))  # 0 is never, and stays 0
-    steps, is_increasing = [], list(cfg.SOLVER.STEPS) == sorted(set(cfg.SOLVER.STEPS))
-    for step in solver.STEPS:
-        step = max(step, 1) if is_increasing else step  # what was wrong as written stays so
-        while is_increasing and step in steps:
-            step += 1
-        steps.append(step)
-    dropped = [step for step in steps if step >= solver.MAX_ITER]
-    if dropped:
+    if list(cfg.SOLVER.STEPS) == sorted(set(cfg.SOLVER.STEPS)):  # what was wrong as written stays so
+        for i, step in enumerate(steps):
+            steps[i] = max(step, steps[i - 1] + 1 if i else 1)
+    solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
+    if len(solver.STEPS) < len(steps):
         logger.warning(
             f"SOLVER.STEPS {cfg.SOLVER.STEPS}, scaled to {tuple(steps)}: training ends after {solver.MAX_ITER} steps, "
-            f"without {tuple(dropped)}."
+            f"without {tuple(step for step in steps if step not in solver.STEPS)}."
         )
-    solver.STEPS = tuple(step for step in steps if step not in dropped)
     if cfg.is_frozen():
         scaled.freeze()
     return scaled
@@ -97,12 +92,11 @@ def usual_lr(solver: CfgNode) -> float:
 
 
 def learning_rate_warning(cfg: CfgNode) -> str:
-    """Return a warning if SGD has over twice the usual learning rate for its batch, unclipped; "" if it has not.
+    """Return a warning, with the usual rate, if SGD has over twice that for its batch, unclipped; "" if it has not.
 
-    ``cfg`` is what is trained by, i.e. scaled. The warning names the usual one.
+    ``cfg`` is what is trained by, i.e. scaled.
     """
-    solver = cfg.SOLVER
-    usual = usual_lr(solver)
+    solver, usual = cfg.SOLVER, usual_lr(cfg.SOLVER)
     times = solver.BASE_LR / usual
     if solver.OPTIMIZER != "SGD" or solver.CLIP_GRADIENTS.ENABLED or times <= 2 * (1 + 1e-9):
         return ""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import uuid
-from collections.abc import Sequence, Set
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -31,25 +30,23 @@ class SafeCheckpointer(DetectionCheckpointer):
     """A DetectionCheckpointer for files that one need not trust, on machines that may stop at any moment.
 
     ``.pth`` files are loaded with ``weights_only=True``, model-zoo ``.pkl`` files only if they hold arrays. A file is
-    written under another name, synced to the disk and renamed, and only then ``last_checkpoint`` names it. To resume, a
-    newest file that cannot be read is reported, and the newest one that can is taken.
+    written under another name, synced to the disk and renamed, and only then ``last_checkpoint`` names it.
 
     Attributes:
         resumed_from: the file that ``resume_or_load`` resumed from; empty if it did not.
         run: an id of the run that saves here.
+        facts: what each checkpoint of this run says beside the states, such as the classes' names ("thing_classes").
         unfilled: after loading, the names of the parameters and buffers that have kept their values.
         skipped: the same in words, with what the file has and the model has not: a line for each kind.
     """
 
     resumed_from = run = ""
+    facts: Mapping[str, Any] = {}
     unfilled: Sequence[str] = ()
     skipped: Sequence[str] = ()
 
     def begin_run(self, run: str | None = None) -> None:
-        """Make the folder that of one run: what another one has left there is not fallen back on any more.
-
-        Its files stay until they are overwritten; ``last_checkpoint`` goes, so that a new run that is stopped before
-        its first checkpoint is not taken for the old one.
+        """Make the folder that of one run; what another has left there stays, but is not resumed from any more.
 
         Args:
             run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
@@ -65,6 +62,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                     f"{folder} has checkpoints of an earlier run, such as {earlier.name}: this one starts afresh and "
                     "overwrites them as it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
                 )
+            # A new run that is stopped before its first checkpoint is not to be taken for the old one.
             (folder / "last_checkpoint").unlink(missing_ok=True)
         if self.run:
             with atomic_write(folder / _RUN) as file:
@@ -84,12 +82,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
-        states = {key: value.state_dict() for key, value in {"model": self.model, **self.checkpointables}.items()}
-        run = {"run": self.run} if self.run else {}
+        content = {key: value.state_dict() for key, value in {"model": self.model, **self.checkpointables}.items()}
+        content |= {**self.facts, **kwargs, **({"run": self.run} if self.run else {})}
         logger.info(f"Saving checkpoint to {path}")
         try:
             with self._open_to_write(path, "wb") as file:
-                torch.save({**states, **kwargs, **run}, file)
+                torch.save(content, file)
             if tag:
                 self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the disk's error
@@ -107,16 +105,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         with self._open_to_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
 
-    def _open_to_write(self, path: str, mode: str) -> AbstractContextManager[IO]:
+    def _open_to_write(self, path: str, mode: str):
         return self.path_manager.open(path, mode) if "://" in path else atomic_write(path, mode)
-
-    def save_again(self, name: str) -> None:
-        """Copy the checkpoint that was resumed from to NAME.pth, unless that is there."""
-        target = os.path.join(self.save_dir, f"{name}.pth")
-        if self.resumed_from and not os.path.isfile(target):
-            with open(self.resumed_from, "rb") as source, atomic_write(target, "wb") as file:
-                shutil.copyfileobj(source, file)
-            self.tag_last_checkpoint(f"{name}.pth")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest checkpoint that can be read, or else load ``path``: a collective call.
@@ -137,8 +127,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:
             return self.get_checkpoint_file()
         keys = {"iteration", *self.checkpointables}
-        answer = newest_resumable(Path(self.save_dir), keys) if comm.is_main_process() else None
-        found, why_none = comm.all_gather(answer)[0]
+        found, why_none = comm.all_gather(
+            newest_resumable(Path(self.save_dir), keys) if comm.is_main_process() else None
+        )[0]
         if why_none:
             raise ValueError(why_none)
         seen = comm.all_gather(not found or os.path.isfile(found))
@@ -155,7 +146,6 @@ class SafeCheckpointer(DetectionCheckpointer):
             ValueError: the file is damaged, would run code, or does not fit; the message names it.
             OSError: it is not there, or cannot be read.
         """
-        self.unfilled, self.skipped = [], []
         path = os.fspath(path) if path else ""
         if path and "://" not in path:
             check_regular(path.partition("?")[0])  # behind the "?" there may be Detectron2's matching_heuristics
@@ -178,30 +168,27 @@ class SafeCheckpointer(DetectionCheckpointer):
         # fvcore names what has another shape among the missing ones, too.
         other_shape = {name: f"{name} {there} -> {here}" for name, there, here in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in other_shape]
-        self.unfilled = [*other_shape, *missing]
-        kinds = {
-            "other shape in the model": list(other_shape.values()),
-            "not in the file": missing,
-            "not in the model": incompatible.unexpected_keys,
-        }
-        for what, names in kinds.items():
+        self.unfilled, self.skipped = [*other_shape, *missing], []
+        for what, names in (
+            ("other shape in the model", list(other_shape.values())),
+            ("not in the file", missing),
+            ("not in the model", incompatible.unexpected_keys),
+        ):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             self.skipped += [f"{len(names)} {what} ({', '.join(names[:3])}{more})"] if names else []
 
 
 def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
-    """Build the model of a config with the weights of ``MODEL.WEIGHTS``, all of them.
-
-    Stock RetinaNet's weights and configs are a FocalRetinaNet's.
+    """Build the model of a config, which may be stock RetinaNet's, with the weights of ``MODEL.WEIGHTS``, all of them.
 
     Raises:
         ValueError: it is another meta-architecture, or the weights are not those of such a model.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
     name = cfg.MODEL.META_ARCHITECTURE
+    if name == "RetinaNet":
+        cfg.MODEL.META_ARCHITECTURE = name = "FocalRetinaNet"
     if not issubclass(META_ARCH_REGISTRY.get(name), FocalRetinaNet):
         raise ValueError(f"MODEL.META_ARCHITECTURE {name} is neither FocalRetinaNet nor RetinaNet")
     model = build_model(cfg)
@@ -220,11 +207,8 @@ def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
 def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
     """Return the checkpoint to go on from, what ``last_checkpoint`` names or else the newest good one; or why none is.
 
-    What a killed save has left behind is removed, and what cannot be resumed from is logged.
-
-    Args:
-        folder: of the checkpoints.
-        keys: what a checkpoint of a run holds beyond the weights.
+    What a killed save has left behind is removed, what cannot be resumed from is logged; ``keys`` are what a checkpoint
+    of a run holds beyond the weights.
     """
     for leftover in folder.glob(f"*.pth{TEMPORARY}"):
         with suppress(OSError):
@@ -243,27 +227,21 @@ def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
             check_weights(checkpoint, str(path))
             if not keys <= checkpoint.keys():
                 raise ValueError(f"it holds weights only, no {' and no '.join(sorted(keys - checkpoint.keys()))}")
+            if path.name == named or run in ("", checkpoint.get("run")):
+                return str(path), ""
+            logger.warning(f"cannot resume from {path}: it is of an earlier run in that folder")
         except (OSError, ValueError) as error:
             logger.warning(f"cannot resume from {path}: {error}")
             problems.append(f"\n  {path}: {error}")
-            continue
-        if path.name == named or run in ("", checkpoint.get("run")):
-            return str(path), ""
-        logger.warning(f"cannot resume from {path}: it is of an earlier run in that folder")
-    if not problems:
-        return "", ""
-    return "", (
+    why = (
         f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
         "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
     )
+    return "", why if problems else ""
 
 
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
-    """Remove all but the ``keep`` newest numbered checkpoints up to ``iteration``.
-
-    ``model_final.pth``, ``model_best.pth`` and what a later step has left stay, and so does what ``last_checkpoint``
-    names.
-    """
+    """Remove numbered checkpoints up to ``iteration``, but the ``keep`` newest and what ``last_checkpoint`` names."""
     last = _read(folder)
     past = [path for number, path in _numbered(Path(folder)) if number <= iteration]
     for path in past[: -keep or None]:
@@ -272,13 +250,11 @@ def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:
 
 
 def _read(folder: str | os.PathLike, name: str = "last_checkpoint") -> str:
-    """Return what a small file says, whatever its content is; empty if it is not there."""
     path = Path(folder, name)
     return path.read_text(encoding="utf-8", errors="replace")[:1024].strip() if path.is_file() else ""
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return the numbered checkpoints of a folder with their iterations, oldest first."""
     matches = [(re.fullmatch(r"model_(\d+)\.pth", path.name), path) for path in folder.glob("model_*.pth")]
     return sorted((int(match[1]), path) for match, path in matches if match)
 

@@ -45,18 +45,18 @@ class NonFiniteGuard(HookBase):
     in the same step, by one small tensor. Detectron2 looks at the losses of the main worker and says which step.
 
     Attributes:
+        looked_at: the last step that it has looked at.
         batch: what the model was trained on last.
         stopping: whether training ends after this step, to be resumed later; the same on all workers.
         finishing: whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
-        self.cfg, self.stopping, self.finishing, self._finish = cfg, False, False, False
-        self.looked_at = -1  # the last step that it has looked at
+        self.cfg, self.looked_at, self.stopping, self.finishing, self._finish = cfg, -1, False, False, False
         self.batch: Sequence[dict] = ()
         self._losses: dict[str, Tensor] = {}
         self._normalizer: Tensor | None = None
-        # Functions, which a deep copy of the model, as for averaged weights, leaves alone, and no methods.
+        # Functions and no methods, which a deep copy of the model, as for averaged weights, would copy.
         model.register_forward_pre_hook(lambda *args: self._before_forward(*args))
         model.register_forward_hook(lambda *args: self._after_forward(*args))
 
@@ -69,8 +69,8 @@ class NonFiniteGuard(HookBase):
             batch = args[0] if args else ()
             is_of_dicts = isinstance(batch, (list, tuple)) and all(isinstance(image, dict) for image in batch)
             self.batch = batch if is_of_dicts else ()
-            normalizer = getattr(unwrap_ddp(model), "loss_normalizer", None)
             # The forward pass moves the running mean: a replay has to start from here.
+            normalizer = getattr(unwrap_ddp(model), "loss_normalizer", None)
             self._normalizer = normalizer.clone() if isinstance(normalizer, Tensor) else None
 
     def _after_forward(self, model, args, losses):
@@ -126,15 +126,13 @@ class NonFiniteGuard(HookBase):
         path = self._save(facts) if is_mine else ""
         # On all workers, for norms over all of them.
         facts["largest |logit|"] = largest_logit(self.trainer.model, self.batch)
-        files = [printable(image.get("file_name", "?"), 300, quotes=False) for image in self.batch]
-        workers = comm.all_gather((is_mine, facts, files, path))
+        workers = comm.all_gather((is_mine, facts, [_name(image) for image in self.batch], path))
         what = "Gradients, not the loss, are" if loss_is_finite else "Loss became"
         lines = [f"{what} infinite or NaN at iteration={self.trainer.iter}!"]
-        for rank, (is_broken, facts, files, path) in enumerate(workers):
-            if not is_broken:
-                continue
-            lines.append(f"Worker {rank} of {len(workers)}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-            lines.append("  images: " + ", ".join(files))
+        for rank, (is_broken, facts, names, path) in enumerate(workers):
+            if is_broken:
+                lines.append(f"Worker {rank} of {len(workers)}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+                lines.append("  images: " + ", ".join(names))
             if path:
                 lines.append(f"  saved, with the weights before this step; to look again: tools/replay_loss.py {path}")
         return "\n".join([*lines, self._causes()])
@@ -158,8 +156,8 @@ class NonFiniteGuard(HookBase):
         state = unwrap_ddp(self.trainer.model).state_dict()
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer
-        content = {"iteration": self.trainer.iter, "facts": facts, "config": self.cfg.dump()}
-        content.update(model=state, batch=[_plain(image) for image in self.batch])
+        content = {"model": state, "batch": [_plain(image) for image in self.batch], "facts": facts}
+        content |= {"iteration": self.trainer.iter, "config": self.cfg.dump()}
         path = os.path.join(self.cfg.OUTPUT_DIR, f"broken_{self.trainer.iter:07d}_worker{comm.get_rank()}.pth")
         try:
             with atomic_write(path, "wb") as file:
@@ -171,25 +169,26 @@ class NonFiniteGuard(HookBase):
 
     def _causes(self) -> str:
         solver = self.cfg.SOLVER
-        ratio, lower, amp = "", solver.BASE_LR / 4, " (not likely here: it is float32)"
+        usual, ratio = 1e-3, ""  # more than what AdamW is commonly given
         if solver.OPTIMIZER == "SGD":
-            times = solver.BASE_LR / usual_lr(solver)
-            ratio = f" for the batch: per image it is {times:.3g} times that of the published schedules"
-            lower = min(lower, usual_lr(solver))
-        else:
-            lower = min(lower, 1e-3)  # more than what AdamW is commonly given
-        if solver.AMP.ENABLED:
-            amp = f" ({solver.AMP.PRECISION})"
-        return _CAUSES.format(ratio=ratio, lower=lower, amp=amp)
+            usual = usual_lr(solver)
+            ratio = (
+                f" for the batch: per image it is {solver.BASE_LR / usual:.3g} times that of the published schedules"
+            )
+        amp = f" ({solver.AMP.PRECISION})" if solver.AMP.ENABLED else " (not likely here: it is float32)"
+        return _CAUSES.format(ratio=ratio, lower=min(solver.BASE_LR / 4, usual), amp=amp)
+
+
+def _name(image: dict[str, Any]) -> str:
+    return printable(image.get("file_name", "?"), 300, quotes=False)
 
 
 def _plain(image: dict[str, Any]) -> dict[str, Any]:
     """Return an image of a batch in types that any checkpoint may hold."""
     kept = {k: image[k] for k in ("file_name", "image_id", "height", "width", "image") if k in image}
     if "instances" in image:
-        kept["boxes"] = image["instances"].gt_boxes.tensor
-        kept["classes"] = image["instances"].gt_classes
-        kept["image_size"] = tuple(image["instances"].image_size)
+        objects = image["instances"]
+        kept |= {"boxes": objects.gt_boxes.tensor, "classes": objects.gt_classes, "image_size": (*objects.image_size,)}
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kept.items()}
 
 
@@ -220,14 +219,11 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
-    """Compute a step again whose loss broke, whole and image by image.
+    """Compute a step again whose loss broke, whole and image by image; yield, by lines, what it was and what it is.
 
     Args:
         path: a ``broken_*.pth`` of :class:`NonFiniteGuard`.
         opts: ``["KEY", "VALUE", ...]``: what to change in its config, to see whether that helps.
-
-    Yields:
-        What the run said, and what comes out now, a line for each thing.
 
     Raises:
         ValueError: the file is no such one, or an override is wrong.
@@ -252,8 +248,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         with EventStorage():
             return model(images)
 
-    facts = ", ".join(f"{key} {value}" for key, value in content["facts"].items())
-    yield f"step {content['iteration']}, then: {facts}"
+    yield f"step {content['iteration']}, then: {', '.join(f'{k} {v}' for k, v in content['facts'].items())}"
     model.load_state_dict(content["model"])
     logit = largest_logit(model, batch)
     yield f"now:\n{'largest |logit|':<16} {logit}"
@@ -263,8 +258,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
     sum(losses.values()).backward()
     yield from (f"{name:<16} {loss.item():.6g}" for name, loss in losses.items())
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
-    where = f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite"
-    yield f"{'gradients':<16} {where}"
+    yield f"{'gradients':<16} " + (f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite")
     yield "each image alone, its losses divided by a normalizer of its own:"
     for image in batch:
         with torch.no_grad():
@@ -275,5 +269,4 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         if len(boxes):
             index = int(torch.where(torch.isfinite(sides).all(1), sides.min(1).values, -torch.inf).argmin())
             worst = ", the smallest " + " x ".join(f"{side:.3g}" for side in sides[index].tolist())
-        name = printable(os.path.basename(image.get("file_name", "?")), 300, quotes=False)
-        yield f"{name} {values}, {len(boxes)} boxes{worst}"
+        yield f"{os.path.basename(_name(image))} {values}, {len(boxes)} boxes{worst}"

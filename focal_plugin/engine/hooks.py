@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data.loader import SKIPPED, too_many_bad_images
+from ..files import atomic_write
 from .checkpoint import SafeCheckpointer, remove_old_checkpoints
 from .preemption import FinishedEarly, Preempted
 from .worker_state import gather_worker_states, preserve_rng, unwrap_ddp
@@ -33,9 +35,14 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
     def before_train(self) -> None:
         super().before_train()
-        if comm.is_main_process() and 0 < self.max_iter <= self.trainer.start_iter:
+        resumed_from, final = self.checkpointer.resumed_from, f"{self.file_prefix}_final.pth"
+        target = os.path.join(self.checkpointer.save_dir, final)
+        is_over = 0 < self.max_iter <= self.trainer.start_iter
+        if comm.is_main_process() and is_over and resumed_from and not os.path.isfile(target):
             # Killed between the last step's two files, of which this is the second.
-            self.checkpointer.save_again(f"{self.file_prefix}_final")
+            with open(resumed_from, "rb") as source, atomic_write(target, "wb") as file:
+                shutil.copyfileobj(source, file)
+            self.checkpointer.tag_last_checkpoint(final)
 
     def after_step(self) -> None:
         trainer, guard = self.trainer, self.trainer.guard
@@ -77,20 +84,22 @@ class BestCheckpointer(hooks.BestCheckpointer):
         super().__init__(eval_period, checkpointer, val_metric)
         self._patience = patience
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
-
     def before_train(self) -> None:
-        if self.trainer.start_iter:
-            self._remember_file()
-            if self._val_metric in self.trainer.storage.latest():
-                self._best_checking()  # of an evaluation that EvalHook has made up for
+        # The file is the memory: a run may have been killed right after writing it, and before the next checkpoint.
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if self.trainer.start_iter and os.path.isfile(path):
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                best = saved["best"]
+                if (saved.get("run", ""), best.get("name")) == (self._checkpointer.run, self._val_metric):
+                    self.best_metric, self.best_iter = float(best["metric"]), int(best["iteration"])
+            except Exception as error:
+                logger.warning(f"{path} cannot be read ({error!r}), and will be replaced by the next evaluation's")
+        if self.trainer.start_iter and self._val_metric in self.trainer.storage.latest():
+            self._best_checking()  # of an evaluation that EvalHook has made up for
 
     def after_train(self) -> None:
-        if _has_ended_well(self.trainer):
+        if self.trainer.iter >= self.trainer.max_iter:  # as EvalHook
             super().after_train()
 
     def _best_checking(self):
@@ -100,32 +109,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         metric, iteration = float(latest[0]), latest[1]
         if math.isfinite(metric) and (self.best_metric is None or metric > self.best_metric):
-            best = {"name": self._val_metric, "metric": metric, "iteration": iteration, "run": self._checkpointer.run}
-            self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
+            best = {"name": self._val_metric, "metric": metric, "iteration": iteration}
+            threshold = self.trainer.storage.latest().get("score_threshold")  # of the evaluation of these weights
+            more = {"score_threshold": float(threshold[0])} if threshold and threshold[1] == iteration else {}
+            self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best, **more)
             logger.info(f"{self._file_prefix}.pth: {self._val_metric} {metric:.5f} at step {iteration}, the best yet")
             self.best_metric, self.best_iter = metric, iteration
         # Not counted but computed, so that an evaluation that is made up for does not count twice.
         best_iter = -1 if self.best_iter is None else self.best_iter
-        in_vain = (iteration - best_iter) // self._period if self._patience else 0
-        if 0 < self._patience <= in_vain:
-            logger.info(f"{self._val_metric} has not improved in {in_vain} evaluations: training ends")
+        if self._patience and (iteration - best_iter) // self._period >= self._patience:
+            logger.info(f"{self._val_metric} has not improved in {self._patience} evaluations: training ends")
             self.trainer.guard.finish()
-
-    def _remember_file(self) -> None:
-        """Take the best metric from the file, which a run may have written right before it was killed."""
-        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
-        if not os.path.isfile(path):
-            return
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["best"]
-            metric, iteration = float(saved["metric"]), int(saved["iteration"])
-        except Exception as error:
-            logger.warning(f"{path} cannot be read ({error!r}), and will be replaced by the next evaluation's")
-            self.best_metric = self.best_iter = None
-            return
-        is_ours = saved.get("run") == self._checkpointer.run and saved.get("name") == self._val_metric
-        if is_ours and (self.best_metric is None or metric > self.best_metric):
-            self.best_metric, self.best_iter = metric, iteration
 
 
 class EvalHook(hooks.EvalHook):
@@ -152,8 +146,9 @@ class EvalHook(hooks.EvalHook):
             self.trainer.storage.iter = done
 
     def after_train(self) -> None:
-        # Detectron2's evaluates after a last step that has failed, too: alone, while the other workers wait in it.
-        if _has_ended_well(self.trainer):
+        # Detectron2's evaluates after a last step that has failed, too: alone, while the other workers wait in it. Only
+        # when all steps were made is one further counted than the last.
+        if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
 
     def _do_eval(self):
@@ -169,11 +164,6 @@ class EvalHook(hooks.EvalHook):
                 self._checkpoints.save_preempted(workers)
             raise
         self._evaluated = done
-
-
-def _has_ended_well(trainer) -> bool:
-    """Return whether all steps were made: only then Detectron2 counts one further than the last."""
-    return trainer.iter >= trainer.max_iter
 
 
 class BadImages(HookBase):

@@ -44,10 +44,9 @@ def argument_parser() -> ArgumentParser:
 
 
 def run(args: Namespace) -> int:
-    """Train or evaluate as the command line says, on as many workers as it says.
+    """Train or evaluate as the command line says, on workers that are started here or were by torchrun.
 
-    What can be seen to be wrong with the command line, the config or a data set is found before a worker starts, and
-    printed as one message. The workers are started here, or were by torchrun, of which this is then one.
+    What can be seen to be wrong is found before a worker starts, and printed as one message.
 
     Returns:
         The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
@@ -125,7 +124,7 @@ def main(job: Job) -> None:
             model = FocalTrainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=job.resume)
-        skipped = f"; skipped: {'; '.join(checkpointer.skipped)}" if checkpointer.skipped else ""
+        skipped = "; skipped: " * bool(checkpointer.skipped) + "; ".join(checkpointer.skipped)
         logger.info(f"EVALUATING {checkpointer.resumed_from or cfg.MODEL.WEIGHTS}{skipped}")
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
@@ -152,7 +151,7 @@ def start_banner(trainer: FocalTrainer) -> str:
         start = f"RESUMING after step {trainer.start_iter}{left}, from {resumed_from or cfg.OUTPUT_DIR}"
     else:
         start = f"FRESH, weights from {model.WEIGHTS}" if model.WEIGHTS else "FRESH, with random weights"
-    rows = {"start": start + (f"; skipped: {'; '.join(skipped)}" if skipped else "")}
+    rows = {"start": start + "; skipped: " * bool(skipped) + "; ".join(skipped)}
     for key in all_keys(cfg):
         if lookup(cfg, key) != lookup(written, key):
             rows[key] = f"{lookup(written, key)} -> {lookup(cfg, key)}"
@@ -161,17 +160,17 @@ def start_banner(trainer: FocalTrainer) -> str:
     is_ours = stream_of(trainer.data_loader) is not None
     images = len(trainer.data_loader.dataset) if is_ours else 0  # without those that are left out
     train, test = (", ".join(names) or "nothing" for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
-    rows["data"] = f"{images or '?'} images of {train}; tested on {test}"
     epochs = f"{solver.MAX_ITER * solver.IMS_PER_BATCH / images:.3g}" if images else "?"
-    rows["schedule"] = f"{solver.MAX_ITER} steps of {solver.IMS_PER_BATCH} images, {epochs} epochs"
-    clipped = f"clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "not clipped"
+    clipped = f"gradients clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "gradients not clipped"
     precision = solver.AMP.PRECISION if solver.AMP.ENABLED else "float32"
-    rows["optimizer"] = (
-        f"{solver.OPTIMIZER}, {solver.LR_SCHEDULER_NAME} of {solver.BASE_LR:g}, gradients {clipped}, {precision}"
-    )
-    rows["loss"] = f"that of {model.META_ARCHITECTURE}"
+    loss = {}
     if model.META_ARCHITECTURE == "FocalRetinaNet":
-        weighting = {key: model.RETINANET[key] for key in ("FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA")}
-        mined = model.OHEM if model.FOCAL.HEAD == "OHEMHead" else {}
-        rows["loss"] = ", ".join(f"{key} {value}" for key, value in {**model.FOCAL, **weighting, **mined}.items())
+        loss = {**model.FOCAL, **{key: model.RETINANET[key] for key in ("FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA")}}
+        loss |= model.OHEM if model.FOCAL.HEAD == "OHEMHead" else {}
+    rows |= {
+        "data": f"{images or '?'} images of {train}; tested on {test}",
+        "schedule": f"{solver.MAX_ITER} steps of {solver.IMS_PER_BATCH} images, {epochs} epochs",
+        "optimizer": f"{solver.OPTIMIZER}, {solver.LR_SCHEDULER_NAME} of {solver.BASE_LR:g}, {clipped}, {precision}",
+        "loss": ", ".join(f"{key} {value}" for key, value in loss.items()) or f"that of {model.META_ARCHITECTURE}",
+    }
     return tabulate(rows.items(), tablefmt="plain", disable_numparse=True)

@@ -41,9 +41,6 @@ class Preempted(SystemExit):
 class FinishedEarly(SystemExit):
     """Training has ended before its last step because it does not improve any more; no error."""
 
-    def __init__(self):
-        super().__init__(0)
-
 
 def stop_requested() -> bool:
     """Return whether this process has been asked to stop when the step is over."""

@@ -33,16 +33,11 @@ from .torchrun import Workers
 class Job:
     """What the workers are given, all of it checked."""
 
-    args: Namespace
-    """As typed."""
-    cfg: CfgNode
-    """Frozen; not yet scaled to the number of workers."""
-    resume: bool
-    """Whether to go on: as typed, or because torchrun or SLURM has started the run again."""
-    thing_classes: Mapping[str, Sequence[str]]
-    """The class names of the data sets that the command line registers."""
-    warnings: Sequence[str]
-    """What is wrong with the data and can be trained on."""
+    args: Namespace  # as typed
+    cfg: CfgNode  # frozen; not yet scaled to the number of workers
+    resume: bool  # as typed, or because torchrun or SLURM has started the run again
+    thing_classes: Mapping[str, Sequence[str]]  # of the data sets that the command line registers
+    warnings: Sequence[str]  # what is wrong with the data and can be trained on
 
 
 def preflight(args: Namespace, workers: Workers) -> Job:
@@ -113,28 +108,30 @@ def check_values(cfg: CfgNode) -> None:
         ValueError: with a line for each value that cannot be, which says what can.
     """
     defaults = load_config("")
-    problems = [  # yacs takes None for any value; for a name, such as that of a norm, it can be meant
-        f"{key} None: must be a value, such as its default, {printable(lookup(defaults, key))}"
-        for key in all_keys(cfg)
-        if key not in _RULES and lookup(cfg, key) is None and not isinstance(lookup(defaults, key), (str, type(None)))
-    ]
-    for key, (expected, is_valid) in _RULES.items():
-        try:
-            valid = is_valid(lookup(cfg, key))
-        except (OverflowError, RuntimeError, TypeError):  # None, a text among numbers, no device
-            valid = False
+    problems = []
+    for key in {**_RULES, **dict.fromkeys(all_keys(cfg))}:
+        value, default = lookup(cfg, key), lookup(defaults, key)
+        if key in _RULES:
+            expected, is_valid = _RULES[key]
+            try:
+                valid = is_valid(value)
+            except (OverflowError, RuntimeError, TypeError):  # None, a text among numbers, no device
+                valid = False
+        else:  # yacs takes None for any value; for a name, such as that of a norm, it can be meant
+            valid = value is not None or isinstance(default, (str, type(None)))
+            expected = f"a value, such as its default, {printable(default)}"
         if not valid:
-            problems.append(f"{key} {printable(lookup(cfg, key))}: must be {expected}")
-    model = cfg.MODEL
-    if not problems and len(model.RETINANET.IOU_LABELS) != len(model.RETINANET.IOU_THRESHOLDS) + 1:
+            problems.append(f"{key} {printable(value)}: must be {expected}")
+    model, net = cfg.MODEL, cfg.MODEL.RETINANET
+    if not problems and len(net.IOU_LABELS) != len(net.IOU_THRESHOLDS) + 1:
         problems.append(
-            f"MODEL.RETINANET.IOU_LABELS {model.RETINANET.IOU_LABELS}: must be one more than IOU_THRESHOLDS "
-            f"{model.RETINANET.IOU_THRESHOLDS}, which part the IoUs"
+            f"MODEL.RETINANET.IOU_LABELS {net.IOU_LABELS}: must be one more than IOU_THRESHOLDS {net.IOU_THRESHOLDS}, "
+            "which part the IoUs"
         )
-    if cfg.TEST.EARLY_STOP_PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.TEST.BEST_METRIC):
-        problems.append("TEST.EARLY_STOP_PATIENCE: needs TEST.EVAL_PERIOD > 0 and a TEST.BEST_METRIC, such as bbox/AP")
     if not problems and len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         problems.append("MODEL.PIXEL_MEAN and PIXEL_STD: must be as long as each other")
+    if cfg.TEST.EARLY_STOP_PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.TEST.BEST_METRIC):
+        problems.append("TEST.EARLY_STOP_PATIENCE: needs TEST.EVAL_PERIOD > 0 and a TEST.BEST_METRIC, such as bbox/AP")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -169,8 +166,6 @@ _RULES: dict[str, _Rule] = {
     "MODEL.PIXEL_STD": _each(_POSITIVE, "one a channel"),
     "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE, "pixels"), "one for each level"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE, "ratios"), "one for each level or one for all"),
-    "MODEL.RETINANET.NUM_CLASSES": _FROM_1,
-    "MODEL.RETINANET.NUM_CONVS": _FROM_1,
     "MODEL.RETINANET.IN_FEATURES": _each(_NAME, '["p3", "p4"]'),
     "MODEL.RETINANET.IOU_THRESHOLDS": (
         "increasing numbers in (0, 1]",
@@ -179,25 +174,19 @@ _RULES: dict[str, _Rule] = {
     "MODEL.RETINANET.IOU_LABELS": _each(("-1, 0 or 1", (-1, 0, 1).__contains__), "[0, -1, 1]"),
     "DATASETS.TRAIN": _each(_NAME, '("name",)', least=0),
     "DATASETS.TEST": _each(_NAME, '("name",)', least=0),
-    "DATALOADER.NUM_WORKERS": _FROM_0,
-    "DATALOADER.MAX_BAD_IMAGES": _FROM_0,
     "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1, "(800,)"),
-    "INPUT.MIN_SIZE_TEST": _FROM_0,
-    "SOLVER.IMS_PER_BATCH": _FROM_1,
-    "SOLVER.BASE_LR": _POSITIVE,
-    "SOLVER.MAX_ITER": _FROM_1,
-    "SOLVER.WARMUP_ITERS": _FROM_0,
     "SOLVER.STEPS": (
         "increasing whole numbers: (60000, 80000)",
         lambda steps: list(steps) == sorted(step for step in set(steps) if _FROM_0[1](step)),
     ),
+    "SOLVER.BASE_LR": _POSITIVE,
     "SOLVER.OPTIMIZER": ("one of SGD, ADAMW", ("SGD", "ADAMW").__contains__),
     "SOLVER.AMP.PRECISION": ("one of float16, bfloat16", ("float16", "bfloat16").__contains__),
-    "SOLVER.REFERENCE_WORLD_SIZE": _FROM_0,
-    "SOLVER.CHECKPOINT_PERIOD": _FROM_1,
-    "SOLVER.CHECKPOINTS_TO_KEEP": _FROM_0,
-    "TEST.EVAL_PERIOD": _FROM_0,
-    "TEST.EARLY_STOP_PATIENCE": _FROM_0,
+    **dict.fromkeys(("MODEL.RETINANET.NUM_CLASSES", "MODEL.RETINANET.NUM_CONVS"), _FROM_1),
+    **dict.fromkeys(("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"), _FROM_1),
+    **dict.fromkeys(("SOLVER.WARMUP_ITERS", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.CHECKPOINTS_TO_KEEP"), _FROM_0),
+    **dict.fromkeys(("TEST.EVAL_PERIOD", "TEST.EARLY_STOP_PATIENCE", "INPUT.MIN_SIZE_TEST"), _FROM_0),
+    **dict.fromkeys(("DATALOADER.NUM_WORKERS", "DATALOADER.MAX_BAD_IMAGES"), _FROM_0),
 }
 
 
@@ -205,19 +194,16 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Check that every data set of a config is registered, on disk, and has as many classes as the model.
-
-    A data set whose class names are known only after loading is not compared.
+    """Check that every data set of a config is registered, on disk, and has as many classes, if known, as the model.
 
     Raises:
         ValueError: with one line per problem, each saying what to type.
     """
-    problems = [_dataset_problem(cfg, key, name) for key in splits for name in cfg.DATASETS[key]]
+    problems = dict.fromkeys(_dataset_problem(cfg, key, name) for key in splits for name in cfg.DATASETS[key])
     if "TRAIN" in splits and not cfg.DATASETS.TRAIN:
-        problems.append("DATASETS.TRAIN is empty: there is nothing to train on")
-    problems = [problem for problem in dict.fromkeys(problems) if problem]  # in order, each once
-    if problems:
-        raise ValueError("\n".join(problems))
+        problems["DATASETS.TRAIN is empty: there is nothing to train on"] = None
+    if any(problems):
+        raise ValueError("\n".join(filter(None, problems)))
 
 
 def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
@@ -238,10 +224,10 @@ def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
     if classes is None or len(classes) == expected:
         return ""
     is_wrong_key = cfg.MODEL.ROI_HEADS.NUM_CLASSES != 80 == expected
+    more = " (RetinaNet does not read MODEL.ROI_HEADS.NUM_CLASSES, which was changed)" if is_wrong_key else ""
     return (
         f"'{name}' has {len(classes)} classes {printable(list(classes), 100)}, but MODEL.RETINANET.NUM_CLASSES is "
-        f"{expected}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
-        + (" (RetinaNet does not read MODEL.ROI_HEADS.NUM_CLASSES, which was changed)" if is_wrong_key else "")
+        f"{expected}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}{more}"
     )
 
 
@@ -267,9 +253,8 @@ def check_training_data(cfg: CfgNode) -> list[str]:
         shown = report.fatal or [finding for finding in report.findings if finding.severity != "note"]
         if shown:
             problem = "cannot be used" if report.fatal else "has faults"
-            lines = [f"'{name}' {problem} (tools/check_dataset.py {json_file} {image_root} says more):"]
-            lines += [f"  {finding.to_text()}" for finding in shown]
-            (fatal if report.fatal else warnings).append("\n".join(lines))
+            title = f"'{name}' {problem} (tools/check_dataset.py {json_file} {image_root} says more):"
+            (fatal if report.fatal else warnings).append("\n  ".join([title, *(found.to_text() for found in shown)]))
     if fatal:
         raise ValueError("\n".join(fatal))
     return warnings

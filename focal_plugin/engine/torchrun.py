@@ -16,21 +16,14 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers of a run, and which of them this process is.
-
-    Attributes:
-        per_machine, num_machines: how many there are.
-        machine_rank, dist_url: of this machine, and where they meet, for :func:`detectron2.engine.launch`.
-        local_rank: of this process among those of its machine; None: it is no worker, and starts them.
-        restarts: how often torchrun or SLURM has started the run before.
-    """
+    """The workers of a run, and which of them this process is."""
 
     per_machine: int = 1
     num_machines: int = 1
     machine_rank: int = 0
-    dist_url: str = "auto"
-    local_rank: int | None = None
-    restarts: int = 0
+    dist_url: str = "auto"  # where the machines meet, for detectron2.engine.launch
+    local_rank: int | None = None  # of this process on its machine; None: it is no worker, and starts them
+    restarts: int = 0  # how often torchrun or SLURM has started the run before
 
     @classmethod
     def find(cls, args: Namespace, env: Mapping[str, str] = os.environ) -> Workers:

@@ -9,22 +9,24 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver import build_optimizer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from ..config import NO_KEYS, unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
+from ..eval.coco import best_threshold
 from ..files import atomic_write
 from ..scalars import flush_scalars
 from .auto_scale import scale_to_workers
@@ -57,8 +59,13 @@ class FocalTrainer(DefaultTrainer):
             raise ValueError(f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: must be one of float16, bfloat16")
         self.unscaled_cfg = cfg
         cfg = scale_to_workers(cfg, comm.get_world_size())
-        with _ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
+        create_ddp_model = defaults.create_ddp_model
+        if cfg.MODEL.DEVICE == "cpu":  # DefaultTrainer would give DistributedDataParallel a GPU's index
+            defaults.create_ddp_model = functools.partial(create_ddp_model, device_ids=None)
+        try:
             super().__init__(cfg)
+        finally:
+            defaults.create_ddp_model = create_ddp_model
         if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16":
             self._trainer.precision = torch.bfloat16
             # bfloat16 has float32's range: no gradient underflows, and a scale would only cost its steps.
@@ -134,29 +141,18 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        solver = cfg.SOLVER
-        clip = solver.CLIP_GRADIENTS
-        clips_by_norm = clip.ENABLED and clip.CLIP_TYPE == "norm"
-        if clips_by_norm:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        if solver.OPTIMIZER == "SGD":
-            optimizer = build_optimizer(cfg, model)
-        elif solver.OPTIMIZER == "ADAMW":
-            params = get_default_optimizer_params(
-                model,
-                base_lr=solver.BASE_LR,
-                weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-                bias_lr_factor=solver.BIAS_LR_FACTOR,
-                weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-            )
-            adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-            optimizer = adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True)
-        else:
-            raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r}: must be one of SGD, ADAMW")
-        if clips_by_norm:
-            optimizer.register_step_pre_hook(functools.partial(_clip_by_norm, clip.CLIP_VALUE, clip.NORM_TYPE))
+        if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
+            raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r}: must be one of SGD, ADAMW")
+        solver, clip, unclipped = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS, cfg.clone()
+        unclipped.defrost()
+        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = build_optimizer(unclipped, model)
+        if solver.OPTIMIZER == "ADAMW":
+            groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
+            optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True)
+        if not clip.ENABLED or clip.CLIP_TYPE != "norm":
+            return maybe_add_gradient_clipping(cfg, optimizer)
+        optimizer.register_step_pre_hook(functools.partial(_clip_by_norm, clip.CLIP_VALUE, clip.NORM_TYPE))
         return optimizer
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -167,6 +163,9 @@ class FocalTrainer(DefaultTrainer):
         checkpoints = PeriodicCheckpointer(
             self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP
         )
+        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") if cfg.DATASETS.TRAIN else None
+        if classes:  # so that a prediction can name them where the data set is not
+            self.checkpointer.facts = {"thing_classes": list(map(str, classes))}
         precise_bn = best = None
         if cfg.TEST.PRECISE_BN.ENABLED:
             alone = cfg.clone()
@@ -180,6 +179,11 @@ class FocalTrainer(DefaultTrainer):
             if len(names) > 1 and not any(metric.startswith(f"{name}/") for name in names):
                 metric = f"{names[0]}/{metric}"  # as the storage calls it
             best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, patience)
+
+        def evaluate():
+            self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
+
         return [
             BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
             TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 and can_draw else None,
@@ -187,14 +191,10 @@ class FocalTrainer(DefaultTrainer):
             hooks.LRScheduler(),
             precise_bn,  # before a checkpoint, which shall hold its statistics
             checkpoints,  # before an evaluation, which may fail; on all workers, Detectron2's on the main one only
-            EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, checkpoints),
+            EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, checkpoints),
             best,
             hooks.PeriodicWriter(self.build_writers()) if is_main else None,
         ]
-
-    def _evaluate(self):
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
 
     def after_step(self) -> None:
         if self.guard.looked_at != self.iter:
@@ -203,9 +203,8 @@ class FocalTrainer(DefaultTrainer):
         super().after_step()
 
     def state_dict(self) -> dict:
-        state = super().state_dict()
-        # DefaultTrainer keys the hooks' states by class, and leaves out all but the first of a class.
-        state["hooks"] = {name: hook.state_dict() for name, hook in self._named_hooks() if hook.state_dict()}
+        # DefaultTrainer keeps the state of the first hook of a class only.
+        state = {**super().state_dict(), "hooks": {k: h.state_dict() for k, h in self._named_hooks() if h.state_dict()}}
         stream = stream_of(self.data_loader)
         if stream is not None:
             batches = stream.batch + self.iter + 1 - self.start_iter
@@ -217,14 +216,13 @@ class FocalTrainer(DefaultTrainer):
         if isinstance(self._trainer, AMPTrainer) and not trainer.get("grad_scaler"):
             # Saved in float32 or bfloat16, which have no loss scale: float16 starts from its own.
             trainer = {**trainer, "grad_scaler": self._trainer.grad_scaler.state_dict()}
-        saved, named = state_dict.get("hooks", {}), dict(self._named_hooks())
         super().load_state_dict({**state_dict, "_trainer": trainer, "hooks": {}})
-        for name in saved.keys() & named.keys():
-            named[name].load_state_dict(saved[name])
-        if saved.keys() - named.keys():
-            logger.warning(
-                f"the checkpoint has a state for hooks that are not here: {sorted(saved.keys() - named.keys())}"
-            )
+        named = {name: hook for name, hook in self._named_hooks() if hasattr(hook, "load_state_dict")}
+        for name, state in state_dict.get("hooks", {}).items():
+            if name in named:
+                named[name].load_state_dict(state)
+            else:
+                logger.warning(f"the checkpoint has a state for {name}, a hook that is not here or keeps none")
         stream, data = stream_of(self.data_loader), state_dict.get("data")
         if stream is None or data is None:
             logger.warning("the training images start again from the first: the checkpoint or the loader has no order")
@@ -256,20 +254,24 @@ class _Evaluator(COCOEvaluator):
         return super().evaluate(img_ids)
 
     def _eval_predictions(self, predictions, img_ids=None):
-        """Explain an AP of 0 or NaN, which says nothing by itself; ``predictions`` are those of all workers."""
+        """Store the best score threshold, or explain an AP of 0 or NaN; ``predictions`` are those of all workers."""
         super()._eval_predictions(predictions, img_ids)
-        if not self._do_evaluation or self._results["bbox"]["AP"] > 0:
+        if not self._do_evaluation:
             return
-        predicted = [detection for image in predictions for detection in image["instances"]]
-        found = Counter(detection["category_id"] for detection in predicted)
-        there = Counter(annotation["category_id"] for annotation in self._coco_api.anns.values())
-        scores = sorted(detection["score"] for detection in predicted)
+        found = [detection for image in predictions for detection in image["instances"]]
+        if self._results["bbox"]["AP"] > 0:
+            if has_event_storage():  # in training
+                threshold = best_threshold(self._coco_api, found)
+                get_event_storage().put_scalar("score_threshold", threshold, smoothing_hint=False)
+            return
+        scores = sorted(detection["score"] for detection in found)
+        detected, annotated = (sorted({x["category_id"] for x in xs}) for xs in (found, self._coco_api.anns.values()))
         best = f", scores {scores[0]:.3f} to {scores[-1]:.3f}" if scores else ""
         logger.warning(
-            f"AP is 0: {len(predicted)} detections{best} for {sum(there.values())} objects. Category ids detected: "
-            f"{sorted(found) or 'none'}, annotated: {sorted(there)}. Is it too early in training, were weights skipped "
-            "(see the start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the "
-            "classes have another order than in training?"
+            f"AP is 0: {len(found)} detections{best} for {len(self._coco_api.anns)} objects. Category ids detected: "
+            f"{detected or 'none'}, annotated: {annotated}. Is it too early in training, were weights skipped (see the "
+            "start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the classes have "
+            "another order than in training?"
         )
 
 
@@ -285,14 +287,3 @@ def _clip_by_norm(max_norm: float, norm_type: float, optimizer: torch.optim.Opti
     norms = torch.stack([torch.linalg.vector_norm(grad, norm_type).to(grads[0].device) for grad in grads])
     for grad, factor in zip(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()):
         grad.mul_(factor.to(grad.device))
-
-
-@contextmanager
-def _ddp_without_device_ids():
-    """Keep ``DefaultTrainer`` from giving DistributedDataParallel a GPU index for a module on the CPU."""
-    original = defaults.create_ddp_model
-    defaults.create_ddp_model = functools.partial(original, device_ids=None)
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = original

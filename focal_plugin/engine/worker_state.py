@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
     """Return the states of all workers on the main one, an empty list elsewhere. A collective call.
 
-    A worker's own are its random number generators and its buffers: the running statistics of batch norms, and
-    ``loss_normalizer``. Detectron2's checkpoint has the main worker's only.
+    They are random number generators and buffers (running statistics, ``loss_normalizer``), of which Detectron2's
+    checkpoint has the main worker's only.
     """
     model = unwrap_ddp(model)
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in _saved_buffers(model).items()}

@@ -1,37 +1,63 @@
-"""Renders a report: one HTML file that needs nothing else, and Markdown with its pictures beside it."""
+"""Render pages: one HTML file that needs nothing else, or Markdown; and the page on one evaluation."""
 
 from __future__ import annotations
 
 import base64
+import math
 import mimetypes
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pycocotools.coco import COCO
 
-from .texts import markdown_text, printable
+from ..files import atomic_write, origin, printable
+from .coco import KINDS, METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
+from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
+
+NONE = "–"
 
 
 def render_html(context: dict[str, Any], folder: Path, template: str = "page.html") -> str:
-    """`folder` has the pictures, which go into the page itself."""
+    """Render a page; ``folder`` has the pictures, which go into the page itself."""
     environment = _environment(autoescape=True)
     environment.filters["data_uri"] = lambda name: _data_uri(folder / name)
     return environment.get_template(template).render(context)
 
 
 def render_markdown(context: dict[str, Any]) -> str:
+    """Render report.md."""
     environment = _environment(autoescape=False)
     environment.filters["md"] = markdown_text
     return environment.get_template("report.md").render(context)
 
 
+def markdown_text(text: str) -> str:
+    """Return a text on one line, and without what Markdown would take for a table, a tag or a quotation."""
+    text = " / ".join(line for line in _safe(text).splitlines() if line.strip())
+    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
+        text = text.replace(mark, instead)
+    return text
+
+
+def _safe(text: str) -> str:
+    """The text with its lines; those with control characters, marks of direction or lone surrogates escaped."""
+    lines = (line if line.isprintable() else printable(line, 10 * len(line), quotes=False) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
 def _environment(autoescape: bool) -> Environment:
-    loader = PackageLoader("focal_plugin.eval", "templates")
     return Environment(
-        loader=loader,
+        loader=PackageLoader("focal_plugin.eval", "templates"),
         autoescape=autoescape,
         undefined=StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: _safe(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -40,3 +66,121 @@ def _environment(autoescape: bool) -> Environment:
 def _data_uri(path: Path) -> str:
     kind = mimetypes.guess_type(path.name)[0]
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+# ------------------------------ the page on one evaluation
+
+
+def write_eval_report(
+    predictions: str | os.PathLike,
+    annotations: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    iou: float = 0.5,
+    score_threshold: float | None = None,
+    examples: int = 24,
+    command: str = "",
+) -> str:
+    """Write one HTML file that needs nothing else.
+
+    Args:
+        predictions: results in COCO's format, as ``coco_instances_results.json`` of an evaluation.
+        annotations: in COCO's format.
+        path: the HTML file.
+        images: the folder that the file names of the annotations start from; None: no pictures.
+        iou: from which on a detection has found an object, for errors and pictures.
+        score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
+        examples: so many pictures of each kind of error at most.
+        command: what a person typed.
+
+    Returns:
+        The result in one line.
+
+    Raises:
+        OSError, ValueError: a file or folder is not there or something else; the message names it.
+    """
+    if images is not None and not os.path.isdir(images):
+        raise FileNotFoundError(f"there is no folder {os.fspath(images)}")
+    if os.path.realpath(path) in map(os.path.realpath, (predictions, annotations)):
+        raise ValueError(f"{os.fspath(path)} is one of the two files to read: give the page another name")
+    for name, value, valid, bounds in (
+        ("--examples", examples, examples >= 0, ">= 0"),
+        ("--iou", iou, 0 < iou <= 1, "in (0, 1]"),
+        ("--score-threshold", score_threshold, score_threshold == score_threshold, "a number"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} must be {bounds}, got {value}")
+    truth = read_truth(annotations)
+    found = read_predictions(predictions, truth)
+    table, curves = evaluate(truth, found)
+    threshold = best_threshold(truth, found, iou) if score_threshold is None else score_threshold
+    errors = find_errors(truth, found, iou, threshold)
+    kinds = Counter(error.kind for error in errors)
+    num_missed, num_objects = kinds["Missed"], int(table.objects[0])
+    correct, num_false = num_objects - num_missed, len(errors) - num_missed
+    why = ", from which on F1 is the highest" if score_threshold is None and threshold else ""
+    summary = (
+        f"at IoU {iou:g}, of the {correct + num_false:,} detections with a score of at least {threshold:.3g}{why}, "
+        f"{correct:,} are right and {num_false:,} false; {num_missed:,} of {num_objects:,} objects are missed"
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        html = render_html(
+            {
+                "name": _safe(Path(predictions).name),
+                "total": table.iloc[0],
+                "num_images": len(truth.imgs),
+                "num_seen": len({p["image_id"] for p in found}),
+                "names": {id_: category["name"] for id_, category in truth.cats.items()},
+                "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
+                "curves": _draw_curves(table, curves, folder),
+                "summary": summary,
+                "kinds": [(kind, kinds[kind], meaning) for kind, meaning in KINDS.items()],
+                "threshold": threshold,
+                "wrong": _draw_errors(errors[:num_false][:examples], truth, images, folder, (WRONG, TRUTH)),
+                "misses": _draw_errors(errors[num_false:][:examples], truth, images, folder, (MISSED, WRONG)),
+                "has_images": images is not None,
+                "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED},
+                **origin(command),
+            },
+            folder,
+            "evaluation.html",
+        )
+    with atomic_write(path) as file:
+        file.write(html)
+    return f"AP {_text(table.AP[0])}, AP50 {_text(table.AP50[0])}; {summary}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return NONE if math.isnan(value) else f"{value:.1f}"
+    return value if isinstance(value, str) else f"{value:,}"
+
+
+def _draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, str]]:
+    """Draw a panel for all classes and, the worst first, one for each, if there are several."""
+    panels = []
+    rows = table.index[table.AP.notna()][: 1 if len(table) == 2 else None]
+    for row in sorted(rows, key=lambda row: (row > 0, table.AP[row])):
+        own = {name: values[row] for name, values in curves.items()}
+        areas = ", ".join(f"{name}: {100 * curve.mean():.1f}" for name, curve in own.items())
+        panels.append({"file": f"curve{row}.svg", "name": table.name[row], "areas": areas})
+        save_svg(draw_curves(own, small=row > 0), folder / panels[-1]["file"])
+    return panels
+
+
+def _draw_errors(
+    errors: Sequence[Error], truth: COCO, images: str | os.PathLike | None, folder: Path, colors: Sequence[str]
+) -> list[tuple[Error, str, str]]:
+    """Draw each; with its image's name, and the picture's, which is "" if the image cannot be read."""
+    drawn = []
+    for number, error in enumerate(errors):
+        name, file = truth.imgs[error.entry["image_id"]].get("file_name", ""), ""
+        image = open_image(images, name) if images is not None else None
+        if image is not None:
+            boxes = [(e["bbox"], color, "") for e, color in zip((error.entry, error.other), colors) if e]
+            file = f"{error.kind}{number}.jpg"
+            crop(image, boxes).save(folder / file, quality=85)
+        drawn.append((error, name, file))
+    return drawn

@@ -1,73 +1,93 @@
-"""What one training leaves in its folder, read back."""
+"""What there is to train, and what one training leaves in its folder, read back."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
 import re
+import shlex
 import signal
+import statistics
+import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
+from scipy.stats import ttest_rel
 
+from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
-from ..files import atomic_write, machine, now
+from ..files import atomic_write, machine, now, printable
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
 
-CONSOLE = "console.txt"
-RESULT = "result.json"
+CONSOLE, RESULT = "console.txt", "result.json"
+OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
+AP = "bbox/AP"
+METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
+# AP of the focal loss and of its rival in the paper, and where.
+_FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
+PAPER = {
+    "OHEM": (_FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row of a table with one seed."""
+
+    method: str  # see RunResult
+    title: str
+    seed: int
+    folder: Path  # everything it leaves goes there
+    command: tuple[str, ...]  # what trains it, as a person in this folder would type it; it begins with "python"
+    fingerprint: str  # of everything that decides the outcome
+    max_iter: int  # SOLVER.MAX_ITER
+    images_per_step: int = 0  # SOLVER.IMS_PER_BATCH
+    on_gpu: bool = False  # whether it computes there
+    row: PaperRow | None = None
+
+    def result(self) -> RunResult:
+        """Return how it ended, if it has ended with this fingerprint; else a result that is "missing"."""
+        result = RunResult(self.method, self.title, self.seed, self.folder, list(self.command), self.fingerprint)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+            if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or result.detections.is_file()):
+                saved["metrics"] = {k: math.nan if v is None else v for k, v in saved["metrics"].items()}
+                vars(result).update({key: saved[key] for key in vars(result).keys() & saved.keys()})
+        return result
 
 
 @dataclass
 class RunResult:
-    """How one training ended.
+    """How one training ended."""
 
-    Attributes:
-        method: key of the paper's method, such as "ohem_128_nms0.5".
-        title: the method by what its configuration does, such as "OHEM 32/.5".
-        seed: of weights and data order.
-        folder: where all of the run is.
-        command: what trained it, as a person would type it.
-        fingerprint: of everything that decides the outcome.
-        status: "done", "diverged", "failed", or "missing" for a run that has not ended.
-        step: of a diverged run, the step whose loss was no number.
-        error: of a diverged or failed run, what it said.
-        exit_code: of the process; None: it was not started.
-        metrics: of the last evaluation, in percent: "bbox/AP", "bbox/AP50", "bbox/APs", "bbox/AP-dog", ...
-        seconds: wall clock of the process, start-up and evaluation included; of the last attempt.
-        attempts: 1, or more for a run that was stopped and went on.
-        peak_memory: bytes; of the GPU, or resident in the process on a CPU. 0: unknown.
-        peak_memory_of: "GPU" or "process".
-        machine: where it was trained.
-        date: when it ended, UTC.
-        threads: of the process.
-        parallel: how many runs shared the machine.
-        reused: an earlier call trained it.
-    """
-
-    method: str
-    title: str
-    seed: int
-    folder: Path
-    command: list[str]
-    fingerprint: str = ""
-    status: str = "missing"
-    step: int | None = None
-    error: str = ""
-    exit_code: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    attempts: int = 1
-    peak_memory: int = 0
-    peak_memory_of: str = "process"
-    machine: str = ""
-    date: str = ""
-    threads: int = 1
-    parallel: int = 1
-    reused: bool = False
+    method: str  # key of the paper's method, such as "ohem_128_nms0.5", or on COCO of its recipe
+    title: str  # the method by what its configuration does, such as "OHEM 32/.5"
+    seed: int  # of weights and data order
+    folder: Path  # where all of the run is
+    command: list[str]  # what trained it, as a person would type it
+    fingerprint: str = ""  # of everything that decides the outcome
+    status: str = "missing"  # has not ended; or "done", "diverged", "failed"
+    step: int | None = None  # of a diverged run, the step whose loss was no number
+    error: str = ""  # of a diverged or failed run, what it said
+    exit_code: int | None = None  # of the process; None: it was not started
+    metrics: dict[str, float] = field(default_factory=dict)  # in percent: "bbox/AP", "bbox/AP50", "bbox/AP-dog", ...
+    seconds: float = 0.0  # wall clock of the last attempt's process, start-up and evaluation included
+    attempts: int = 1  # more for a run that was stopped and went on
+    peak_memory: int = 0  # bytes; of the GPU, or resident in the process on a CPU. 0: unknown
+    peak_memory_of: str = "process"  # or "GPU"
+    machine: str = ""  # where it was trained
+    date: str = ""  # when it ended, UTC
+    threads: int = 1  # of the process
+    parallel: int = 1  # how many runs shared the machine
+    reused: bool = False  # an earlier call trained it
 
     @property
     def ok(self) -> bool:
@@ -75,7 +95,7 @@ class RunResult:
 
     @property
     def ended(self) -> bool:
-        """Whether there is an outcome, so that it need not be trained again."""
+        """Return whether there is an outcome, so that it need not be trained again."""
         return self.status in ("done", "diverged")
 
     @property
@@ -87,118 +107,256 @@ class RunResult:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of Detectron2's metrics.json in the order of their steps.
+        """Return the records of Detectron2's metrics.json in the order of their steps.
 
         A run that was stopped and went on from a checkpoint has done some steps twice: the later record counts.
         """
-        path = self.folder / "metrics.json"
-        records = _parse(path.read_text(encoding="utf-8")) if path.is_file() else []
-        by_step = {record["iteration"]: record for record in records if "iteration" in record}
+        by_step = {record["iteration"]: record for record in self._records()}
         return [by_step[step] for step in sorted(by_step)]
 
+    def last_step(self) -> dict[str, Any] | None:
+        """Return the newest training record; only the end of the file is read, for long runs write long files."""
+        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), None)
+
+    def _records(self, tail: int = sys.maxsize) -> list[dict[str, Any]]:
+        records = []
+        with suppress(OSError), (self.folder / "metrics.json").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            for line in file.read().decode("utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # a stop leaves half a line, which has the next record behind it
+                    records.append(json.loads(line[line.rindex("{") :]))
+        return [record for record in records if "iteration" in record]
+
     def config(self) -> dict[str, Any]:
-        """The full configuration the run was trained with; empty if it failed before writing one."""
+        """Return the full configuration the run was trained with; empty if it failed before writing one."""
         path = self.folder / "config.yaml"
         return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
-    def last_step(self, tail: int = 16384) -> dict[str, Any] | None:
-        """The newest training record; reads only the end of the file, for long runs write long files."""
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - tail))
-            records = _parse(file.read().decode("utf-8", errors="replace"))
-        return next((r for r in reversed(records) if "total_loss" in r and "iteration" in r), None)
-
     def finish(self, exit_code: int, seconds: float) -> None:
-        """Takes in what the ended process has left, and writes it down."""
-        self.exit_code, self.seconds, self.metrics = exit_code, seconds, self._final_metrics()
-        self.machine, self.date = machine(), now()
-        self._find_gpu_memory()
+        """Take in what the ended process has left, and write it down."""
+        self.exit_code, self.seconds, self.machine, self.date = exit_code, seconds, machine(), now()
+        self.metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}
+        with suppress(OSError, ValueError):  # Detectron2 gives NaN to a model that detects nothing; its AP is 0
+            if json.loads(self.detections.read_text(encoding="utf-8")) == []:
+                self.metrics = {k: 0.0 if math.isnan(v) else v for k, v in self.metrics.items()}
+        console = ""
+        with suppress(OSError):
+            console = (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+        gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
+        self.peak_memory_of = "GPU" if gpu else "process"
+        self.peak_memory = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        self.status, self.error, self.step = "done", "", None
         if exit_code:
-            self.error = _last_error(self.folder / CONSOLE, exit_code)
-            self.step = self._diverged_at()
-            self.status = "failed" if self.step is None else "diverged"
+            self.status, self.error = "failed", _last_error(console, exit_code)
+            with suppress(OSError, ValueError, KeyError, TypeError):  # as the trainer's guard has left it
+                self.step = int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
+                self.status = "diverged"
         elif "bbox/AP" not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
-        else:
-            self.status, self.error = "done", ""
-        self._save()
-
-    def load(self) -> bool:
-        """Takes over how an earlier attempt in this folder ended, if it has this fingerprint."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-            if saved["fingerprint"] == self.fingerprint and (saved["status"] != "done" or self.detections.is_file()):
-                known = {name: saved[name] for name in _SAVED if name in saved}
-                known["metrics"] = {k: math.nan if v is None else v for k, v in saved["metrics"].items()}
-                vars(self).update(known)
-                return True
-        return False
-
-    def _save(self) -> None:
-        saved = {key: value for key, value in asdict(self).items() if key in _SAVED}
-        # A class without an object has no AP; JSON has no NaN.
+        # How it is called and where it lies are the asker's to say. A class without an object has no AP; JSON no NaN.
+        saved = {k: v for k, v in asdict(self).items() if k not in ("method", "title", "folder", "reused")}
         saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
-        text = json.dumps(saved, indent=1, allow_nan=False)
-        write_whole(self.folder / RESULT, text + "\n")
-
-    def _diverged_at(self) -> int | None:
-        """Return the step that the trainer's guard has left in the folder; None if the loss did not break."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
-        return None
-
-    def _final_metrics(self) -> dict[str, float]:
-        metrics = {k: v for record in self.history() for k, v in record.items() if k.startswith("bbox/")}
-        # Upstream gives NaN to a model that detects nothing at all. Its AP is 0.
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(self.detections.read_text(encoding="utf-8")) == []:
-                metrics = {k: 0.0 if math.isnan(v) else v for k, v in metrics.items()}
-        return metrics
-
-    def _find_gpu_memory(self) -> None:
-        """Upstream's printer ends its lines with PyTorch's peak on the GPU, such as `max_mem: 4012M`."""
-        with contextlib.suppress(OSError):
-            peaks = re.findall(
-                r"max_mem: (\d+)M", (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
-            )
-            if peaks:
-                self.peak_memory, self.peak_memory_of = max(map(int, peaks)) * 2**20, "GPU"
+        with atomic_write(self.folder / RESULT) as file:
+            file.write(json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
 
-# Where a run lies and how it is called are the asker's to say.
-_SAVED = [f.name for f in fields(RunResult) if f.name not in ("method", "title", "folder", "reused")]
+def typed(path: Path) -> str:
+    """Return the path as a person in this folder would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that, stopped at any moment (power included), it is there whole or as it was."""
-    with atomic_write(path) as file:
-        file.write(text)
-
-
-def of_method(results: Sequence[RunResult], method: str) -> list[RunResult]:
-    return [result for result in results if result.method == method]
-
-
-def _parse(text: str) -> list[dict[str, Any]]:
-    records = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
-def _last_error(console: Path, exit_code: int) -> str:
-    """The exception a process died of, or the end of its console."""
-    text = console.read_text(encoding="utf-8", errors="replace") if console.is_file() else ""
-    lines = [line.rstrip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    exception = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
-    raised = [i for i, line in enumerate(lines) if exception.match(line)]
+def _last_error(console: str, exit_code: int) -> str:
+    """Return the exception a process died of, or the end of its console."""
+    lines = [line.rstrip() for line in console.splitlines() if line.strip()]
+    raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
     text = "\n".join(lines[raised[-1] :][:4] if raised else lines[-3:]) or "nothing on the console"
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         text = f"ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; {text}"
     return text
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set that rows are trained and evaluated on, in COCO's format."""
+
+    train_json: Path
+    val_json: Path
+    val_images: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was asked for: rows of one of the paper's tables, trained in one setting.
+
+    Attributes:
+        table: of the paper, such as "1d".
+        profile: "coco", "digits", or a config's name.
+        is_coco: whether the data and the recipe are the paper's.
+        rows: of the table, in the paper's order.
+        seeds: that each row was to be trained with.
+        data: what the rows were trained and evaluated on; None: read from a results.json, which has the counts.
+        command: what a person typed.
+        left_out: titles of the table's rows that this command did not ask for.
+    """
+
+    table: str
+    profile: str
+    is_coco: bool
+    rows: Sequence[PaperRow]
+    seeds: Sequence[int]
+    data: Data | None
+    command: str
+    left_out: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str:
+        """Names the paper's network and size only where they are ours."""
+        name, _, subject = CAPTIONS[self.table].partition(": ")
+        return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AP of a method minus that of a rival with the same seed; as a results.json has it.
+
+    Attributes:
+        focal, rival: the methods.
+        kind: of the rival, such as "OHEM".
+        picked_of: number of methods of this kind that are done, which the rival may be the best of.
+        difference_by_seed: over the seeds that both have done.
+        mean: of them; NaN without any.
+        interval_95: the t interval of the mean; None with fewer than two seeds.
+        excludes_zero: whether the interval does; None without one.
+        paper_difference: of the two kinds in the paper; None where it compares none.
+        interval_holds_paper_difference: None without one of the two.
+    """
+
+    focal: str
+    rival: str
+    kind: str
+    picked_of: int
+    difference_by_seed: dict[int, float]
+    mean: float
+    interval_95: tuple[float, float] | None
+    excludes_zero: bool | None
+    paper_difference: float | None
+    interval_holds_paper_difference: bool | None
+
+
+def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
+    """Compare two methods over the seeds that both have done."""
+    aps = runs.pivot(index="seed", columns="method", values=AP)[[method, rival]].dropna()
+    difference, kind = aps[method] - aps[rival], runs.kind[runs.method == rival].iloc[0]
+    paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
+    interval = None
+    if len(aps) > 1:
+        with warnings.catch_warnings():  # that equal differences lose precision
+            warnings.simplefilter("ignore", RuntimeWarning)
+            interval = tuple(map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95)))
+    return Comparison(
+        method,
+        rival,
+        kind,
+        picked_of=runs[runs.kind == kind].dropna(subset=AP).method.nunique(),
+        difference_by_seed=difference.to_dict(),
+        mean=float(difference.mean()),
+        interval_95=interval,
+        excludes_zero=interval and (interval[0] > 0 or interval[1] < 0),
+        paper_difference=paper,
+        interval_holds_paper_difference=interval and paper and interval[0] <= paper <= interval[1],
+    )
+
+
+def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
+    """Return a table with one row a run, by method in the study's order.
+
+    Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
+    "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
+    """
+    asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
+    runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
+    runs = _with_numbers(pd.DataFrame(runs, dtype=object))
+    shared = runs.groupby("title")["method"].transform("nunique") > 1
+    runs.loc[shared, "title"] += " " + runs.method
+    return runs
+
+
+def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
+    """Return the study and the table of runs that a results.json was written from, without the losses by step."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    lines = pd.DataFrame(record["lines"], dtype=object)[["method", *OF_LINE]]
+    runs = _with_numbers(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
+    names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
+    return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
+
+
+def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
+    metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
+    metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
+    paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
+    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
+    numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
+    return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
+
+
+def lines_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the first run of each method, by method: what is the same for all of its runs."""
+    return runs.drop_duplicates("method").set_index("method")
+
+
+def reference(runs: pd.DataFrame) -> str | None:
+    """Return the method that the others are compared with: the paper's own focal loss, or else its best row here.
+
+    It is chosen by its settings and not by how it came out, so that it is not the winner of a draw.
+    """
+    published = lines_of(runs)["paper/AP"]
+    own = [method for method in published.index if method.removesuffix("_anchors3x3").endswith(FL.key)]
+    return own[0] if len(own) == 1 else published.idxmax() if published.count() else None
+
+
+def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
+    config, history = run.config(), run.history()
+
+    def recorded(*names: str) -> list[float]:
+        """What the run says under the first of these names that it has."""
+        return next((found for name in names if (found := [r[name] for r in history if name in r])), [math.nan])
+
+    steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
+    return {
+        **{f.name: getattr(run, f.name) for f in fields(run)},
+        "title": printable(run.title, limit=120, quotes=False),
+        "kind": _kind(run.method, config),
+        "paper_title": row.title,
+        "published": row.published and asdict(row.published),
+        "command": shlex.join(run.command),
+        "overrides": _overrides(run.command),
+        "config": config,
+        "folder": str(run.folder),
+        "detections": run.detections,
+        "steps": steps,
+        "images_seen": steps * batch if steps and batch else None,
+        "peak_memory": run.peak_memory or None,
+        "step_seconds": statistics.median(recorded("time")),
+        # What OHEM kept, or else all anchors that are not ignored.
+        "positives_per_image": statistics.fmean(recorded("ohem/num_pos", "num_pos_anchors")),
+        "negatives_per_image": statistics.fmean(recorded("ohem/num_neg", "num_neg_anchors")),
+        "background_per_image": statistics.fmean(recorded("num_neg_anchors")),
+        "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
+    }
+
+
+def _overrides(command: Sequence[str]) -> dict[str, str]:
+    """The keys and values at the end of a train_net command, but for what differs from run to run."""
+    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+    words = command[next((i for i, word in enumerate(command) if key.fullmatch(word)), len(command)) :]
+    return {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")}
+
+
+def _kind(method: str, config: dict[str, Any]) -> str:
+    """By what was trained; of a run that never started, by its name."""
+    if lookup(config, "MODEL.FOCAL.HEAD"):
+        return kind_of(config)
+    kinds = {"ohem": "OHEM", "ohem1to3": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
+    return next((kinds[word] for word in method.split("_") if word in kinds), "other")

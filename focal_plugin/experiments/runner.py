@@ -1,149 +1,144 @@
-"""Has runs trained by an executor, a few at a time, shows how far they are, and remembers what has ended."""
+"""Train runs, a few at a time, in this process's children or by submitit; go on with what was stopped."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
+import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-from .executors import InlineExecutor, Job, SubmititExecutor
-from .progress import RowState, Unbreakable, format_duration, make_progress, seconds_left
-from .results import CONSOLE, RunResult
-from .worker import Run, check_folder, shown, superseded
+from filelock import FileLock, Timeout
 
-_POLL_SECONDS = 0.25
+from ..engine.trainer import DIVERGED
+from ..files import TEMPORARY, atomic_write
+from .results import CONSOLE, RESULT, Run, RunResult, typed
+
+_RUN, _LOCK, _JOB = "run.json", "lock", "slurm_job"  # run.json says that a folder is ours, and for which fingerprint
+_POLL, _LOG, _GRACE = 0.25, 10.0, 5.0  # seconds between looks, between lines, and for a stopped run to save itself
+# The training dies with whoever waits for it, even by kill -9, and never trains on unseen beside the next attempt:
+# PR_SET_PDEATHSIG is 1, and lasts through exec. Linux alone has it.
+_TIED = """\
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
-def run_all(
-    runs: Sequence[Run],
-    executor: InlineExecutor | SubmititExecutor,
-    *,
-    parallel: int = 1,
-    threads: int = 1,
-    stream: TextIO | None = None,
-) -> list[RunResult]:
-    """Trains every run in its folder and returns their results in the order of `runs`.
+def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fresh: bool = False) -> list[RunResult]:
+    """Train every run in its folder and return their results in the order of ``runs``; say on stderr how far they are.
 
     A run that fails does not stop the others. What has ended before (trained, or diverged) is not trained again as
     long as its configuration, its data and the code are the same; what was stopped goes on from its last checkpoint;
-    what failed is tried again. Ctrl-C ends the processes and raises KeyboardInterrupt.
+    what failed is tried again. Ctrl-C, SIGTERM and SIGHUP end the processes and raise KeyboardInterrupt.
 
     Args:
         runs: what to train, each in a folder of its own.
         executor: where.
-        parallel: runs at the same time, for the estimate of the time left.
-        threads: of each, for the record.
-        stream: where progress goes; default: stderr.
+        fresh: first empty the folders of earlier runs.
+
+    Raises:
+        FileExistsError: a folder holds something else; see :func:`check_folder`.
     """
-    tracks = [_Track(run, threads, parallel) for run in runs]
     if len({run.folder for run in runs}) != len(runs):
         raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
     for run in runs:  # before one is started that this would end
-        check_folder(run.folder)
-    progress = Unbreakable(make_progress([track.state for track in tracks], stream or sys.stderr))
+        check_folder(run, fresh)
+    begun, jobs = time.monotonic(), {}
+
+    def say(text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+        with suppress(OSError):  # the runs are worth more than a terminal that is gone
+            print(f"[{minutes:02d}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
+
     try:
-        with _signals_interrupt():
-            _work_off(tracks, executor, parallel, progress)
+        with _stopped_by_signals():
+            for run in runs if fresh else ():
+                run.folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(run.folder / _LOCK):
+                    _forget(run.folder)
+            return _work_off(runs, executor, jobs, say)
     except KeyboardInterrupt:
-        _say_what_is_kept(tracks, executor, progress)
+        kept = f"{sum(run.result().ended for run in runs)} of {len(runs)} runs have ended and are kept"
+        go_on = f"the same command{', without --fresh,' if fresh else ''} goes on with the others"
+        say(f"Interrupted. {kept}; {go_on}{', which stay in the queue' if executor.outlives_driver else ''}.")
         raise
     finally:
-        if not executor.survives_us:
-            executor.cancel([track.job for track in tracks if track.job and not track.ended])
-        progress.close()
-    return [track.result for track in tracks]
+        if not executor.outlives_driver:
+            executor.cancel(list(jobs.values()))
 
 
-class _Track:
-    """A run and what is known of it from its folder, wherever it is trained."""
-
-    def __init__(self, run: Run, threads: int, parallel: int):
-        self.run = run
-        self.result = run.result(threads, parallel)
-        self.state = RowState(f"{run.title} seed {run.seed}", total=run.max_iter)
-        self.job: Job | None = None
-        self.ended = False
-        self.since = 0.0  # what is older in the folder is not of this attempt
-
-    def reuse(self, fresh: bool) -> bool:
-        """Takes over the result of an earlier call if it would be the same."""
-        earlier = self.run.result()
-        if not fresh and earlier.load() and earlier.ended:
-            self.result, self.state.status = earlier, earlier.status
-            self.result.reused = self.ended = True
-        return self.ended
-
-    def submitted(self, job: Job) -> None:
-        self.job, self.since = job, time.time()
-        self.state.status = "waiting"
-
-    def look(self) -> bool:
-        """Brings the state up to date; True when the job has just ended."""
-        done = self.job.done()
-        state = self.state
-        if state.status == "waiting" and self._is_new("console.txt"):
-            state.status, state.started = "running", time.monotonic()
-        record = self._last_step()
-        if record:
-            state.step, state.loss = record["iteration"] + 1, record["total_loss"]
-            state.step_seconds = record.get("time", state.step_seconds)
-        if state.step < state.total:
-            state.trained = None
-        elif not state.evaluating:
-            state.trained = time.monotonic()
-        if done:
-            self._end()
-        return done
-
-    def _last_step(self) -> dict[str, Any] | None:
-        with contextlib.suppress(OSError):  # a file system may be away for a moment; the training is not
-            return self.result.last_step() if self._is_new("metrics.json") else None
-        return None
-
-    def _is_new(self, name: str) -> bool:
-        with contextlib.suppress(OSError):
-            return (self.run.folder / name).stat().st_mtime > self.since - 1
-        return False
-
-    def _end(self) -> None:
-        self.ended = True
-        self.state.ended = time.monotonic()
-        error = self.job.exception()
-        if error is not None or not self.result.load():
-            self.result.status = "failed"
-            self.result.error = self.result.error or f"{type(error).__name__}: {error}" if error else "left no result"
-        self.state.status, self.state.ap = self.result.status, self.result.ap
+def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Callable[[str], None]) -> list[RunResult]:
+    """Fill the executor's slots until all has ended; ``jobs`` are those that run."""
+    results = {run: result for run in runs if (result := run.result()).ended}
+    for run, result in results.items():
+        result.reused = True
+        say(f"{_name(run)}: reused, {_outcome(result)} (--fresh trains it again)")
+    waiting, shown = [run for run in runs if run not in results], time.monotonic()
+    while waiting or jobs:
+        free = executor.slots - len(jobs)
+        batch, waiting = waiting[:free], waiting[free:]
+        for run, job in zip(batch, executor.submit(batch) if batch else ()):
+            jobs[run] = job
+            say(f"{_name(run)}: started, console in {typed(run.folder / CONSOLE)}")
+        time.sleep(_POLL)
+        for run in [run for run, job in jobs.items() if job.done()]:
+            error, result = jobs.pop(run).exception(), run.result()
+            if error or result.status == "missing":
+                result.status, result.error = (
+                    "failed",
+                    f"{type(error).__name__}: {error}" if error else "left no result",
+                )
+            results[run] = result
+            say(f"{_name(run)}: {_outcome(result)}")
+        if jobs and time.monotonic() - shown >= _LOG:
+            shown = time.monotonic()
+            say(_progress(runs, results, jobs, executor.parallel))
+    return [results[run] for run in runs]
 
 
-def _work_off(tracks: Sequence[_Track], executor, parallel: int, progress: Unbreakable) -> None:
-    for track in tracks:
-        if track.reuse(executor.fresh):
-            track.state.ap = track.result.ap
-            progress.event(f"{track.state.title}: reused, {_outcome(track.result)} (--fresh trains it again)")
-        elif not executor.fresh and (aside := superseded(track.run)):
-            progress.event(
-                f"{track.state.title}: config, data or code have changed; the earlier run moves to {shown(aside)}"
-            )
-    queue = [track for track in tracks if not track.ended]
-    running: list[_Track] = []
-    while queue or running:
-        free = min(executor.slots - len(running), len(queue))
-        if free > 0:
-            batch, queue = queue[:free], queue[free:]
-            for track, job in zip(batch, executor.submit([track.run for track in batch])):
-                track.submitted(job)
-                progress.event(f"{track.state.title}: started, console in {shown(track.run.folder / CONSOLE)}")
-            running += batch
-        time.sleep(_POLL_SECONDS)
-        for track in [track for track in running if track.look()]:
-            running.remove(track)
-            progress.event(f"{track.state.title}: {_outcome(track.result)}")
-        progress.show(seconds_left([track.state for track in tracks], parallel, time.monotonic()))
+def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mapping[Run, Any], parallel: int) -> str:
+    """Return a line such as `FL seed 1 120/400 loss 0.41; 3 done, 1 running, 6 waiting; about 9.0 min left`."""
+    words, times, steps_left = [], [], 0
+    for run in runs:
+        record = run.result().last_step()
+        step = record["iteration"] + 1 if record else 0
+        times += [record["time"]] if record and "time" in record else []
+        steps_left += 0 if run in results else run.max_iter - step
+        if run in jobs:
+            state = f"{step:,}/{run.max_iter:,} loss {record['total_loss']:.3g}" if record else "starting"
+            words.append(f"{_name(run)} {'evaluating' if step >= run.max_iter else state}")
+    states = ["running" if run in jobs else results[run].status if run in results else "waiting" for run in runs]
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
+    seconds = steps_left * statistics.median(times or [0]) / min(parallel, len(runs) - len(results))
+    left = f"; about {format_duration(seconds)} left" if seconds else ""
+    return f"{', '.join(words)}; {counts}{left}"
+
+
+def format_duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _name(run: Run) -> str:
+    return f"{run.title} seed {run.seed}"
 
 
 def _outcome(result: RunResult) -> str:
@@ -154,35 +149,259 @@ def _outcome(result: RunResult) -> str:
     return f"FAILED after {format_duration(result.seconds)} (exit code {result.exit_code}): {result.error}"
 
 
-def _say_what_is_kept(tracks: Sequence[_Track], executor, progress: Unbreakable) -> None:
-    if executor.survives_us:
-        progress.event("Interrupted. What is in the queue goes on; the same command shows how far it is.")
-        return
-    kept = sum(track.ended for track in tracks)
-    progress.event(
-        f"Interrupted. {kept} of {len(tracks)} runs have ended and are kept; the same command goes on with the others "
-        "from their last checkpoints."
-    )
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (a batch system, a closed terminal) end the runs as cleanly as Ctrl-C does, inside.
 
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP (a batch system, a closed terminal) end a run as cleanly as Ctrl-C does."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
-                before[number] = signal.signal(number, interrupt)
-    try:
+    What is ignored stays so (nohup has SIGHUP ignored, a shell the SIGINT of a job in the background). But torch ends
+    the workers of a dead training by SIGINT, and submitit its jobs: a handler that does nothing is not inherited.
+    """
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            handler = (lambda *_: None) if is_ignored else signal.default_int_handler
+            if threading.current_thread() is threading.main_thread() and not (is_ignored and number == signal.SIGHUP):
+                stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check_folder(run: Run, fresh: bool = False) -> int:
+    """Return how often this run has been started in its folder.
+
+    Raises:
+        FileExistsError: the folder holds what no run has written, a run.json that cannot be read, or, unless ``fresh``,
+            a model of another configuration, data or code. Nothing is deleted on suspicion.
+    """
+    path = run.folder / _RUN
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["fingerprint"] == run.fingerprint:
+            return known["attempts"]
+    except FileNotFoundError:
+        if _left_in(run.folder):
+            text = f"{run.folder} is not empty and no earlier run; choose another output folder"
+            raise FileExistsError(text) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{path} cannot be read ({error}): move its folder away, or see what is wrong") from error
+    if not fresh and any(run.folder.glob("*.pth")):
+        raise FileExistsError(
+            f"{run.folder} holds a run of another config, data or code: --fresh trains it again there and deletes the "
+            "earlier one; another --output keeps it"
+        )
+    return 0
+
+
+def _left_in(folder: Path) -> list[Path]:
+    ours = {_LOCK, _JOB, _RUN, _RUN + TEMPORARY, _JOB + TEMPORARY}
+    return [path for path in folder.iterdir() if path.name not in ours] if folder.is_dir() else []
+
+
+def _forget(folder: Path) -> None:
+    """Empty the folder of a run, for metrics.json is appended to; run.json last, as until then the folder is ours."""
+    for path in _left_in(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / _RUN).unlink(missing_ok=True)
+
+
+class _Training:
+    """A run in a process of its own, which starts when no other process trains in the folder: a job of run_all."""
+
+    def __init__(self, run: Run, parallel: int, threads: int):
+        self._run, self._result, self._error = run, run.result(), None
+        self._result.parallel, self._result.threads = parallel, threads
+        self._process: subprocess.Popen | None = None
+        self._has_ended, self._begun = False, 0.0
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(run.folder / _LOCK)
+
+    def exception(self) -> BaseException | None:
+        """Return why it could not be started; None if it was."""
+        return self._error
+
+    def done(self) -> bool:
+        """Return whether it has ended, and is written down; start it once the folder is free."""
+        if self._has_ended:
+            return True
+        try:
+            if self._process is None:
+                self._lock.acquire(timeout=0)
+                self._has_ended = self._run.result().ended  # in the hands of another
+                if not self._has_ended:
+                    self._start()
+            elif (ended := os.wait4(self._process.pid, os.WNOHANG))[0]:
+                self._has_ended = True
+                self._end(*ended[1:])
+        except Timeout:
+            return False
+        except OSError as error:
+            self._error, self._has_ended = error, True
+        if self._has_ended:
+            self._lock.release()
+        return self._has_ended
+
+    def stop(self, number: int) -> None:
+        """Send a signal to the training and all that it has started; one that has not begun never does."""
+        if self._process is None:
+            self._has_ended = True
+        elif not self._has_ended:
+            self._signal(number)
+
+    def _start(self) -> None:
+        folder, result = self._run.folder, self._result
+        result.attempts = check_folder(self._run) + 1
+        if result.attempts == 1:
+            _forget(folder)
+        _write_json(folder / _RUN, {"fingerprint": self._run.fingerprint, "attempts": result.attempts})
+        for left_by_earlier in (RESULT, DIVERGED):
+            (folder / left_by_earlier).unlink(missing_ok=True)
+        if (folder / CONSOLE).exists():
+            (folder / CONSOLE).rename(folder / f"console.{result.attempts - 1}.txt")
+        env = dict(os.environ, PYTHONUNBUFFERED="1")
+        if not self._run.on_gpu:
+            names = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+            env.update({f"{name}_NUM_THREADS": str(result.threads) for name in names})
+        self._begun = time.monotonic()
+        with (folder / CONSOLE).open("wb") as console:
+            # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _TIED, *self._run.command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    def _end(self, status: int, usage: Any) -> None:
+        self._signal(signal.SIGKILL)  # to data workers that it has left behind
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._result.peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self._result.finish(self._process.returncode, time.monotonic() - self._begun)
+        for path in self._run.folder.glob("model_[0-9]*.pth") if self._result.ended else ():
+            path.unlink()  # those were for going on
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content) + "\n")
+
+
+class InlineExecutor:
+    """Children of this process; they end with it."""
+
+    outlives_driver = False
+
+    def __init__(self, parallel: int, threads: int):
+        """
+        Args:
+            parallel: runs at the same time.
+            threads: of each on a CPU.
+        """
+        self.slots = self.parallel = parallel
+        self._threads = threads
+
+    def submit(self, runs: Sequence[Run]) -> list[_Training]:
+        return [_Training(run, self.parallel, self._threads) for run in runs]
+
+    def cancel(self, jobs: Sequence[_Training]) -> None:
+        """End trainings: by SIGTERM, at which they write a checkpoint, and SIGKILL."""
+        deadline = time.monotonic() + _GRACE
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for job in jobs:
+                job.stop(number)
+            while not all(job.done() for job in jobs) and (number == signal.SIGKILL or time.monotonic() < deadline):
+                time.sleep(0.05)
+
+
+class SubmititExecutor:
+    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm")."""
+
+    def __init__(self, kind: str, folder: Path, parallel: int, threads: int, num_gpus: int, options: Mapping = {}):
+        """
+        Args:
+            kind: "local" or "slurm".
+            folder: for submitit's own files.
+            parallel: jobs at a time.
+            threads: of each job on a CPU.
+            num_gpus: of each job; 0: it computes on the CPU.
+            options: more of submitit's parameters, such as slurm_partition or timeout_min.
+
+        Raises:
+            ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
+        """
+        try:
+            import submitit
+        except ImportError as error:
+            raise ValueError(f"--executor {kind} needs submitit: pip install submitit") from error
+        self.outlives_driver = kind == "slurm"
+        self.slots = sys.maxsize if kind == "slurm" else parallel  # SLURM has a queue, submitit's local jobs have none
+        self.parallel, self._threads, self._kind, self._folder = parallel, threads, kind, folder
+        array = {"slurm_array_parallelism": parallel} if kind == "slurm" else {}
+        try:
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=kind)
+            # One task that starts its own workers, as train_net.py --num-gpus does.
+            self._executor.update_parameters(name="focal_plugin", tasks_per_node=1, gpus_per_node=num_gpus, **array)
+            self._executor.update_parameters(**{"timeout_min": 7 * 24 * 60, "cpus_per_task": threads, **options})
+        except (NameError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"--executor {kind}: {error}") from error
+
+    def submit(self, runs: Sequence[Run]) -> list[Any]:
+        """Hand runs in as one array, but for those that an earlier call has left in the queue."""
+        from submitit.core.utils import FailedJobError
+
+        jobs = {run: job for run in runs if (job := self._queued(run))}
+        new = [run for run in runs if run not in jobs]
+        try:
+            jobs.update(zip(new, self._executor.map_array(_Task(self.parallel, self._threads), new) if new else ()))
+        except FailedJobError as error:  # sbatch has refused
+            raise ValueError(f"--executor {self._kind}: {error}") from error
+        for run in new:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
+        return [jobs[run] for run in runs]
+
+    def _queued(self, run: Run) -> Any:
+        """Return the SLURM job of an earlier call for the same training, if it has not ended."""
+        from submitit import SlurmJob
+
+        with suppress(OSError, ValueError):
+            job_id, fingerprint = json.loads((run.folder / _JOB).read_text(encoding="utf-8"))
+            if self._kind == "slurm" and fingerprint == run.fingerprint:
+                job = SlurmJob(self._folder, job_id)
+                return None if job.done(force_check=True) else job
+        return None
+
+    def cancel(self, jobs: Sequence[Any]) -> None:
+        """End local jobs; those in a queue survive us."""
+        for job in jobs:
+            job.cancel(check=False)
+        for job in jobs:
+            job.wait()
+
+
+class _Task:
+    """A training as submitit's job, which goes on where it was after a preemption or the end of its time."""
+
+    def __init__(self, parallel: int, threads: int):
+        self._settings = (parallel, threads)
+
+    def __call__(self, run: Run) -> None:
+        self._executor = InlineExecutor(*self._settings)
+        self._jobs = self._executor.submit([run])
+        try:
+            while not self._jobs[0].done():
+                time.sleep(_POLL)
+        finally:
+            self._executor.cancel(self._jobs)
+        if self._jobs[0].exception():
+            raise self._jobs[0].exception()
+
+    def checkpoint(self, run: Run) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        self._executor.cancel(self._jobs)
+        return DelayedSubmission(_Task(*self._settings), run)

@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 
-from focal_plugin.deploy.export import EXPORTERS, FILES, MissingPackageError, export_onnx, read_sample
-from focal_plugin.deploy.export_check import (
-    Difference,
+from focal_plugin.deploy.export import (
+    COMPARED,
+    FILES,
     check_export,
-    check_images,
     compare,
-    detect,
+    export,
     format_differences,
     load_exported,
+    read_sample,
 )
-from focal_plugin.deploy.model import class_names
 
-ROOT = Path(__file__).resolve().parents[2]
-FORMATS = ["torchscript", "onnx"]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def make_model(cfg, spread=16.0, seed=0):
-    """Random weights whose scores lie far apart, so that rounding cannot change which are found."""
-    torch.manual_seed(seed)
-    model = build_model(cfg).eval()
-    with torch.no_grad():
-        model.head.cls_score.weight *= spread
-        model.head.bbox_pred.weight *= 10
-    return model
-
-
-def need(name):
-    if name == "onnx":
+@pytest.fixture(params=sorted(FILES))
+def path(request, tmp_path):
+    """Where to export to, by each format."""
+    if request.param == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
+    return tmp_path / FILES[request.param]
 
 
-@pytest.fixture(scope="module")
-def load_tool():
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     "opts",
     [
@@ -68,62 +43,56 @@ def load_tool():
     ],
     ids=["focal", "one class", "stock", "few candidates", "softmax"],
 )
-def test_exported_finds_what_the_model_finds(tiny_config, tmp_path, name, opts):
-    need(name)
-    cfg = tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96", *opts)
-    model = make_model(cfg).train(bool(opts))
+def test_exported_finds_what_the_model_finds(make_model, path, opts):
+    cfg, model = make_model(*opts)
+    model.train(bool(opts))
     sample = read_sample(cfg)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    path = tmp_path / FILES[name]
-    EXPORTERS[name](model, sample, path)
-    assert list(tmp_path.iterdir()) == [path]
+    export(model, sample, path)
+    assert list(path.parent.iterdir()) == [path]
     differences = check_export(model, path, sample)
     assert [module.training for module in model.modules()] == modes
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert len(differences) == 5 and not any(d.problems or d.cut for d in differences.values()), differences
+    assert len({name.partition(",")[0] for name in differences}) == 3  # two sizes, and nothing to find
+    assert len(differences) == 5 and not any(d.problems or d.skipped for d in differences.values()), differences
     counts = [d.count for d in differences.values()]
     assert counts[-1] == 0 and min(counts[:4]) > 3, counts
+    assert f"the same {sum(counts)} detections" in format_differences(differences)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FORMATS)
-def test_exported_with_a_sample_in_which_nothing_is_found(tiny_config, tmp_path, name):
-    need(name)
-    cfg = tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.99", "INPUT.MIN_SIZE_TEST", "96")
-    model = make_model(cfg, spread=1.0)
+def test_exported_with_a_sample_in_which_nothing_is_found(make_model, path):
+    cfg, model = make_model("MODEL.RETINANET.SCORE_THRESH_TEST", "0.99", spread=1.0)
     sample = read_sample(cfg)
-    EXPORTERS[name](model, sample, tmp_path / FILES[name])
-    differences = check_export(model, tmp_path / FILES[name], sample)
+    export(model, sample, path)
+    differences = check_export(model, path, sample)
     assert [(d.count, d.problems) for d in differences.values()] == [(0, [])] * 5
-    assert "which says little" in format_differences(differences)
-    boxes, classes, scores = load_exported(tmp_path / FILES[name])(torch.zeros(3, 40, 56))
+    said = format_differences(differences)
+    assert "which says little" in said and "the same" not in said
+    boxes, classes, scores = load_exported(path)(torch.zeros(3, 40, 56))
     assert boxes.shape == (0, 4) and classes.shape == scores.shape == (0,)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_check_sees_other_weights(tiny_config, tmp_path):
-    cfg = tiny_config("MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96")
-    model = make_model(cfg)
+def test_check_sees_other_weights(make_model, tmp_path):
+    cfg, model = make_model()
     sample = read_sample(cfg)
-    EXPORTERS["torchscript"](model, sample, tmp_path / "model.ts")
+    export(model, sample, tmp_path / "model.ts")
     with torch.no_grad():
         model.head.bbox_pred.bias += 0.01
     differences = check_export(model, tmp_path / "model.ts", sample)
     assert all(d.problems for d in list(differences.values())[:4])
-    assert "NOT the same" in format_differences(differences)
+    said = format_differences(differences)
+    assert "NOT the same" in said and "the same 0" not in said
 
 
 class Thresholds:
-    test_score_thresh, test_nms_thresh, max_detections_per_image = 0.05, 0.5, 4
+    test_score_thresh, max_detections_per_image = 0.05, 100
 
 
-BOXES = torch.tensor([[0.0, 0, 10, 10], [50, 50, 80, 90], [0, 50, 20, 70]])
-WANT = (BOXES, torch.tensor([0, 1, 1]), torch.tensor([0.9, 0.5, 0.3]))
-
-
-def changed(row=0, box=0.0, label=None, score=0.0):
-    boxes, classes, scores = (x.clone() for x in WANT)
+def make(scores=(0.9, 0.5, 0.3), row=0, box=0.0, label=None, score=0.0):
+    """Detections far from each other, of which one is changed."""
+    x = torch.arange(len(scores))[:, None] * 20.0
+    boxes, classes, scores = torch.cat([x, x, x + 10, x + 10], dim=1), (x[:, 0] > 0).long(), torch.tensor(scores)
     boxes[row, 2] += box
     scores[row] += score
     if label is not None:
@@ -133,92 +102,71 @@ def changed(row=0, box=0.0, label=None, score=0.0):
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
 def test_compare_does_not_mind_the_order(order):
-    got = tuple(x[order] for x in changed(1, box=0.005, score=5e-5))
-    found = compare(WANT, got, Thresholds)
-    assert (found.count, found.cut, found.problems) == (3, 0, [])
+    found = compare(make(), tuple(x[order] for x in make(row=1, box=0.005, score=5e-5)), Thresholds)
+    assert (found.count, found.skipped, found.problems) == (3, 0, [])
     assert found.box == pytest.approx(0.005, rel=1e-2) and found.score == pytest.approx(5e-5, rel=1e-2)
 
 
 @pytest.mark.parametrize(
     ("got", "problems"),
     [
-        (changed(box=0.02), 1),
-        (changed(score=-2e-4), 1),
-        (changed(label=1), 2),
-        (changed(2, box=float("nan")), 2),
-        (tuple(x[:2] for x in WANT), 1),
-        (tuple(torch.cat([x, x[1:2]]) for x in WANT), 1),
-        (tuple(x[:0] for x in WANT), 3),
+        (make(box=0.02), 2),  # one is missing, and one is too many
+        (make(score=-2e-4), 2),
+        (make(label=1), 2),
+        (make(row=2, box=float("nan")), 2),
+        (make(row=2, score=float("nan")), 2),
+        (make((0.9, 0.5)), 1),
+        (tuple(torch.cat([x, x[1:2]]) for x in make()), 1),
+        (tuple(x[:0] for x in make()), 3),
     ],
-    ids=["box", "score", "class", "nan", "missing", "twice", "nothing"],
+    ids=["box", "score", "class", "nan box", "nan score", "missing", "twice", "nothing"],
 )
 def test_compare_finds_each_difference(got, problems):
-    found = compare(WANT, got, Thresholds)
-    assert len(found.problems) == problems and found.cut == 0
-
-
-def with_more(box, label, score):
-    return tuple(torch.cat([x, torch.tensor([y], dtype=x.dtype)]) for x, y in zip(WANT, (box, label, score)))
+    found = compare(make(), got, Thresholds)
+    assert len(found.problems) == problems and found.skipped == 0
 
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize(
-    ("more", "cut"),
+    ("scores", "full_at", "cut"),
     [
-        (([200.0, 0, 240, 40], 0, 0.05005), True),  # the threshold
-        (([200.0, 0, 240, 40], 0, 0.06), False),
-        (([0.0, 0, 10, 5.02], 0, 0.4), True),  # an IoU of .502 with a better one
-        (([0.0, 0, 10, 5.02], 1, 0.4), False),  # which is of another class
-        (([0.0, 0, 10, 5.02], 0, 0.95), False),  # which is no better
-        (([0.0, 0, 10, 8.0], 0, 0.4), False),
+        ([0.9, 0.05005], 100, True),  # the threshold
+        ([0.9, 0.06], 100, False),
+        ([0.9] * COMPARED + [0.29], 100, True),  # low, and not of the best
+        ([0.9] * COMPARED + [0.31], 100, False),
+        ([0.9] * (COMPARED - 1) + [0.29], 100, False),
+        ([0.9, 0.8, 0.8], 3, True),  # the last of a full image
+        ([0.9, 0.8, 0.7], 4, False),
     ],
 )
-def test_compare_excuses_what_lies_at_a_cut(more, cut, swap):
-    pair = (WANT, with_more(*more))
+def test_compare_leaves_out_what_lies_at_a_cut(monkeypatch, scores, full_at, cut, swap):
+    monkeypatch.setattr(Thresholds, "max_detections_per_image", full_at)
+    pair = make(scores), make(scores, row=-1, box=5000.0)
     found = compare(*(pair[::-1] if swap else pair), Thresholds)
-    assert (found.cut, len(found.problems)) == ((1, 0) if cut else (0, 1))
-
-
-def test_compare_excuses_the_last_of_a_full_image():
-    one, other = with_more([200.0, 0, 240, 40], 0, 0.2), with_more([300.0, 0, 340, 40], 2, 0.20005)
-    assert compare(one, other, Thresholds) == Difference(4, cut=2)
-
-
-def test_check_images_have_two_sizes(tiny_config):
-    cfg = tiny_config("INPUT.MIN_SIZE_TEST", "96")
-    model = make_model(cfg)
-    images = check_images(model, read_sample(cfg))
-    assert len({image.shape for image in list(images.values())[:4]}) == 2
-    assert len(detect(model, images["nothing to find"])[0]) == 0
+    assert (found.skipped, len(found.problems)) == ((2, 0) if cut else (0, 2))
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
-def test_missing_packages_are_named(tiny_config, tmp_path, monkeypatch, capsys, load_tool, missing):
+def test_missing_packages_are_named(tmp_path, monkeypatch, call, missing):
     if missing == "onnxruntime":
         pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, missing, None)
-    argv = ["export", "--config-file", "digits/focal.yaml", "--output", str(tmp_path / "out"), "MODEL.WEIGHTS", "x.pth"]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert load_tool("export_model").main() == 2
-    assert f"pip install {missing}\n" in capsys.readouterr().err
+    flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out"]
+    code, _, err = call("export_model", *flags, "MODEL.WEIGHTS", "x.pth")
+    assert code == 2 and f"pip install {missing}\n" in err
     assert not (tmp_path / "out").exists()
-    if missing == "onnx":
-        with pytest.raises(MissingPackageError, match="pip install onnx"):
-            export_onnx(None, None, tmp_path / "m.onnx")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_tool_exports_and_describes(tiny_config, tmp_path, monkeypatch, capsys, load_tool):
+def test_tool_exports_and_describes(make_model, tmp_path, monkeypatch, call):
     opts = ["MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96"]
-    torch.save({"model": make_model(tiny_config(*opts)).state_dict()}, tmp_path / "model.pth")
-    flags = ["--config-file", "digits/focal.yaml", "--output", str(tmp_path / "out"), "--format", "torchscript"]
-    weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), *opts]
-    tool = load_tool("export_model")
-    monkeypatch.setattr(sys, "argv", ["export", *flags, "--classes", "cat, dog,cow", *weights])
-    assert tool.main() == 0, capsys.readouterr()
-    assert "the same detections" in capsys.readouterr().out
-    described = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert described["classes"] == ["cat", "dog", "cow"] and described["thresholds"]["score"] == 0.2
+    torch.save({"model": make_model()[1].state_dict(), "thing_classes": ["a", "b", "c"]}, tmp_path / "model.pth")
+    flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--format", "torchscript"]
+    weights = ["MODEL.WEIGHTS", tmp_path / "model.pth", *opts]
+    for words, classes in ((["--classes", "cat, dog,cow"], ["cat", "dog", "cow"]), ([], ["a", "b", "c"])):
+        code, out, err = call("export_model", *flags, *words, *weights)
+        assert code == 0 and "detections, to 0.01 px and 0.0001 in score" in out, err
+        described = json.loads((tmp_path / "out" / "model.json").read_text())
+        assert described["classes"] == classes and described["thresholds"]["score"] == 0.2
     assert described["files"] == {"torchscript": "model.ts"} and described["input"]["resize"]["shortest_edge"] == 96
     assert str(tmp_path) not in (tmp_path / "out" / "model.json").read_text()
     # The outputs come in the order that is written there.
@@ -227,9 +175,9 @@ def test_tool_exports_and_describes(tiny_config, tmp_path, monkeypatch, capsys, 
         assert str(output.dtype) == f"torch.{stated['dtype']}" and output.dim() == len(stated["shape"])
     assert outputs[3].tolist() == [40, 56]
     # A difference is exit code 1, and deletes nothing.
-    monkeypatch.setattr(tool, "check_export", lambda *_: {"image": Difference(1, problems=["class 0 is missing"])})
-    assert tool.main() == 1
-    assert "class 0 is missing" in capsys.readouterr().out and (tmp_path / "out" / "model.ts").is_file()
+    monkeypatch.setattr("focal_plugin.deploy.export.load_exported", lambda path: lambda image: make())
+    code, out, _ = call("export_model", *flags, *weights)
+    assert code == 1 and "is missing" in out and "is too many" in out and (tmp_path / "out" / "model.ts").is_file()
 
 
 @pytest.mark.parametrize(
@@ -237,24 +185,12 @@ def test_tool_exports_and_describes(tiny_config, tmp_path, monkeypatch, capsys, 
     [
         (["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
         (["MODEL.RETINANET.PRIOR_PROB", "0.01"], "MODEL.WEIGHTS"),
-        (["--classes", "a,b", "MODEL.WEIGHTS", "{weights}"], "--classes a,b has 2 class names and the model 10"),
         (["--sample-image", "{weights}", "MODEL.WEIGHTS", "{weights}"], "cannot be read as an image"),
         (["MODEL.WEIGHTS", "{weights}"], "model.pth"),
     ],
 )
-def test_tool_refuses(tmp_path, monkeypatch, capsys, load_tool, words, message):
+def test_tool_refuses(tmp_path, call, words, message):
     (tmp_path / "model.pth").write_bytes(b"no checkpoint")
-    flags = ["--config-file", "digits/focal.yaml", "--output", str(tmp_path / "out"), "--format", "torchscript"]
-    words = [word.format(weights=tmp_path / "model.pth") for word in words]
-    monkeypatch.setattr(sys, "argv", ["export", *flags, *words])
-    assert load_tool("export_model").main() == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and message in err and "Traceback" not in err
-
-
-def test_class_names():
-    assert class_names(10, "digits_val") == list("0123456789")
-    assert class_names(2, "never_registered") == class_names(2) == ["0", "1"]
-    assert class_names(1, "digits_val", "seven") == ["seven"]
-    with pytest.raises(ValueError, match="digits_val has 10 class names and the model 3"):
-        class_names(3, "digits_val")
+    flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--format", "torchscript"]
+    code, _, err = call("export_model", *flags, *[word.format(weights=tmp_path / "model.pth") for word in words])
+    assert code == 2 and err.startswith("error: ") and message in err and "Traceback" not in err

@@ -10,9 +10,7 @@ from focal_plugin.data import make_digits
 
 @pytest.fixture(scope="session")
 def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
+    return Zygote()
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +41,44 @@ def command(scenes):
 
     def make(folder, *opts, flags=("--resume",)):
         argv = ["--config-file", "digits/focal.yaml", *flags]
-        argv += ["--register", f"t_train={scenes / 'train.json'}:{scenes / 'train'}"]
-        argv += ["--register", f"t_val={scenes / 'val.json'}:{scenes / 'val'}"]
+        for split in ("train", "val"):
+            argv += ["--register", f"t_{split}={make.scenes / split}.json:{make.scenes / split}"]
         argv += ["DATASETS.TRAIN", '("t_train",)', "DATASETS.TEST", '("t_val",)', "OUTPUT_DIR", folder]
         argv += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "20", "SOLVER.CHECKPOINT_PERIOD", "2"]
         argv += ["TEST.EVAL_PERIOD", "4", "INPUT.MIN_SIZE_TRAIN", "(64, 80, 96)", "INPUT.RANDOM_FLIP", "horizontal"]
         argv += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.CROP.ENABLED", "True", "SOLVER.WARMUP_ITERS", "3"]
-        return [*argv, *opts]
+        return [*map(str, argv), *map(str, opts)]
 
+    make.scenes = scenes
     return make
+
+
+@pytest.fixture
+def run(zygote, command, tmp_path):
+    """run(KEY, VALUE, ..., fault=...): one attempt in the test's folder, and its exit code; run.text(): all it said."""
+    console = tmp_path / "console.txt"
+
+    def attempt(*opts, flags=("--resume",), **kwargs):
+        return zygote.run(command(tmp_path / "run", *opts, flags=flags), console, **kwargs)
+
+    attempt.text = console.read_text
+    return attempt
+
+
+@pytest.fixture
+def pair(zygote, command, tmp_path, unused_port):
+    """pair(...): the same of two workers, as torchrun starts them: both exit codes; pair.texts(): what each said."""
+    consoles = [tmp_path / f"console{rank}.txt" for rank in (0, 1)]
+
+    def attempt(*opts, flags=("--resume",), fault=None, delay=None, timeout=120):
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(unused_port())
+        argv, pids = command(tmp_path / "run", *opts, flags=flags), []
+        for rank, console in enumerate(consoles):
+            pids.append(zygote.start(argv, console, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault))
+            if delay and not rank:
+                delay(pids[0])
+        return [zygote.wait(pid, timeout) for pid in pids]
+
+    attempt.texts = lambda: [console.read_text() for console in consoles]
+    return attempt

@@ -12,23 +12,14 @@ from zygote import ENV, ROOT
 SGD = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", "False")
 
 
-@pytest.fixture
-def run(zygote, command, tmp_path):
-    """run(KEY, VALUE, ..., fault=...): exit code and what was printed."""
-
-    def attempt(*opts, fault=None, flags=(), env=None):
-        console = tmp_path / "console.txt"
-        code = zygote.run(command(tmp_path / "run", *opts, flags=flags), console, fault=fault, env=env)
-        return code, console.read_text()
-
-    return attempt
+def last_error(text):
+    return text[text.rindex("error: ") :]
 
 
 def test_a_learning_rate_that_breaks_the_loss(run, tmp_path):
     """For real: nothing is patched."""
-    code, text = run(*SGD, "SOLVER.BASE_LR", "1e6", "SOLVER.WARMUP_ITERS", "0")
-    assert code == 1
-    error = text[text.rindex("error: ") :]
+    assert run(*SGD, "SOLVER.BASE_LR", "1e6", "SOLVER.WARMUP_ITERS", "0", flags=()) == 1
+    error = last_error(run.text())
     step = int(re.match(r"error: (?:Loss|Gradients).* infinite or NaN at iteration=(\d+)!", error)[1])
     assert 1 <= step <= 5
     for expected in (
@@ -60,41 +51,16 @@ def test_a_learning_rate_that_breaks_the_loss(run, tmp_path):
 
 def test_gradients_that_break_before_the_loss_does(run, tmp_path):
     """Upstream takes the step, and finds weights of NaN at the next one."""
-    code, text = run(*SGD, fault=("no gradient", 3, 0))
-    assert code == 1
-    assert "error: Gradients, not the loss, are infinite or NaN at iteration=3!" in text
+    assert run(*SGD, fault=("no gradient", 3, 0), flags=()) == 1
+    assert "error: Gradients, not the loss, are infinite or NaN at iteration=3!" in run.text()
     content = torch.load(tmp_path / "run" / "broken_0000003_worker0.pth", weights_only=True)
     assert all(torch.isfinite(v).all() for v in content["model"].values())
 
 
-@pytest.fixture
-def pair(zygote, command, tmp_path, unused_port):
-    """pair(fault): the exit codes and the output of two workers, as torchrun starts them."""
-
-    def attempt(fault, *opts):
-        env = {
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(unused_port()),
-        }
-        consoles = [tmp_path / f"console{rank}.txt" for rank in (0, 1)]
-        argv = command(tmp_path / "run", *opts, flags=())
-        pids = [
-            zygote.start(argv, console, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault)
-            for rank, console in enumerate(consoles)
-        ]
-        return [zygote.wait(pid, timeout=40) for pid in pids], [console.read_text() for console in consoles]
-
-    return attempt
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_workers_stop_at_once_when_the_loss_of_one_breaks(rank, pair, tmp_path):
-    codes, texts = pair(("no loss", 3, rank))
-    assert codes == [1, 1]
-    for text in texts:
-        error = text[text.rindex("error: ") :]
+    assert pair(fault=("no loss", 3, rank), flags=(), timeout=40) == [1, 1]
+    for error in map(last_error, pair.texts()):
         assert "Loss became infinite or NaN at iteration=3!" in error
         assert f"Worker {rank} of 2: loss_cls nan" in error and f"Worker {1 - rank} of 2" not in error
     assert [p.name for p in (tmp_path / "run").glob("broken_*")] == [f"broken_0000003_worker{rank}.pth"]
@@ -104,93 +70,78 @@ def test_all_workers_stop_at_once_when_the_loss_of_one_breaks(rank, pair, tmp_pa
 def test_all_workers_stop_when_one_fails(rank, step, pair):
     """The other waits in a collective then; upstream's would for half an hour. 19 is the last step, after which
     upstream evaluates even if it has failed."""
-    codes, texts = pair(("raise in step", step, rank))
-    assert codes == [1, 1]
+    assert pair(fault=("raise in step", step, rank), flags=(), timeout=40) == [1, 1]
+    texts = pair.texts()
     assert "KeyError: 'a made-up fault'" in texts[rank]
     told = f"worker {1 - rank} stops: worker {rank} has failed: KeyError: 'a made-up fault'"
     assert told in texts[1 - rank] or "Connection closed by peer" in texts[1 - rank]
 
 
 def test_all_workers_stop_when_one_is_killed(pair):
-    codes, texts = pair(("signal in step of", 3, 9, 1))
-    assert codes[1] == -9 and codes[0] == 1, texts[0]
+    assert pair(fault=("signal in step", 3, 9, 1), flags=(), timeout=40) == [1, -9], pair.texts()
 
 
 # ------------------------------ images that cannot be read
 
 
 @pytest.fixture
-def spoiled(scenes, tmp_path):
-    """spoiled(n): a copy of the scenes with n truncated images; its folder, and their names."""
+def spoiled(scenes, command, tmp_path, monkeypatch):
+    """spoiled(n): the runs are given a copy of the scenes with n truncated images; its folder, and their names."""
 
     def make(number):
         copy = shutil.copytree(scenes, tmp_path / "spoiled")
         images = sorted((copy / "train").iterdir())[:number]
         for image in images:
             image.write_bytes(image.read_bytes()[:150])
+        monkeypatch.setattr(command, "scenes", copy)
         return copy, [image.name for image in images]
 
     return make
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_truncated_images_are_named_counted_and_skipped(workers, spoiled, zygote, command, tmp_path):
-    copy, names = spoiled(3)
-    argv = command(tmp_path / "run", "DATALOADER.NUM_WORKERS", workers, "DATALOADER.MAX_BAD_IMAGES", "3", flags=())
-    argv = with_data(argv, copy)
-    assert zygote.run(argv, tmp_path / "console.txt") == 0, (tmp_path / "console.txt").read_text()
-    text = (tmp_path / "console.txt").read_text()
+def test_truncated_images_are_named_counted_and_skipped(workers, spoiled, run, tmp_path):
+    _, names = spoiled(3)
+    assert run("DATALOADER.NUM_WORKERS", workers, "DATALOADER.MAX_BAD_IMAGES", "3", flags=()) == 0, run.text()
     for name in names:
-        assert len(re.findall(rf"{name} cannot be read \(.+\); another image took its place", text)) == 1
-    assert "3 of at most 3 (DATALOADER.MAX_BAD_IMAGES)" in text
+        assert len(re.findall(rf"{name} cannot be read \(.+\); another image took its place", run.text())) == 1
+    assert "3 of at most 3 (DATALOADER.MAX_BAD_IMAGES)" in run.text()
     assert '"bad_images": 3.0' in (tmp_path / "run" / "metrics.json").read_text()
 
 
-@pytest.mark.parametrize("limit, allowed", [(2, "2"), (0, "0")])
-def test_more_truncated_images_than_allowed_stop_the_run(limit, allowed, spoiled, zygote, command, tmp_path):
-    copy, names = spoiled(3)
-    argv = with_data(command(tmp_path / "run", "DATALOADER.MAX_BAD_IMAGES", str(limit), flags=()), copy)
-    assert zygote.run(argv, tmp_path / "console.txt") == 1
-    text = (tmp_path / "console.txt").read_text()
-    assert f"image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {allowed}" in text
+@pytest.mark.parametrize("limit", ["2", "0"])
+def test_more_truncated_images_than_allowed_stop_the_run(limit, spoiled, run):
+    _, names = spoiled(3)
+    assert run("DATALOADER.MAX_BAD_IMAGES", limit, flags=()) == 1
+    text = run.text()
+    assert f"image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {limit}" in text
     assert any(name in text[text.rindex("DATALOADER.MAX_BAD_IMAGES allows") :] for name in names)
 
 
-def test_a_truncated_image_in_an_evaluation_is_named(spoiled, zygote, command, tmp_path):
+def test_a_truncated_image_in_an_evaluation_is_named(spoiled, run):
     copy, _ = spoiled(0)
     image = sorted((copy / "val").iterdir())[0]
     image.write_bytes(image.read_bytes()[:150])
-    assert zygote.run(with_data(command(tmp_path / "run", flags=()), copy), tmp_path / "console.txt") != 0
-    text = (tmp_path / "console.txt").read_text()
-    assert f"{image} cannot be read" in text and "an evaluation needs every image" in text
-
-
-def with_data(argv, folder):
-    """A command line, with the data sets of another folder."""
-    argv = [str(word) for word in argv]
-    registered = [i + 1 for i, word in enumerate(argv) if word == "--register"]
-    for i, split in zip(registered, ("train", "val")):
-        argv[i] = f"t_{split}={folder / split}.json:{folder / split}"
-    return argv
+    assert run(flags=()) != 0
+    assert f"{image} cannot be read" in run.text() and "an evaluation needs every image" in run.text()
 
 
 # ------------------------------ a full disk
 
 
 def test_a_disk_that_is_full_stops_the_run_with_the_earlier_files_whole(run, tmp_path):
-    assert run()[0] == 0
+    assert run(flags=()) == 0
     size = (tmp_path / "run" / "model_final.pth").stat().st_size
     shutil.rmtree(tmp_path / "run")
-    assert run(fault=("signal in step", 3, 15))[0] == 75
+    assert run(fault=("signal in step", 3, 15), flags=()) == 75
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")}
-    code, text = run(flags=("--resume",), fault=("file size", size // 2))
-    assert code == 1
+    assert run(fault=("file size", size // 2)) == 1
     assert re.search(
         r"could not write \S+model_0000005.pth \(.*\)\. The earlier checkpoints are whole, the last one is "
         r"model_0000003\.pth\. Make room",
-        text,
-    ), text
+        run.text(),
+    ), run.text()
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")} == before
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
     assert not list((tmp_path / "run").glob("*.tmp"))
-    assert run(flags=("--resume",))[0] == 0
+    assert run() == 0

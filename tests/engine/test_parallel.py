@@ -1,28 +1,23 @@
-"""Two "machines" of two workers each, over gloo on this one, give the gradients of one process with the joint batch."""
+"""Two "machines" of two workers each, over gloo on this one, give the gradients of one process with the joint batch.
+
+Run as a script it is one of the workers.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
 
 from focal_plugin import get_config
-
-HERE = Path(__file__).resolve().parent
-# The CPU on every machine: with a GPU in sight upstream's launch would start NCCL.
-CPU_ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TIMEOUT = 300  # seconds for both machines; alone they take 30
+from focal_plugin.engine.torchrun import Workers
 
 SYNC = ["MODEL.FOCAL.NORMALIZER_SYNC", "True"]
 OHEM = ["MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0", "MODEL.OHEM.BATCH_SIZE", "16"]
@@ -40,37 +35,6 @@ ALONE = {"focal ema alone": [], "focal batch alone": BATCH, "ohem selected alone
 # The images of each worker, as their numbers of objects; the third worker has none.
 OBJECTS = [[3, 0], [1], [0, 0], [4, 2, 0]]
 STEPS = 2  # so that the running mean of the positives is covered
-
-MACHINE = """
-import sys
-from datetime import timedelta
-
-import torch
-from detectron2.engine import launch
-from detectron2.utils import comm
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, {here!r})
-from test_parallel import ALONE, STEPS, SYNCED, gradients, make_batch, make_model
-
-
-def main(folder):
-    results = {{}}
-    for case, opts in {{**SYNCED, **ALONE}}.items():
-        model = DistributedDataParallel(make_model(opts))
-        results[case] = [gradients(model, make_batch(seed)[comm.get_rank()]) for seed in range(STEPS)]
-    place = [comm.get_world_size(), comm.get_local_size(), comm.get_local_rank()]
-    # All gradients are the same after DistributedDataParallel: those of the last worker are the farthest from rank 0.
-    torch.save({{"place": place, "results": results}}, f"{{folder}}/{{comm.get_rank()}}.pth")
-    # As focal_plugin.engine does: at the end of the process its threads could abort it.
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank, url, folder = sys.argv[1:]
-    launch(main, 2, 2, int(rank), url, (folder,), timedelta(seconds={timeout}))
-"""
 
 
 def make_model(opts):
@@ -101,46 +65,32 @@ def gradients(model, inputs):
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def work(folder):
+    """Save what this worker has computed, in all cases."""
+    results = {}
+    for case, opts in {**SYNCED, **ALONE}.items():
+        model = DistributedDataParallel(make_model(opts))
+        results[case] = [gradients(model, make_batch(seed)[comm.get_rank()]) for seed in range(STEPS)]
+    place = [comm.get_world_size(), comm.get_local_size(), comm.get_local_rank()]
+    # All gradients are the same after DistributedDataParallel: those of the last worker are the farthest from rank 0.
+    torch.save({"place": place, "results": results}, f"{folder}/{comm.get_rank()}.pth")
+    # As focal_plugin.engine does: at the end of the process its threads could abort it.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    """What each of the four workers saved; one launch for all cases, since each process imports for seconds."""
+def workers(zygote, unused_port, tmp_path_factory):
+    """What each of the four workers saved; one launch for all cases."""
     folder = tmp_path_factory.mktemp("parallel")
-    script = folder / "machine.py"
-    script.write_text(MACHINE.format(here=str(HERE), timeout=TIMEOUT))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    errors = [folder / f"stderr{rank}" for rank in range(2)]
-    machines = []
-    for rank, path in enumerate(errors):
-        with path.open("w") as stderr:
-            command = [sys.executable, str(script), str(rank), url, str(folder)]
-            machines.append(subprocess.Popen(command, env=CPU_ENV, stderr=stderr, start_new_session=True))
-    try:
-        codes = _wait_for_all(machines, time.monotonic() + TIMEOUT)
-    finally:
-        for machine in machines:
-            _kill(machine)
-    assert codes == [0, 0], "\n".join(path.read_text() for path in errors)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": "4"}
+    pids = []
+    for rank in range(4):
+        own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+        pids.append(zygote.start([folder], folder / f"{rank}.txt", own, script=__file__))
+    codes = [zygote.wait(pid, 300) for pid in pids]
+    assert codes == [0] * 4, "\n".join((folder / f"{rank}.txt").read_text() for rank in range(4))
     return [torch.load(folder / f"{rank}.pth") for rank in range(4)]
-
-
-def _wait_for_all(machines, deadline):
-    """Their exit codes, once all have ended, one has failed (the other would wait for it) or the time is over."""
-    while True:
-        codes = [machine.poll() for machine in machines]
-        if None not in codes or any(codes) or time.monotonic() > deadline:
-            return codes
-        time.sleep(0.1)
-
-
-def _kill(machine):
-    """With its workers, which are in its session; what has ended by itself has none left."""
-    if machine.poll() == 0:
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(machine.pid, signal.SIGKILL)
-    machine.wait()
 
 
 def differences(got, want):
@@ -175,3 +125,7 @@ def test_without_sync_they_do_not(case, workers):
     """What the sync is for, and the proof that the test above can fail."""
     for got, want in zip(workers[0]["results"][case], joint_gradients(ALONE[case])):
         assert differences(got, want)
+
+
+if __name__ == "__main__":
+    Workers(2, 2, local_rank=int(os.environ["LOCAL_RANK"])).launch(work, sys.argv[1], on_cpu=True)

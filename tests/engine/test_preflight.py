@@ -25,6 +25,9 @@ WRONG = [
     ("MODEL.PIXEL_STD", [[0.0, 0.0, 0.0], [1.0]]),
     ("MODEL.BACKBONE.NAME", ["nope", None]),
     ("MODEL.DEVICE", [None, "gpu", "meta"]),
+    ("MODEL.META_ARCHITECTURE", ["Focal"]),
+    ("SOLVER.AMP.PRECISION", ["fp8"]),
+    ("SOLVER.OPTIMIZER", ["LAMB"]),
     ("DATASETS.TRAIN", [(5,), ("",), None]),
     ("INPUT.MIN_SIZE_TRAIN", [(), (0,), ("a",), (64.5,)]),
     ("SOLVER.IMS_PER_BATCH", [0, -1, None]),
@@ -42,17 +45,13 @@ WRONG = [
 
 
 @pytest.fixture(autouse=True)
-def data_sets():
+def data_sets(restore_catalogs):
     """Three data sets: of three classes, of twelve, and of classes unknown until it is loaded."""
-    before = dict(DatasetCatalog), dict(MetadataCatalog)
-    known = {"cells_train": ["red", "white", "flat"], "many": [f"class{i}" for i in range(12)]}
+    known = {"cells_train": ["red", "white", "flat"], "many": [f"class{i}" for i in range(12)], "unknown_classes": None}
     for name, classes in known.items():
         DatasetCatalog.register(name, list)
-        MetadataCatalog.get(name).thing_classes = classes
-    DatasetCatalog.register("unknown_classes", list)
-    yield
-    for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
-        catalog.data = entries
+        if classes:
+            MetadataCatalog.get(name).thing_classes = classes
 
 
 def config(train=("cells_train",), test=(), num_classes=3):

@@ -56,16 +56,6 @@ def never_stopped(zygote, command, tmp_path_factory):
     return train
 
 
-@pytest.fixture
-def run(zygote, command, tmp_path):
-    """run(opts, fault): one attempt in the test's folder; returns the exit code."""
-
-    def attempt(opts=(), fault=None, flags=("--resume",)):
-        return zygote.run(command(tmp_path / "run", *opts, flags=flags), tmp_path / "console.txt", fault=fault)
-
-    return attempt
-
-
 def test_killed_at_twenty_random_moments(zygote, command, never_stopped, tmp_path):
     """Steps, checkpoints and evaluations are about equally likely to be hit: the run does little else."""
     moments, killed, folders = random.Random(0), 0, 0
@@ -84,8 +74,8 @@ def test_killed_at_twenty_random_moments(zygote, command, never_stopped, tmp_pat
 @pytest.mark.parametrize("opts", [DATA_WORKERS, OHEM], ids=["data workers", "OHEM and SGD"])
 def test_killed_with(opts, run, never_stopped, tmp_path):
     for delay in (0.15, 0.3, 0.6):
-        assert run(opts, fault=("kill after", delay)) in (0, -signal.SIGKILL)
-    assert run(opts) == 0, (tmp_path / "console.txt").read_text()
+        assert run(*opts, fault=("kill after", delay)) in (0, -signal.SIGKILL)
+    assert run(*opts) == 0, run.text()
     assert_same(load(tmp_path / "run" / FINAL), never_stopped(*opts))
 
 
@@ -94,14 +84,14 @@ def test_the_number_of_data_workers_changes_nothing(never_stopped):
 
 
 # Of one save: sync and rename of the checkpoint, then of last_checkpoint; a sync of the folder after each rename.
-@pytest.mark.parametrize("call", [("os.fsync", 1), ("os.replace", 1), ("os.fsync", 3), ("os.replace", 2)])
+@pytest.mark.parametrize("call", [("fsync", 1), ("replace", 1), ("fsync", 3), ("replace", 2)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_in_a_save(call, when, run, never_stopped, tmp_path):
     """In the second, so that there is one to go on from; and whatever lies there then can be resumed from."""
-    assert run(fault=("kill at", call[0], call[1] + (4 if call[0] == "os.fsync" else 2), when)) == -signal.SIGKILL
+    assert run(fault=("kill at", call[0], call[1] + (4 if call[0] == "fsync" else 2), when)) == -signal.SIGKILL
     for file in (tmp_path / "run").glob("*.pth"):
         load(file)
-    assert run() == 0, (tmp_path / "console.txt").read_text()
+    assert run() == 0, run.text()
     assert_same(load(tmp_path / "run" / FINAL), never_stopped())
 
 
@@ -117,32 +107,32 @@ def test_killed_in_a_save(call, when, run, never_stopped, tmp_path):
     ids=["step", "step with a checkpoint", "evaluation", "last evaluation"],
 )
 def test_sigterm_saves_and_says_resume_me(fault, saved, opts, run, never_stopped, tmp_path):
-    assert run(opts, fault) == EXIT_PREEMPTED == 75
+    assert run(*opts, fault=fault) == EXIT_PREEMPTED == 75
     assert (tmp_path / "run" / "last_checkpoint").read_text() == saved
-    assert run(opts) == 0, (tmp_path / "console.txt").read_text()
-    assert f"RESUMING after step {5 if '4' in saved else ''}" in (tmp_path / "console.txt").read_text()
+    assert run(*opts) == 0, run.text()
+    assert f"RESUMING after step {5 if '4' in saved else ''}" in run.text()
     assert_same(load(tmp_path / "run" / FINAL), never_stopped(*opts))
     # The evaluations that were interrupted have been made up for.
-    assert (tmp_path / "console.txt").read_text().count("copypaste: AP,AP50") == 5
+    assert run.text().count("copypaste: AP,AP50") == 5
 
 
 def test_a_crash_is_gone_on_from(run, never_stopped, tmp_path):
     assert run(fault=("raise in step", 7, 0)) == 1
-    assert "a made-up fault" in (tmp_path / "console.txt").read_text()
+    assert "a made-up fault" in run.text()
     assert run() == 0
     assert_same(load(tmp_path / "run" / FINAL), never_stopped())
 
 
 def test_without_a_seed_too(run, tmp_path):
     """The seed that was drawn goes on with the run: what is drawn after the resume is what would have been drawn."""
-    assert run(NO_SEED, fault=("signal in step", 9, signal.SIGTERM)) == EXIT_PREEMPTED
+    assert run(*NO_SEED, fault=("signal in step", 9, signal.SIGTERM)) == EXIT_PREEMPTED
     at_the_stop = (tmp_path / "run").rename(tmp_path / "kept")
     ends = []
     for _ in range(2):
         (tmp_path / "run").mkdir()
         for name in ("model_0000009.pth", "last_checkpoint"):
             os.link(at_the_stop / name, tmp_path / "run" / name)
-        assert run(NO_SEED) == 0
+        assert run(*NO_SEED) == 0
         ends.append(load(tmp_path / "run" / FINAL))
         (tmp_path / "run").rename(tmp_path / f"end{len(ends)}")
     assert_same(*ends)
@@ -169,23 +159,20 @@ def wait_for_text(path, text, seconds=60):
         time.sleep(0.01)
 
 
-def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, zygote, command, tmp_path):
+def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, tmp_path):
     """Trap: started again by the batch system before its first checkpoint, it would "resume" what the old run left."""
-    assert run(OHEM) == 0
+    assert run(*OHEM) == 0
     assert run(fault=("raise in step", 1, 0), flags=()) == 1
-    env = {"SLURM_RESTART_COUNT": "1"}
     (tmp_path / "console.txt").unlink()
-    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "3", flags=())
-    assert zygote.run(argv, tmp_path / "console.txt", env=env) == 0
-    text = (tmp_path / "console.txt").read_text()
-    assert "it is of an earlier run in that folder" in text and "FRESH" in text and "RESUMING" not in text
-    assert load(tmp_path / "run" / FINAL)["iteration"] == 2
+    assert run("SOLVER.MAX_ITER", "3", flags=(), env={"SLURM_RESTART_COUNT": "1"}) == 0
+    assert "it is of an earlier run in that folder" in run.text() and "FRESH" in run.text()
+    assert "RESUMING" not in run.text() and load(tmp_path / "run" / FINAL)["iteration"] == 2
 
 
 def test_images_are_counted_over_changes_of_the_batch(run, tmp_path):
     """The place in the data is counted in images, each step's as many as it had."""
     assert run(fault=("signal in step", 3, signal.SIGTERM)) == EXIT_PREEMPTED
-    assert run(("SOLVER.IMS_PER_BATCH", "4"), fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
+    assert run("SOLVER.IMS_PER_BATCH", "4", fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
     assert load(tmp_path / "run" / "model_0000006.pth")["trainer"]["data"]["images"] == 4 * 2 + 3 * 4
 
 
@@ -193,10 +180,10 @@ def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
     """Upstream's is a plain number, which no state_dict has. (Its loss, which torch.jit compiles anew in other steps
     after a resume, is not bit for bit the same; the normaliser does not depend on it.)"""
     stock = ("MODEL.META_ARCHITECTURE", "RetinaNet")
-    assert run(stock) == 0
+    assert run(*stock) == 0
     want = load((tmp_path / "run").rename(tmp_path / "never_stopped") / FINAL)
-    assert run(stock, fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
-    assert run(stock) == 0
+    assert run(*stock, fault=("signal in step", 6, signal.SIGTERM)) == EXIT_PREEMPTED
+    assert run(*stock) == 0
     got = load(tmp_path / "run" / FINAL)
     assert got["workers"][0]["normalizer"] == want["workers"][0]["normalizer"] < 100
 
@@ -204,54 +191,30 @@ def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
 # ------------------------------ two workers, started as torchrun starts them
 
 
-@pytest.fixture
-def pair(zygote, command, tmp_path, unused_port):
-    """pair(opts, fault): one attempt with two workers; returns both exit codes."""
-
-    def attempt(opts=(), fault=None):
-        env = {
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(unused_port()),
-        }
-        argv = command(tmp_path / "run", *opts)
-        pids = [
-            zygote.start(argv, tmp_path / f"console{rank}.txt", {**env, "RANK": rank, "LOCAL_RANK": rank}, fault)
-            for rank in ("0", "1")
-        ]
-        return [zygote.wait(pid) for pid in pids]
-
-    attempt.console = lambda: "".join((tmp_path / f"console{rank}.txt").read_text() for rank in (0, 1))
-    return attempt
-
-
 def test_two_workers(pair, tmp_path):
     """Each has batch norms and a running mean of its own, which a checkpoint of upstream has for the first only."""
-    assert pair() == [0, 0], pair.console()
+    assert pair() == [0, 0], pair.texts()
     want = load((tmp_path / "run").rename(tmp_path / "never_stopped") / FINAL)
     assert len(want["workers"]) == 2 and want["workers"][1]["buffers"]
     # Killed, both; and asked to stop, one of them only.
-    assert pair(fault=("kill after", 0.3)) == [-signal.SIGKILL] * 2, pair.console()
-    assert pair(fault=("signal in step of", 9, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.console()
-    assert pair(fault=("signal in evaluation of", 1, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.console()
-    assert pair() == [0, 0], pair.console()
+    assert pair(fault=("kill after", 0.3)) == [-signal.SIGKILL] * 2, pair.texts()
+    assert pair(fault=("signal in step", 9, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.texts()
+    assert pair(fault=("signal in evaluation", 1, signal.SIGTERM, 1)) == [EXIT_PREEMPTED] * 2, pair.texts()
+    assert pair() == [0, 0], pair.texts()
     assert_same(load(tmp_path / "run" / FINAL), want)
 
 
-def test_sigterm_while_waiting_for_the_other_workers(zygote, command, tmp_path, unused_port):
+def test_sigterm_while_waiting_for_the_other_workers(pair):
     """They may come minutes later, on another machine."""
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
-    argv = command(tmp_path / "run")
-    first = zygote.start(argv, tmp_path / "0.txt", {**env, "RANK": "0", "LOCAL_RANK": "0"})
-    time.sleep(1.5)
-    os.kill(first, signal.SIGTERM)
-    second = zygote.start(argv, tmp_path / "1.txt", {**env, "RANK": "1", "LOCAL_RANK": "1"})
-    assert [zygote.wait(first), zygote.wait(second)] == [EXIT_PREEMPTED] * 2, (tmp_path / "0.txt").read_text()
+
+    def terminate(pid):
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGTERM)
+
+    assert pair(delay=terminate) == [EXIT_PREEMPTED] * 2, pair.texts()
 
 
-def test_another_number_of_workers_goes_on_and_says_so(pair, run, tmp_path):
-    assert pair(fault=("signal in step", 3, signal.SIGTERM)) == [EXIT_PREEMPTED] * 2, pair.console()
+def test_another_number_of_workers_goes_on_and_says_so(pair, run):
+    assert pair(fault=("signal in step", 3, signal.SIGTERM)) == [EXIT_PREEMPTED] * 2, pair.texts()
     assert run() == 0
-    console = (tmp_path / "console.txt").read_text()
-    assert "saved by 2 worker(s), this run has 1" in console and "RESUMING after step 4" in console
+    assert "saved by 2 worker(s), this run has 1" in run.text() and "RESUMING after step 4" in run.text()

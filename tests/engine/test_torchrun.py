@@ -1,20 +1,25 @@
-"""Who has started this process, and which of the workers it is."""
+"""How the workers of a run are started: by train_net.py itself, by torchrun, and by the scripts of tools/launch."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import torch
+from zygote import ENV, ROOT
 
 from focal_plugin.engine.torchrun import Workers
 
-TORCHRUN = {
-    "TORCHELASTIC_RESTART_COUNT": "2",
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "10.0.0.1",
-    "MASTER_PORT": "29500",
-}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "2"}
+KUBEFLOW = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}  # of a machine
+STALE = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # and nothing to meet at
 
 
 def find(env, **typed):
@@ -27,14 +32,7 @@ def test_workers_that_torchrun_has_started():
         assert workers == Workers(per_machine=4, num_machines=2, local_rank=1, restarts=2) and workers.count == 8
 
 
-KUBEFLOW = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}  # of a machine
-STALE = {key: TORCHRUN[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # and nothing to meet at
-
-
-@pytest.mark.parametrize(
-    "env",
-    [{}, {"RANK": "3"}, KUBEFLOW, STALE, {"SLURM_STEP_NUM_TASKS": ""}],
-)
+@pytest.mark.parametrize("env", [{}, {"RANK": "3"}, KUBEFLOW, STALE, {"SLURM_STEP_NUM_TASKS": ""}])
 def test_by_hand(env):
     assert find(env, num_gpus=2) == Workers(per_machine=2)
     assert find({**env, "SLURM_RESTART_COUNT": "2"}) == Workers(restarts=2)
@@ -57,3 +55,135 @@ def test_by_hand(env):
 def test_a_command_line_that_cannot_be(env, typed, message):
     with pytest.raises(ValueError, match=message):
         find(env, **typed)
+
+
+# ------------------------------ real runs: slow, for each worker imports everything
+
+TRAIN_NET = str(ROOT / "tools" / "train_net.py")
+
+
+def start(command, console):
+    with open(console, "a") as out:
+        return subprocess.Popen(command, env=ENV, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(path, process, console, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, console.read_text()
+        time.sleep(0.05)
+
+
+def children(pid):
+    """The processes that another has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(status.parent.name))
+    return found
+
+
+def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
+    """To train_net.py, which hands it on to its workers and waits for their checkpoint; as often as it is sent."""
+    flags = ("--resume", "--num-gpus", "2", "--dist-url", "auto")
+    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "2000", flags=flags)
+    process = start([sys.executable, TRAIN_NET, *argv], tmp_path / "console.txt")
+    wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.returncode == 75, (tmp_path / "console.txt").read_text()
+    saved = (tmp_path / "run" / "last_checkpoint").read_text()
+    assert len(torch.load(tmp_path / "run" / saved, weights_only=True)["workers"]) == 2
+    assert "type the same command with --resume to go on" in (tmp_path / "console.txt").read_text()
+
+
+def test_sigterm_ends_an_evaluation(run, tmp_path):
+    """Before the next image, as in a training: at once, it would leave workers that were started here behind."""
+    assert run("SOLVER.MAX_ITER", "1") == 0, run.text()
+    weights = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    assert run(*weights, flags=("--eval-only",), fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, run.text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds torchrun's workers in /proc")
+def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_port, tmp_path):
+    """Without --resume on the command line: the restart is what says so."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    torchrun += ["--master-port", str(unused_port()), "--monitor-interval", "0.2", TRAIN_NET]
+    argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "80", "TEST.EVAL_PERIOD", "0", flags=())
+    process = start([*torchrun, *argv], tmp_path / "console.txt")
+    wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    assert process.wait(120) == 0, (tmp_path / "console.txt").read_text()
+    text = (tmp_path / "console.txt").read_text()
+    assert "FRESH, with random weights" in text and "RESUMING after step" in text
+    assert (tmp_path / "run" / "model_final.pth").is_file()
+
+
+# ------------------------------ tools/launch
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
+def test_launch_scripts_parse_and_name_what_there_is(name):
+    path = ROOT / "tools" / "launch" / name
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+    text = path.read_text()
+    configs = re.findall(r"configs/([\w/]+\.yaml)", text)
+    tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", text)
+    assert configs and tools and f"launch/{name}" in tools
+    assert [c for c in configs if not (ROOT / "configs" / c).is_file()] == []
+    assert [t for t in tools if not (ROOT / "tools" / t).is_file()] == []
+
+
+def run_script(tmp_path, name, *words, torchrun="exit 0", **env):
+    """A launch script with stand-ins for what it calls, which leave their arguments in the file `calls`."""
+    stand_ins, calls = tmp_path / "bin", tmp_path / "calls"
+    stand_ins.mkdir()
+    for tool, body in {
+        # srun starts one task and returns its exit code, as the real one does for all.
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; "$@"',
+        "scontrol": 'if [ "$1" = show ]; then echo host1; echo host2; fi',
+        "torchrun": torchrun,
+        "sleep": ":",
+    }.items():
+        (stand_ins / tool).write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> "$CALLS"\n{body}\n')
+        (stand_ins / tool).chmod(0o755)
+    env = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_SUBMIT_DIR": str(ROOT), **env}
+    script = ROOT / "tools" / "launch" / name
+    done = subprocess.run(["bash", script, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    return done, calls.read_text().splitlines() if calls.is_file() else []
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "host[1-2]"}
+
+
+@pytest.mark.parametrize(
+    "torchrun, code",  # TERM reaches the inner shell and torchrun, whose workers save: it ends with 1
+    [("exit 0", 0), ("exit 1", 1), ("kill -TERM $PPID; exit 1", 75), ("kill -TERM $PPID; exit 0", 0)],
+    ids=["done", "failed", "preempted", "done in time"],
+)
+def test_a_slurm_job_requeues_itself_only_when_it_was_preempted(tmp_path, torchrun, code):
+    done, calls = run_script(tmp_path, "slurm.sbatch", "c.yaml", "OUTPUT_DIR", "a b", torchrun=torchrun, **SLURM)
+    assert done.returncode == code, done.stderr
+    srun = next(call for call in calls if call.startswith("srun"))
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1" in srun
+    (call,) = (call for call in calls if call.startswith("torchrun "))
+    assert "--nnodes=2 --nproc-per-node=4 " in call and "--rdzv-id=7 " in call and "=host1:20007 " in call
+    assert call.endswith("/train_net.py --config-file c.yaml --resume OUTPUT_DIR a b")
+    assert ("scontrol requeue 7" in calls) == ("sleep 10" in calls) == (code == 75)
+
+
+def test_torchrun_is_called_once_with_resume(tmp_path):
+    done, calls = run_script(tmp_path, "torchrun.sh", "c.yaml", "SEED", "1", NODES="2", HEAD="h:1", GPUS="3")
+    assert done.returncode == 0, done.stderr
+    (call,) = calls
+    assert "--nnodes=2 --nproc-per-node=3 --max-restarts=3 " in call and "--rdzv-endpoint=h:1 " in call
+    assert call.endswith(f" {ROOT}/tools/train_net.py --config-file c.yaml --resume SEED 1")
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
+def test_launch_scripts_without_a_config_say_how_to_call_them(tmp_path, name):
+    done, calls = run_script(tmp_path, name, **SLURM)
+    assert done.returncode != 0 and "usage: " in done.stderr and calls == []

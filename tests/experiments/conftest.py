@@ -1,23 +1,26 @@
-"""A script that only pretends to train, and runs of it."""
+"""A script that only pretends to train, and runs of it; tools/reproduce.py."""
 
 import os
+import runpy
+import time
 from pathlib import Path
 
 import pytest
 
-from focal_plugin.experiments.executors import InlineExecutor
-from focal_plugin.experiments.runner import run_all
-from focal_plugin.experiments.worker import Run
+from focal_plugin.experiments.plan import TRAIN_NET
+from focal_plugin.experiments.results import Run
+from focal_plugin.experiments.runner import InlineExecutor, run_all
 
-TRAIN_NET = """\
-import json, os, signal, sys, time, zipfile
+PRETENDING = """\
+import json, os, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 words = sys.argv[sys.argv.index("--resume") + 1 :]
 values = dict(zip(words[::2], words[1::2]))
 out = Path(values["OUTPUT_DIR"])
+worker = subprocess.Popen(["sleep", "60"]).pid if "WORKER" in values else os.getpid()
 with (out / "attempts").open("a") as file:
-    file.write(f"{os.getpid()} {time.time()} {os.environ['OMP_NUM_THREADS']}\\n")
+    file.write(f"{os.getpid()} {worker} {time.time()} {os.environ['OMP_NUM_THREADS']}\\n")
 (out / "sigint").write_text(str(signal.getsignal(signal.SIGINT)))
 (out / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}\\n")
 if values.get("FAIL") == "1":  # what the guard of FocalTrainer leaves, in whatever words it says it
@@ -36,7 +39,8 @@ for step in range(start, 40):
     if step % 4 == 3:
         with zipfile.ZipFile(out / f"model_{step + 1:07d}.pth", "w") as file:  # as torch.save's
             file.writestr("step", str(step))
-        last.write_text(f"model_{step + 1:07d}.pth")
+        (out / "new").write_text(f"model_{step + 1:07d}.pth")
+        (out / "new").rename(last)
 with (out / "metrics.json").open("a") as file:
     file.write(json.dumps({"iteration": 40, "bbox/AP": float(values.get("AP", 10))}) + "\\n")
 (out / "model_final.pth").write_text("")
@@ -49,18 +53,15 @@ print("trained")
 
 
 @pytest.fixture
-def train_net(tmp_path):
-    path = tmp_path / "train_net.py"
-    path.write_text(TRAIN_NET)
-    return path
+def make_run(tmp_path):
+    """make_run("a", "KEY", "VALUE"): a run in out/a/seed1."""
+    script = tmp_path / "train_net.py"
+    script.write_text(PRETENDING)
 
-
-@pytest.fixture
-def make_run(tmp_path, train_net):
-    def make(key, *overrides, fingerprint="1", seed=1):
-        folder = tmp_path / "out" / key / f"seed{seed}"
-        config = tmp_path / "base.yaml"
-        return Run(key, key.upper(), seed, folder, train_net, config, (), overrides, fingerprint, max_iter=40)
+    def make(key, *overrides, fingerprint="1"):
+        folder = tmp_path / "out" / key / "seed1"
+        command = ("python", str(script), "--resume", *overrides, "OUTPUT_DIR", str(folder))
+        return Run(key, key.upper(), 1, folder, command, fingerprint, max_iter=40)
 
     return make
 
@@ -68,22 +69,26 @@ def make_run(tmp_path, train_net):
 @pytest.fixture
 def run():
     """run(*runs, parallel=1, threads=1, fresh=False): their results."""
-
-    def call(*runs, parallel=1, threads=1, fresh=False):
-        return run_all(runs, InlineExecutor(parallel, threads, fresh), parallel=parallel, threads=threads)
-
-    return call
+    return lambda *runs, parallel=1, threads=1, fresh=False: run_all(runs, InlineExecutor(parallel, threads), fresh)
 
 
 @pytest.fixture
 def attempts():
-    """attempts(folder): (pid, when, threads) of each process that was started in it."""
+    """attempts(folder): [pid, pid of its worker, when, threads] of each process that was started in it."""
+    return lambda folder: [
+        [int(word.split(".")[0]) for word in line.split()] for line in (folder / "attempts").read_text().splitlines()
+    ]
 
-    def read(folder: Path):
-        lines = (folder / "attempts").read_text().splitlines()
-        return [(int(pid), float(when), int(threads)) for pid, when, threads in map(str.split, lines)]
 
-    return read
+@pytest.fixture
+def wait_for():
+    def wait(condition, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture
@@ -91,11 +96,15 @@ def alive():
     def check(pid):
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        try:  # a zombie has ended, only nobody has asked for its exit code
+            # A zombie has ended, only nobody has asked for its exit code.
             return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-        except FileNotFoundError:
+        except (ProcessLookupError, FileNotFoundError):
             return False
 
     return check
+
+
+@pytest.fixture(scope="session")
+def reproduce():
+    """What tools/reproduce.py defines: main, parse_args."""
+    return runpy.run_path(str(TRAIN_NET.with_name("reproduce.py")))

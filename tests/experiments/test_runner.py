@@ -1,47 +1,45 @@
-"""The runner and its workers, with a script that only pretends to train."""
+"""The runner and its executors, with a script that only pretends to train."""
 
 import io
 import json
 import math
+import multiprocessing
 import os
+import re
 import signal
-import subprocess
+import stat
 import sys
-import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from focal_plugin.experiments import runner, worker
-from focal_plugin.experiments.executors import InlineExecutor
-from focal_plugin.experiments.progress import Lines, RowState, format_left, seconds_left, summary
-from focal_plugin.experiments.runner import run_all
+from focal_plugin.experiments import runner
+from focal_plugin.experiments.runner import InlineExecutor, SubmititExecutor, run_all
 
-ROOT = Path(runner.__file__).parents[2]
+# --- how runs end ---
 
 
-def test_results_come_in_the_order_of_the_runs(run, make_run):
-    slow, quick = run(make_run("slow", "AP", "20", "SLEEP", "0.5"), make_run("quick", "AP", "30"), parallel=2)
+def test_results_come_in_the_order_of_the_runs(run, make_run, attempts):
+    slow, quick = run(
+        make_run("slow", "AP", "20", "SLEEP", "0.5"), make_run("quick", "AP", "30"), parallel=2, threads=3
+    )
     assert (slow.title, slow.status, slow.ap, quick.ap) == ("SLOW", "done", 20, 30)
     assert slow.ok and slow.exit_code == 0 and slow.seconds >= 0.5 and slow.attempts == 1
     assert slow.config() == {"SOLVER": {"MAX_ITER": 40}} and len(slow.history()) == 41
     assert (slow.folder / "console.txt").read_text() == "trained\n"
     assert 2**20 < slow.peak_memory < 2**32 and slow.peak_memory_of == "process"
-
-
-def test_a_process_gets_its_overrides_and_threads(run, make_run, attempts):
-    (result,) = run(make_run("a", "SEED", "1", "AP", "20"), threads=3)
-    assert result.command[-6:-1] == ["SEED", "1", "AP", "20", "OUTPUT_DIR"]
-    assert [threads for _, _, threads in attempts(result.folder)] == [3] and result.threads == 3
+    assert attempts(slow.folder)[0][-1] == slow.threads == 3 and slow.parallel == 2
+    assert "cores" in slow.machine and slow.date.startswith("20")
+    assert [path.name for path in slow.folder.glob("*.pth")] == ["model_final.pth"]  # those between were for going on
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(run, make_run, attempts, capsys):
-    failed, fine = run(make_run("a", "FAIL", "2"), make_run("b"))
+    runs = make_run("a", "FAIL", "2"), make_run("b"), make_run("c", "FAIL", "3")
+    failed, fine, without_ap = run(*runs)
     assert (failed.status, failed.exit_code, failed.error) == ("failed", 1, "RuntimeError: CUDA out of memory")
+    assert (without_ap.status, without_ap.exit_code) == ("failed", 0) and "no AP" in without_ap.error
     assert fine.ok and "A seed 1: FAILED" in capsys.readouterr().err
-    again, _ = run(make_run("a", "FAIL", "2"), make_run("b"), threads=2)
+    again, *_ = run(*runs, threads=2)
     assert (again.attempts, again.threads) == (2, 2)
     assert len(attempts(failed.folder)) == 2 and len(attempts(fine.folder)) == 1  # a failure may have been an accident
     assert "CUDA out of memory" in (failed.folder / "console.1.txt").read_text()
@@ -55,35 +53,42 @@ def test_divergence_is_an_outcome_with_its_step(run, make_run, attempts, capsys)
     assert again.reused and again.step == 3 and len(attempts(again.folder)) == 1  # it would diverge again
 
 
-def test_a_run_without_an_ap_has_failed(run, make_run):
-    (result,) = run(make_run("a", "FAIL", "3"))
-    assert result.status == "failed" and result.exit_code == 0 and "no AP" in result.error
-
-
-def test_a_script_that_cannot_start_is_a_failure(run, make_run, train_net):
-    train_net.unlink()
-    (result,) = run(make_run("a"))
-    assert result.status == "failed" and "No such file" in result.error
+def test_what_cannot_start_is_a_failure(run, make_run, monkeypatch):
+    (make_run("a").folder.parents[1] / "b").mkdir(parents=True)
+    (make_run("b").folder).write_text("a file in the place of the folder")
+    with pytest.raises(FileExistsError):
+        run(make_run("b"))
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    a, c = run(make_run("a"), make_run("c"))
+    assert a.status == c.status == "failed" and "/no/python" in c.error
 
 
 def test_a_model_that_detects_nothing_has_ap_0(run, make_run):
     assert run(make_run("a", "AP", "nan"))[0].ap == 0
 
 
-def test_what_is_saved_is_strict_json_with_its_origin(run, make_run):
+def test_what_is_saved_is_strict_json(make_run):
     first = make_run("a").result()
-    first.folder.mkdir(parents=True)
-    first.metrics = {"bbox/AP": 1.0, "bbox/APl": float("nan")}
-    first.status = "failed"
-    first._save()
-    assert (
-        json.loads((first.folder / "result.json").read_text(), parse_constant=pytest.fail)["metrics"]["bbox/APl"]
-        is None
-    )
+    (first.folder / "inference").mkdir(parents=True)
+    (first.folder / "metrics.json").write_text('{"iteration": 1, "bbox/AP": 1.0, "bbox/APl": NaN}\n')
+    first.finish(1, 2.0)
+    saved = json.loads((first.folder / "result.json").read_text(), parse_constant=pytest.fail)
+    assert saved["metrics"] == {"bbox/AP": 1.0, "bbox/APl": None}
     second = make_run("a").result()
-    assert second.load() and math.isnan(second.metrics["bbox/APl"]) and second.ap == 1
-    (third,) = run(make_run("b"))
-    assert "cores" in third.machine and third.date.startswith("20")
+    assert math.isnan(second.metrics.pop("bbox/APl")) and (second.ap, second.seconds) == (1, 2)
+
+
+def test_of_steps_done_twice_the_later_counts(make_run):
+    result = make_run("a").result()
+    result.folder.mkdir(parents=True)
+    lines = [{"iteration": step, "total_loss": loss} for step, loss in [(0, 1), (1, 2), (2, 3), (1, 20), (2, 30)]]
+    text = "".join('{"iterat' * (step == 3) + json.dumps(line) + "\n" for step, line in enumerate(lines))
+    (result.folder / "metrics.json").write_text(text + '{"iteration": 3, "tot')
+    assert [record["total_loss"] for record in result.history()] == [1, 20, 30]
+    assert result.last_step() == lines[-1]
+
+
+# --- the same command again ---
 
 
 def test_a_finished_run_is_reused(run, make_run, capsys):
@@ -95,34 +100,38 @@ def test_a_finished_run_is_reused(run, make_run, capsys):
     assert not run(make_run("a"), fresh=True)[0].reused
 
 
-def test_after_a_change_a_run_starts_from_nothing_and_the_earlier_one_is_kept(run, make_run, attempts, capsys):
+def test_after_a_change_nothing_is_lost_unasked(run, make_run, attempts):
     (first,) = run(make_run("a", "AP", "20"))
-    (changed,) = run(make_run("a", "AP", "30", fingerprint="other"))
+    with pytest.raises(FileExistsError, match=r"another config, data or code: --fresh .* --output"):
+        run(make_run("b"), make_run("a", "AP", "30", fingerprint="other"))
+    assert (first.folder / "model_final.pth").is_file() and not make_run("b").folder.exists()
+    (changed,) = run(make_run("a", "AP", "30", fingerprint="other"), fresh=True)
     assert not changed.reused and changed.attempts == 1 and changed.ap == 30
     assert len(attempts(first.folder)) == 1 and len(changed.history()) == 41
-    aside = first.folder.with_name("seed1.1")
-    assert f"the earlier run moves to {aside}" in capsys.readouterr().err
-    assert json.loads((aside / "result.json").read_text())["metrics"]["bbox/AP"] == 20
-    assert (aside / "model_final.pth").is_file()
 
-    (back,) = run(make_run("a", "AP", "20"))  # and the other way round
-    assert back.ap == 20 and (first.folder.with_name("seed1.other") / "result.json").is_file()
-
-
-def test_what_left_nothing_worth_keeping_is_not_kept(run, make_run):
-    (first,) = run(make_run("a", "FAIL", "2"))
-    (first.folder / "result.json").unlink()
-    run(make_run("a", fingerprint="2"))
-    assert [path.name for path in first.folder.parent.iterdir()] == ["seed1"]
+    run(make_run("c", "FAIL", "2"))
+    (mended,) = run(make_run("c", fingerprint="other"))  # nothing was there to lose
+    assert mended.ok and mended.attempts == 1 and not (mended.folder / "console.1.txt").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "\0\0"])
 def test_a_folder_that_cannot_be_read_is_not_emptied(run, make_run, content):
     (result,) = run(make_run("a"))
     (result.folder / "run.json").write_text(content)
-    with pytest.raises(FileExistsError, match="cannot be read"):
-        run(make_run("a", fingerprint="2"))
+    for fresh in (False, True):
+        with pytest.raises(FileExistsError, match="cannot be read"):
+            run(make_run("a", fingerprint="2"), fresh=fresh)
     assert (result.folder / "model_final.pth").is_file()
+
+
+def test_foreign_files_are_not_deleted(run, make_run):
+    file = make_run("a").folder / "thesis.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(FileExistsError, match="not empty"):
+            run(make_run("a"), fresh=fresh)
+    assert file.read_text() == "precious"
 
 
 def test_what_a_kill_leaves_half_written_does_not_stop_the_table(run, make_run):
@@ -133,25 +142,14 @@ def test_what_a_kill_leaves_half_written_does_not_stop_the_table(run, make_run):
     assert run(make_run("a"))[0].ok
 
 
-def test_an_ended_run_keeps_its_last_model_only(run, make_run):
-    (result,) = run(make_run("a"))
-    assert [path.name for path in result.folder.glob("*.pth")] == ["model_final.pth"]
+# --- at the same time ---
 
 
-def test_no_more_runs_at_a_time_than_asked_for(run, make_run, attempts):
+def test_no_more_runs_at_a_time_than_asked_for(run, make_run):
     results = run(*[make_run(key, "SLEEP", "0.4") for key in "abc"], parallel=2)
-    times = [(attempts(r.folder)[0][1], float((r.folder / "ended").read_text())) for r in results]
+    times = [((r.folder / "attempts").read_text().split()[2], (r.folder / "ended").read_text()) for r in results]
+    times = [(float(begun), float(ended)) for begun, ended in times]
     assert max(sum(begun <= moment < ended for begun, ended in times) for moment, _ in times) == 2
-
-
-def test_foreign_files_are_not_deleted(run, make_run, tmp_path):
-    for fresh in (False, True):
-        folder = tmp_path / "out" / "a" / "seed1"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "thesis.txt").write_text("precious")
-        with pytest.raises(FileExistsError, match="not empty"):
-            run(make_run("a"), fresh=fresh)
-        assert (folder / "thesis.txt").read_text() == "precious"
 
 
 def test_two_runs_in_one_folder_are_refused(run, make_run):
@@ -159,21 +157,19 @@ def test_two_runs_in_one_folder_are_refused(run, make_run):
         run(make_run("a"), make_run("a"))
 
 
-def test_what_another_process_trains_is_waited_for(run, make_run, attempts):
-    """Two people, or the orphan of a call that was killed: nobody trains beside it, and its result is taken."""
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_another_process_trains_is_waited_for(run, make_run, attempts, wait_for, fresh):
+    """Two people, or the orphan of a call that was killed: nobody trains beside it, or empties its folder."""
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(worker.train, make_run("a", "SLEEP", "1"))
+        first = pool.submit(run, make_run("a", "SLEEP", "1"))
         wait_for((make_run("a").folder / "attempts").is_file)
-        (second,) = run(make_run("a", "SLEEP", "1"))
-    assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1
+        (second,) = run(make_run("a", "SLEEP", "1"), fresh=fresh)
+    assert first.result()[0].status == second.status == "done" and len(attempts(second.folder)) == 1
 
 
-def test_fresh_does_not_touch_what_another_process_trains(run, make_run, attempts):
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(worker.train, make_run("a", "SLEEP", "1"))
-        wait_for((make_run("a").folder / "attempts").is_file)
-        (second,) = run(make_run("a"), fresh=True)
-    assert first.result() == second.status == "done" and len(attempts(second.folder)) == 1  # of the second alone
+def test_what_a_training_has_started_ends_with_it(run, make_run, attempts, alive, wait_for):
+    (result,) = run(make_run("a", "FAIL", "2", "WORKER", "1"))
+    wait_for(lambda: not alive(attempts(result.folder)[0][1]))
 
 
 def test_a_training_can_be_interrupted_in_the_background_too(run, make_run):
@@ -181,6 +177,7 @@ def test_a_training_can_be_interrupted_in_the_background_too(run, make_run):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         (result,) = run(make_run("a"))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
     assert "default_int_handler" in (result.folder / "sigint").read_text()
@@ -190,128 +187,135 @@ def test_nothing_starts_after_a_stop(make_run):
     executor = InlineExecutor(1, 1)
     (job,) = executor.submit([make_run("a")])
     executor.cancel([job])
-    assert job.cancelled() or isinstance(job.exception(), KeyboardInterrupt)
-    assert not (make_run("a").folder / "model_final.pth").exists()
-
-
-def test_a_dead_terminal_does_not_end_the_table(make_run):
-    class Dead(io.StringIO):
-        def write(self, text):
-            raise OSError("Input/output error")
-
-    (result,) = run_all([make_run("a")], InlineExecutor(1, 1), stream=Dead())
-    assert result.ok
-
-
-def test_of_steps_done_twice_the_later_counts(make_run):
-    result = make_run("a").result()
-    result.folder.mkdir(parents=True)
-    lines = [{"iteration": step, "total_loss": loss} for step, loss in [(0, 1), (1, 2), (2, 3), (1, 20), (2, 30)]]
-    (result.folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')
-    assert [record["total_loss"] for record in result.history()] == [1, 20, 30]
+    assert job.done() and not (make_run("a").folder / "attempts").exists()
 
 
 # --- stopped ---
 
 
-@pytest.fixture
-def start(tmp_path, make_run, train_net):
-    """start(runs): a process that trains a short run and a long one."""
-    script = tmp_path / "reproduce.py"
-    script.write_text(
-        textwrap.dedent(f"""\
-        import signal
-        from pathlib import Path
-        from focal_plugin.experiments.executors import InlineExecutor
-        from focal_plugin.experiments.runner import run_all
-        from focal_plugin.experiments.worker import Run
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_anywhere_the_same_command_goes_on(run, make_run, attempts, alive, wait_for, tmp_path, number):
+    runs = make_run("short"), make_run("long", "SLEEP", "2", "WORKER", "1")
 
+    def command():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-        root = Path({str(tmp_path)!r})
-        def make(key, sleep):
-            folder, config = root / "out" / key / "seed1", root / "base.yaml"
-            return Run(key, key.upper(), 1, folder, root / "train_net.py", config, (), ("SLEEP", sleep), "1", 40)
-        run_all([make("short", "0"), make("long", "2")], InlineExecutor(1, 1))
-        """)
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return lambda: subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, env=env)
+        with (tmp_path / "stderr").open("w") as sys.stderr:
+            run_all(runs, InlineExecutor(1, 1))
 
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_anywhere_the_same_command_goes_on(start, tmp_path, attempts, alive, number):
-    long, short = (tmp_path / "out" / key / "seed1" for key in ("long", "short"))
-    process = start()
-    wait_for((long / "model_0000012.pth").is_file)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    if number != signal.SIGKILL:
-        assert "1 of 2 runs have ended and are kept" in errors
-    (pid, *_) = attempts(long)[0]
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    wait_for((runs[1].folder / "model_0000012.pth").is_file)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode not in (0, None)
+    ((pid, worker, *_),) = attempts(runs[1].folder)
     wait_for(lambda: not alive(pid))
+    if number == signal.SIGKILL:
+        os.kill(worker, signal.SIGKILL)  # a data worker of torch would look for its parent
+    else:
+        assert "1 of 2 runs have ended and are kept; the same command goes on" in (tmp_path / "stderr").read_text()
+        wait_for(lambda: not alive(worker))
 
-    process = start()
-    assert process.wait(timeout=60) == 0, process.stderr.read()
-    assert len(attempts(short)) == 1  # what was finished is not repeated
-    assert len(attempts(long)) == 2
-    steps = [json.loads(line)["iteration"] for line in (long / "metrics.json").read_text().splitlines()]
+    short, long = run(*runs)
+    assert short.reused and len(attempts(short.folder)) == 1  # what was finished is not repeated
+    assert long.ok and long.attempts == len(attempts(long.folder)) == 2
+    steps = [json.loads(line)["iteration"] for line in (long.folder / "metrics.json").read_text().splitlines()]
     again = steps.index(40) - len(set(steps)) + 1
     assert 0 <= again < 40 - 12  # only what was after the last checkpoint was done twice
-    saved = json.loads((long / "result.json").read_text())
-    assert saved["status"] == "done" and saved["attempts"] == 2
 
 
 # --- what a person sees ---
 
 
-def test_time_left_is_unknown_until_something_is_measured():
-    running = RowState("a", status="running", total=100, started=1)
-    assert seconds_left([running, RowState("b")], 1, now=5) is None
-    running.step, running.step_seconds = 20, 0.5
-    # 80 steps to go; then a run as long as this one, which will have taken 10 + 40 s.
-    assert seconds_left([running, RowState("b", status="waiting")], 1, now=11) == pytest.approx(40 + 50)
-    assert seconds_left([running, RowState("b")], 2, now=11) == pytest.approx(50)
-
-
-def test_time_left_learns_how_long_evaluation_takes():
-    done = RowState("a", "done", step=10, total=10, step_seconds=1, started=1, trained=11, ended=14)
-    running = RowState("b", "running", step=4, total=10, step_seconds=1, started=10)
-    assert seconds_left([done, running], 1, now=14) == pytest.approx(6 + 3)
-
-
-def test_one_line_says_how_far_the_table_is():
-    states = [
-        RowState("FL seed 1", "done", ap=47.6, ended=2),
-        RowState("CE seed 1", "done", ap=41.2, ended=1),
-        RowState("CE (α .1) seed 1", "diverged", ended=3),
-        RowState("b", "running"),
-        RowState("c", "waiting"),
-        RowState("d"),
+def test_a_line_now_and_then_says_how_far_it_is(run, make_run, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "_LOG", 0)
+    run(make_run("c", "FAIL", "1"), make_run("a", "SLEEP", "1"), make_run("b"))
+    lines = capsys.readouterr().err.splitlines()
+    pattern = r"\[00:0\d\] A seed 1 \d+/40 loss 0\.\d+; 1 diverged, 1 running, 1 waiting; about \d s left"
+    assert any(re.fullmatch(pattern, line) for line in lines), lines
+    events = [line[8:] for line in lines if "; " not in line]
+    assert [event.split(",")[0].split(" in ")[0] for event in events if event[0] in "AB"] == [
+        "A seed 1: started",
+        "A seed 1: done",
+        "B seed 1: started",
+        "B seed 1: done",
     ]
-    assert summary(states, 300) == "2 done, 1 diverged, 1 running, 2 left; last AP 47.6 (FL seed 1); about 5 min left"
 
 
-def test_a_log_gets_a_line_now_and_then(capsys):
-    state = RowState("a", "running", step=3, total=10, loss=0.5)
-    lines = Lines([state], sys.stderr, period=0)
-    lines.show(None)
-    lines.show(None)  # nothing has changed
-    assert (
-        capsys.readouterr().err == "[00:00] a 3/10 loss 0.5; 0 done, 1 running, 0 left; estimating the time left...\n"
-    )
+def test_a_dead_terminal_does_not_end_the_table(run, make_run, monkeypatch):
+    class Dead(io.StringIO):
+        def write(self, text):
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Dead())
+    assert run(make_run("a"))[0].ok
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(None, "estimating"), (2, "almost"), (64, "about 60 s"), (200, "about 3 min"), (7500, "about 2 h 05")],
-)
-def test_time_left_in_words(seconds, words):
-    assert format_left(seconds).startswith(words)
+# --- submitit ---
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
+@pytest.fixture
+def submitit(tmp_path):
+    """submitit("local"): an executor."""
+    pytest.importorskip("submitit")
+    return lambda kind, **options: SubmititExecutor(kind, tmp_path / "jobs", 2, 4, 8 * (kind == "slurm"), options)
+
+
+def test_local_jobs_train_and_end_when_they_are_cancelled(submitit, make_run, attempts, alive, wait_for):
+    (result,) = run_all([make_run("a", "FAIL", "2")], submitit("local"))
+    assert (result.status, result.error) == ("failed", "RuntimeError: CUDA out of memory")
+
+    run, executor = make_run("b", "SLEEP", "60"), submitit("local")
+    jobs = executor.submit([run])
+    wait_for((run.folder / "attempts").is_file)
+    executor.cancel(jobs)
+    wait_for(lambda: not alive(attempts(run.folder)[0][0]))
+
+
+def test_what_submitit_refuses_is_said(submitit, monkeypatch):
+    with pytest.raises(ValueError, match=r"--executor local: .*slurm_partitoin"):
+        submitit("local", slurm_partitoin="gpu")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"--executor slurm: .*(srun|slurm)"):
+        submitit("slurm")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The folder of a SLURM whose queue takes every job and finishes none, until its file "state" says otherwise."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (tmp_path / "state").write_text("RUNNING")
+    scripts = {
+        "sbatch": f"cp \"$1\" {tmp_path}/batch.sh; echo 'Submitted batch job 12'",
+        "sacct": f'echo "JobID|State|NodeList"; for i in 0 1; do echo "12_$i|$(cat {tmp_path}/state)|n1"; done',
+        "srun": "true",
+    }
+    for name, line in scripts.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_slurm_gets_one_array_which_a_second_call_follows(submitit, slurm, make_run):
+    runs, batch = [make_run("a"), make_run("b")], slurm / "batch.sh"
+    jobs = submitit("slurm", slurm_partition="gpu", timeout_min=600).submit(runs)
+    for line in ("--array=0-1%2", "--gpus-per-node=8", "--cpus-per-task=4", "--partition=gpu", "--time=600"):
+        assert f"#SBATCH {line}" in batch.read_text()
+    assert [job.job_id for job in jobs] == ["12_0", "12_1"] and not jobs[0].done()
+
+    batch.unlink()
+    followed = submitit("slurm").submit(runs)  # what is in the queue is not handed in twice, whoever asks
+    assert [job.job_id for job in followed] == ["12_0", "12_1"] and not batch.exists()
+    submitit("slurm").submit([make_run("a", fingerprint="2")])
+    assert batch.exists()  # another training is another job
+    batch.unlink()
+    (slurm / "state").write_text("FAILED")
+    submitit("slurm").submit(runs)
+    assert batch.exists()  # what has ended without a result is handed in again
+
+    (slurm / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: gpus' >&2; exit 1\n")
+    with pytest.raises(ValueError, match=r"--executor slurm: .*invalid partition"):
+        submitit("slurm").submit([make_run("c")])

@@ -150,6 +150,15 @@ def test_opcodes(guard, name):
             assert not loads(name, opcodes[:-1] + b"0}."), opcodes  # thrown away, and an empty dict is left
 
 
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 cut off", b"\x80\x02}"])
+def test_a_damaged_one_is_refused_by_name(guard, suffix, content):
+    with open(f"damaged.{suffix}", "wb") as file:
+        file.write(content)
+    with guard(), pytest.raises(ValueError, match=rf"damaged\.{suffix} is refused: it is damaged"):
+        make_checkpointer().load(f"damaged.{suffix}")
+
+
 def test_arrays(guard):
     core = np._core if hasattr(np, "_core") else np.core
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +12,12 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from zygote import ROOT
 
 from focal_plugin import get_config
 from focal_plugin.data import make_digits, register_coco_json
 from focal_plugin.engine import FocalTrainer
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["retina_focal", "retina_ohem"]
 
 
@@ -134,25 +131,24 @@ train.init_checkpoint, train.log_period, train.amp.enabled = "", 1, True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the CPU")
-def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
+def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(zygote, tmp_path):
     scenes, out = make_digits(tmp_path / "scenes", num_train=4, num_val=2, image_size=64), tmp_path / "out"
     for name in NAMES:
         (tmp_path / f"{name}.py").write_text((ROOT / "configs" / "lazy" / f"{name}.py").read_text())
     (tmp_path / "small.py").write_text(SMALL)
-    command = [sys.executable, str(ROOT / "tools" / "lazyconfig_train_net.py"), "--config-file", "small.py"]
+    command = ["--config-file", "small.py"]
     for split in ("train", "val"):
         command += ["--register", f"lazy_{split}={scenes / f'{split}.json'}:{scenes / split}"]
     names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_val"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def run(*flags, folder="out", **train):
         overrides = [*names, f"train.output_dir={folder}", *(f"train.{key}={value}" for key, value in train.items())]
-        argv = [*command, *flags, *overrides]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout, [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+        console = tmp_path / f"{len(flags)} {folder}.txt"
+        argv, where = [*command, *flags, *overrides], {"script": "lazyconfig_train_net.py", "folder": tmp_path}
+        assert zygote.run(argv, console, **where) == 0, console.read_text()
+        return console.read_text(), [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
 
-    _, metrics = run("--num-gpus", "2", max_iter=2, eval_period=1)
+    _, metrics = run("--num-gpus", "2", "--dist-url", "auto", max_iter=2, eval_period=1)
     assert {"loss_cls", "loss_box_reg", "lr", "loss_normalizer", "ohem/num_pos", "bbox/AP"} <= set().union(*metrics)
     before = torch.load(out / "model_final.pth", weights_only=True)
     assert before["iteration"] == 1 and before["model"]["loss_normalizer"] != 100

@@ -1,0 +1,302 @@
+"""Evaluate detections as COCO does: AP, curves and kinds of error. Matching and numbers are pycocotools' own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import iou as box_iou
+
+from ..files import printable
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+CURVES = ("IoU .5", "IoU .75", "mean of IoU .5 to .95")
+BACKGROUND_IOU = 0.1  # what overlaps less has nothing to do with an object
+KINDS = {  # of error, as Bolya et al. call them, "TIDE", ECCV 2020
+    "Localization": "of an object of this class, but not closely enough",
+    "Classification": "of an object of another class",
+    "Both": "beside an object of another class",
+    "Duplicate": "of an object that a detection of higher score has found",
+    "Background": "where there is no object",
+    "Missed": "an object that no detection is right about, whatever lies on it",
+}
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+_SWAPPED = "Are the two files swapped? Predictions go first."
+_CLASSES = (
+    "run tools/predict.py with --classes A,B,C, which are the annotations' {} in the order of the model, or with "
+    "--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
+)
+
+
+class PrecisionRecall(NamedTuple):
+    """COCO's interpolated precision at 101 recalls, and its mean: the AP at one IoU. All in 0..1."""
+
+    iou: float
+    recall: np.ndarray
+    precision: np.ndarray
+    ap: float
+
+
+class Error(NamedTuple):
+    """A false detection or a missed object.
+
+    Attributes:
+        kind: of :data:`KINDS`.
+        entry: the detection or object, as in COCO's format.
+        other: what it overlaps most: an object, or, of a missed object, a detection; None if there is nothing.
+        overlap: IoU with it.
+    """
+
+    kind: str
+    entry: dict
+    other: dict | None = None
+    overlap: float = 0.0
+
+
+# ------------------------------ reading
+
+
+def read_truth(path: str | os.PathLike) -> COCO:
+    """Read annotations in COCO's format.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is something else; the message names it.
+    """
+    content, truth = _read_json(path), COCO()
+    try:
+        for section in ("annotations", "categories", "images"):
+            ids = sorted(entry["id"] for entry in content[section])  # as COCOeval does, which takes no mix of types
+            if len(set(ids)) < len(ids) or not (ids or section == "annotations"):
+                raise ValueError(f"no {section}, or two with one id")
+        names = {category["id"]: category["name"] + "" for category in content["categories"]}
+        for number, annotation in enumerate(content["annotations"], start=1):
+            box, annotation["id"] = annotation["bbox"], number  # COCOeval takes a match with the id 0 for none
+            _check_numbers(box, annotation.setdefault("area", box[2] * box[3]))
+            if annotation.setdefault("iscrowd", 0) not in (0, 1) or annotation["category_id"] not in names:
+                raise ValueError(f"iscrowd or category_id of {printable(annotation, 200)}")
+        truth.dataset = {"info": {}, **content}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+        if not truth.imgToAnns.keys() <= truth.imgs.keys():
+            raise ValueError("annotations of images that are not there")
+    except _MALFORMED as e:
+        hint = f"{_SWAPPED} " * isinstance(content, list) + f"tools/check_dataset.py {path} IMAGES says more"
+        raise ValueError(f"{path}: not annotations in COCO's format ({type(e).__name__}: {e}). {hint}") from e
+    return truth
+
+
+def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
+    """Read results in COCO's format, of the images and categories of ``truth``.
+
+    Names of images (``file_name``) and classes (``category``) count more than ids: tools/predict.py has ids of its own.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, is something else, or of other images or categories; the message
+            names it.
+    """
+    results, result = _read_json(path), None
+    try:
+        for result in results:
+            _check_numbers(result["bbox"], result["score"])
+            hash((result["image_id"], result["category_id"]))
+    except _MALFORMED as e:
+        problem = f"{printable(result, 200)} ({type(e).__name__}: {e})" + f". {_SWAPPED}" * isinstance(results, dict)
+        raise ValueError(f"{path}: no list of image_id, category_id, bbox and score, as COCO has it: {problem}") from e
+    files = {id_: os.path.basename(str(image.get("file_name"))) for id_, image in truth.imgs.items()}
+    classes = {id_: category["name"] for id_, category in truth.cats.items()}
+    way_out = _CLASSES.format(printable([*classes.values()], 200))
+    for key, name_key, names, hint in (
+        ("image_id", "file_name", files, "are the predictions of other images?"),
+        ("category_id", "category", classes, way_out),
+    ):
+        counts = Counter(names.values())
+        ids = {name: id_ for id_, name in names.items() if counts[name] == 1}
+        for result in results:
+            name = result.get(name_key)
+            if isinstance(name, str):
+                name = os.path.basename(name) if names is files else name
+                result[key] = ids.get(name, result[key] if names is classes else None)
+                if names.get(result[key]) != name:
+                    which = f"{counts[name] or 'no'} {name_key} {printable(name, 80)}"
+                    raise ValueError(f"{path}: the annotations have {which}; {hint}")
+            elif result[key] not in names:
+                which = f"{key} {printable(result[key])} is not in the annotations"
+                raise ValueError(f"{path}: {which}, which have {printable([*names], 100)}: predictions of other data?")
+    return [{key: result[key] for key in ("image_id", "category_id", "bbox", "score")} for result in results]
+
+
+def _check_numbers(box: Any, number: Any) -> None:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(math.isfinite, [*box, number])):
+        raise ValueError(f"{printable([box, number], 100)} is no box of four numbers and a number")
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}: not readable as json ({e})") from e
+
+
+# ------------------------------ numbers
+
+
+def evaluate(truth: COCO, predictions: Sequence[Mapping]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Evaluate as COCO does.
+
+    Args:
+        truth: from :func:`read_truth`.
+        predictions: from :func:`read_predictions`.
+
+    Returns:
+        One row for all K classes together, over which COCO means, and one for each: name, objects (without crowds),
+        detections, and :data:`METRICS` in percent, NaN where there is no object of that kind; and by name of
+        :data:`CURVES`, (1 + K, 101) precisions at COCO's recalls, NaN without objects.
+    """
+    precision = _evaluate(truth, predictions)[1]
+    every = precision[..., 0]
+    parts = (every, every[:1], every[5:6], *(precision[..., area] for area in (1, 2, 3)))
+    ids = sorted(truth.cats)
+    counts = {
+        "objects": Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"]),
+        "detections": Counter(p["category_id"] for p in predictions),
+    }
+    table = {
+        "name": ["all classes", *(truth.cats[id_]["name"] for id_ in ids)],
+        **{key: [sum(count.values()), *(count[id_] for id_ in ids)] for key, count in counts.items()},
+        **{metric: 100 * _with_mean(part.mean((0, 1))) for metric, part in zip(METRICS, parts)},
+    }
+    curves = [_with_mean(part.mean(0)).T for part in (parts[1], parts[2], parts[0])]
+    return pd.DataFrame(table), dict(zip(CURVES, curves))
+
+
+def precision_recall_curves(
+    coco_gt_json: str | os.PathLike, results_json: str | os.PathLike, ious: Sequence[float]
+) -> list[PrecisionRecall]:
+    """Return, for each IoU, the mean curve over all classes that have objects, as COCO's AP at it is computed."""
+    truth = read_truth(coco_gt_json)
+    # All areas, 100 detections: the others take most of the time.
+    evaluation, precision = _evaluate(truth, read_predictions(results_json, truth), ious, 100)
+    curves = _with_mean(precision[..., 0])[..., 0]
+    return [PrecisionRecall(iou, evaluation.params.recThrs, c, float(c.mean())) for iou, c in zip(ious, curves)]
+
+
+def _evaluate(truth: COCO, predictions: Sequence[Mapping], ious: Sequence[float] = (), most: int = 0) -> tuple:
+    """COCO's evaluation and its precision, (IoU, recall, class, area), masked where there is no object.
+
+    With ``ious`` it is of these, of objects of all sizes, and of ``most`` detections of an image.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = truth.loadRes([dict(p) for p in predictions]) if predictions else COCO()
+        evaluation = COCOeval(truth, found, "bbox")
+        if ious:
+            params = {"iouThrs": np.array(ious), "areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [most]}
+            vars(evaluation.params).update(params)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation, np.ma.masked_less(evaluation.eval["precision"][..., -1], 0)
+
+
+def _with_mean(values: np.ma.MaskedArray) -> np.ndarray:
+    """(..., 1 + K): the mean over the last axis, then the K values of it; NaN where they are masked."""
+    return np.ma.concatenate([values.mean(-1, keepdims=True), values], axis=-1).filled(np.nan)
+
+
+# ------------------------------ errors
+
+
+def match(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> dict[int, tuple[list, list, list]]:
+    """Match all detections with the objects of all sizes at one IoU, as COCO does.
+
+    Returns:
+        By image id, the correct detections, the false ones and the missed objects. Crowds, and detections in them, are
+        in none of the lists.
+    """
+    most = max(Counter(p["image_id"] for p in predictions).values(), default=1)
+    evaluation, _ = _evaluate(truth, predictions, [iou], most)
+    images: dict[int, tuple[list, list, list]] = {image_id: ([], [], []) for image_id in truth.imgs}
+    for matched in filter(None, evaluation.evalImgs):  # one per class and image
+        correct, false, missed = images[matched["image_id"]]
+        for id_, hit, ignored in zip(matched["dtIds"], matched["dtMatches"][0], matched["dtIgnore"][0]):
+            if not ignored:
+                (correct if hit else false).append(evaluation.cocoDt.anns[id_])
+        for id_, hit, ignored in zip(matched["gtIds"], matched["gtMatches"][0], matched["gtIgnore"]):
+            if not hit and not ignored:
+                missed.append(truth.anns[id_])
+    return images
+
+
+def best_threshold(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> float:
+    """Return the score from which on detections have the highest F1, 2 * correct / (detections + objects).
+
+    Args:
+        truth: without an annotation of the id 0, as from :func:`read_truth`.
+        predictions: results in COCO's format.
+        iou: from which on a detection has found an object.
+
+    Returns:
+        The score; 0 if no detection is correct.
+    """
+    ranked, num_objects = [], 0
+    for correct, false, missed in match(truth, predictions, iou).values():
+        ranked += [(d["score"], True) for d in correct] + [(d["score"], False) for d in false]
+        num_objects += len(correct) + len(missed)
+    ranked.sort(reverse=True)
+    # The highest score chooses first: what those from a score on are matched with does not depend on the rest.
+    best, best_f1, found = 0.0, 0.0, 0
+    for count, (score, right) in enumerate(ranked, start=1):
+        found += right
+        f1 = 2 * found / (count + num_objects)
+        if f1 > best_f1 and (count == len(ranked) or ranked[count][0] < score):  # it does not part equal scores
+            best, best_f1 = score, f1
+    return best
+
+
+def find_errors(truth: COCO, predictions: Sequence[Mapping], iou: float, score_threshold: float) -> list[Error]:
+    """Find what is detected and is not there, and what is there and not detected.
+
+    Args:
+        truth: from :func:`read_truth`.
+        predictions: from :func:`read_predictions`.
+        iou: from which on a detection has found an object.
+        score_threshold: only detections from this score on.
+
+    Returns:
+        False detections, the highest score first, then missed objects, the largest box first.
+    """
+    false_positives, misses = [], []
+    kept = [p for p in predictions if p["score"] >= score_threshold]
+    for image_id, (correct, false, missed) in match(truth, kept, iou).items():
+        objects = [o for o in truth.imgToAnns[image_id] if not o["iscrowd"]]
+        false_positives += [_false_positive(detection, objects, iou) for detection in false]
+        misses += [Error("Missed", o, *(_nearest(o, correct + false, BACKGROUND_IOU) or ())) for o in missed]
+    false_positives.sort(key=lambda e: -e.entry["score"])
+    misses.sort(key=lambda e: -e.entry["bbox"][2] * e.entry["bbox"][3])
+    return false_positives + misses
+
+
+def _false_positive(detection: dict, objects: list[dict], iou: float) -> Error:
+    same = [o for o in objects if o["category_id"] == detection["category_id"]]
+    others = [o for o in objects if o["category_id"] != detection["category_id"]]
+    # In TIDE's order, but that a duplicate, which is of the right class, comes before a wrong class.
+    order = ("Duplicate", same, iou), ("Classification", others, iou)
+    for kind, candidates, least in (*order, ("Localization", same, BACKGROUND_IOU), ("Both", others, BACKGROUND_IOU)):
+        if near := _nearest(detection, candidates, least):
+            return Error(kind, detection, *near)
+    return Error("Background", detection)
+
+
+def _nearest(entry: dict, others: list[dict], least: float) -> tuple[dict, float] | None:
+    """What of the others overlaps an entry most, and by which IoU; None if that is below ``least``."""
+    overlaps = box_iou([entry["bbox"]], [o["bbox"] for o in others], [0] * len(others))[0] if others else np.zeros(1)
+    return (others[overlaps.argmax()], float(overlaps.max())) if overlaps.max() >= least else None
