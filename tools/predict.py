@@ -4,6 +4,8 @@
 tools/predict.py photo.jpg holiday/ 'frames/*.png' film.mp4 --config-file configs/digits/focal.yaml \\
     --output predictions MODEL.WEIGHTS output/digits/model_final.pth
 
+Pictures whose shorter side is under 400 pixels are drawn 2 to 4 times as large, so that labels can be read; boxes in
+detections.json are in pixels of the image as it is.
 Category ids are those of DATASETS.TEST, or of what --register NAME=ANNOTATIONS.JSON:IMAGE_DIR names, where its class
 names are those used; else 0, 1, ... in the order of the classes.
 Exit code: 0; 1: some inputs could not be read, the others are done; 2: nothing to do, or it cannot be done.
@@ -51,19 +53,18 @@ def run(args):
     """Predicts; returns how many inputs failed."""
     if not args.inputs:
         raise ValueError("no images: name files, folders or globs")
-    paths = find_inputs(args.inputs, args.output)
+    targets = find_inputs(args.inputs, args.output)
     predictor = Predictor(load_inference_config(args), args.classes, args.score_threshold)
     args.output.mkdir(parents=True, exist_ok=True)
     failed = found = 0
-
-    for _, result in tqdm(predict(predictor, paths, args.output), total=len(paths), unit="file", disable=None):
+    for _, result in tqdm(predict(predictor, targets, args.output), total=len(targets), unit="file", disable=None):
         if isinstance(result, int):
             found += result
         else:
             failed += 1
             tqdm.write(f"error: {result}", file=sys.stderr)
     print(
-        f"{found} objects in {len(paths) - failed} files, with scores from {predictor.score_threshold:.3g}; pictures "
+        f"{found} objects in {len(targets) - failed} files, with scores from {predictor.score_threshold:.3g}; pictures "
         f"and detections.json are in {args.output}"
     )
     if predictor.category_ids[0] == 0:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
 from focal_plugin import get_config
-from focal_plugin.deploy.predict import SHORTEST_EDGE, Predictor, find_inputs, name_classes, output_names, predict
+from focal_plugin.deploy.predict import SHORTEST_EDGE, Predictor, find_inputs, name_classes, predict
 
 
 @pytest.fixture
@@ -23,8 +24,7 @@ def make_predictor(make_model, tmp_path):
         cfg, model = make_model("INPUT.MIN_SIZE_TEST", "64", *opts)
         torch.save({"model": model.state_dict(), **dict(stored)}, tmp_path / "weights.pth")
         cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-        given = {"classes": "a,b,c"[: 2 * model.num_classes - 1], "score_threshold": 0.2}
-        return Predictor(cfg, **{**given, **kwargs})
+        return Predictor(cfg, **{"classes": "abc"[: model.num_classes], "score_threshold": 0.2, **kwargs})
 
     return make
 
@@ -36,21 +36,23 @@ def noise(size=(40, 56), seed=0):
 
 
 def make_image(path, size=(40, 56), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     cv2.imwrite(str(path), noise(size, seed))
     return path
 
 
-def run(predictor, paths, output):
+def run(predictor, output, *paths):
     """What predict yields, and its json."""
-    output.mkdir(exist_ok=True)
-    return list(predict(predictor, paths, output)), json.loads((output / "detections.json").read_text())
+    output.mkdir()
+    done = list(predict(predictor, find_inputs(list(map(str, paths)), output), output))
+    return done, json.loads((output / "detections.json").read_text())
 
 
 def check_results(predictor, image, results):
     """The results of a BGR image are the model's, run by hand as its evaluation does: resized, boxes scaled back."""
     height, width = image.shape[:2]
-    resized = predictor.resize.get_transform(image).apply_image(image)
+    image = image[:, :, ::-1] if predictor.cfg.INPUT.FORMAT == "RGB" else image
+    resized = ResizeShortestEdge(64, 1333).get_transform(image).apply_image(image)
     inputs = {"image": torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1)), "height": height, "width": width}
     with torch.no_grad():
         found = predictor.model([inputs])[0]["instances"]
@@ -65,8 +67,8 @@ def check_results(predictor, image, results):
 
 @pytest.mark.parametrize(
     "opts",
-    [(), ("MODEL.RETINANET.NUM_CLASSES", "1"), ("MODEL.META_ARCHITECTURE", "RetinaNet")],
-    ids=["focal", "one class", "stock"],
+    [(), ("MODEL.RETINANET.NUM_CLASSES", "1"), ("MODEL.META_ARCHITECTURE", "RetinaNet"), ("INPUT.FORMAT", "RGB")],
+    ids=["focal", "one class", "stock", "RGB"],
 )
 def test_results_are_the_models(make_predictor, tmp_path, opts):
     predictor = make_predictor(*opts)
@@ -78,7 +80,7 @@ def test_results_are_the_models(make_predictor, tmp_path, opts):
     for path, image in zip(paths, images):
         image.save(path, **({"exif": exif} if path.stem == "turned" else {}))
     images[3] = images[3].transpose(Image.Transpose.ROTATE_270)
-    done, results = run(predictor, paths, tmp_path / "out")
+    done, results = run(predictor, tmp_path / "out", *paths)
     assert [path for path, _ in done] == paths
     for number, ((path, count), image) in enumerate(zip(done, images)):
         mine = [result for result in results if result["image_id"] == number]
@@ -92,23 +94,17 @@ def test_results_are_the_models(make_predictor, tmp_path, opts):
 
 
 def test_a_python_snippet(make_predictor, tmp_path):
-    """That of the docs: a config, weights, one image."""
+    """That of the docs: a config, weights, one image. Each class is drawn in one colour, whatever it is called."""
     make_predictor(stored={"thing_classes": ["a $x", "b $^", "c"]})
     opts = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "MODEL.RETINANET.NUM_CLASSES", "3"]
     predictor = Predictor(get_config("digits/focal.yaml", [*opts, "MODEL.DEVICE", "cuda"]), score_threshold=0.2)
-    image = noise((SHORTEST_EDGE, SHORTEST_EDGE + 3))
-    found = predictor(image)
+    found = predictor(noise((SHORTEST_EDGE, SHORTEST_EDGE + 3)))
     assert len(found) > 0 and found.scores.min() >= 0.2 and predictor.classes == ["a $x", "b $^", "c"]
-    picture = predictor.draw(image, found)
-    assert picture.shape == image.shape and picture.dtype == np.uint8 and (picture != image).any()
-
-
-def test_one_colour_a_class(make_predictor):
-    predictor, image = make_predictor(), np.zeros((SHORTEST_EDGE, SHORTEST_EDGE, 3), np.uint8)
-    found = predictor(noise())[[0, 0, 0, 0]]
+    found, image = found[[0, 0, 0, 0]], np.zeros((SHORTEST_EDGE, SHORTEST_EDGE + 3, 3), np.uint8)
     found.pred_boxes.tensor = torch.tensor([[x, 100.0, x + 50, 160] for x in (20, 120, 220, 320)])
     found.pred_classes = torch.tensor([0, 1, 0, 1])
     picture = predictor.draw(image, found)
+    assert picture.shape == image.shape and picture.dtype == np.uint8
     one, two, three, four = (picture[130, x - 2 : x + 3].max(axis=0).tolist() for x in (20, 120, 220, 320))
     assert one == three != two == four
 
@@ -121,18 +117,16 @@ def test_threshold_above_and_below_the_configs(make_predictor):
 
 
 def test_unreadable_inputs_are_skipped(make_predictor, tmp_path):
-    good = make_image(tmp_path / "in" / "good.png")
-    bad = [tmp_path / "in" / name for name in ("a.jpg", "b.avi", "c.png")]
-    for path in bad[:2]:
-        path.write_bytes(b"nothing")
-    bad[2].write_bytes(good.read_bytes()[:100])
-    line = make_image(tmp_path / "in" / "line.png", size=(1, 3000))
-    done, results = run(make_predictor(), [*bad, line, good], tmp_path / "out")
+    good, line = make_image(tmp_path / "good.png"), make_image(tmp_path / "line.png", size=(1, 3000))
+    bad = [tmp_path / name for name in ("a.jpg", "b.avi", "c.png")]
+    for path, content in zip(bad, (b"nothing", b"nothing", good.read_bytes()[:100])):
+        path.write_bytes(content)
+    done, results = run(make_predictor(), tmp_path / "out", *bad, line, good)
     for path, why in done[:4]:
         assert isinstance(why, ValueError) and str(path) in str(why)
     assert "line.png, 3000 x 1 pixels" in str(done[3][1])
     assert done[4][1] == len(results) > 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "good.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["detections.json", "good.png"]
 
 
 def test_video(make_predictor, tmp_path):
@@ -143,7 +137,7 @@ def test_video(make_predictor, tmp_path):
     for seed in range(3):
         writer.write(noise(seed=seed))
     writer.release()
-    done, results = run(predictor, [video, make_image(tmp_path / "w.png")], tmp_path / "out")
+    done, results = run(predictor, tmp_path / "out", video, make_image(tmp_path / "w.png"))
     assert sum(count for _, count in done) == len(results)
     reader, drawn = cv2.VideoCapture(str(video)), cv2.VideoCapture(str(tmp_path / "out" / "v.avi"))
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
@@ -157,56 +151,65 @@ def test_video(make_predictor, tmp_path):
     assert {result["image_id"] for result in results if "frame" not in result} == {3}
 
 
-def test_find_inputs(tmp_path, monkeypatch):
-    for name in ("a/x.png", "a/b/x.JPG", "a/note.txt", "c/[1].png", "out/x.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "empty").mkdir()
+@pytest.fixture
+def find(tmp_path, monkeypatch):
+    """find(names of files, *arguments): inputs, and where below "out" they are drawn."""
     monkeypatch.chdir(tmp_path)
 
-    def find(*arguments, output="elsewhere"):
-        return [path.as_posix() for path in find_inputs(arguments, output)]
+    def make_and_find(names, *arguments):
+        for path in map(tmp_path.joinpath, names):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        found = find_inputs(arguments, tmp_path / "out")
+        return {path.as_posix(): target.relative_to(tmp_path / "out").as_posix() for path, target in found.items()}
 
-    assert find("a") == ["a/b/x.JPG", "a/x.png"]
-    assert find("a/*.png", "a", "a/x.png", "a/b/../x.png") == ["a/x.png", "a/b/x.JPG"]
-    assert find("**/x.*") == ["a/b/x.JPG", "a/x.png", "out/x.png"]
-    assert find("c/[1].png") == ["c/[1].png"]
-    assert find("a/note.txt") == ["a/note.txt"]
-    assert find(".", output="out") == ["a/b/x.JPG", "a/x.png", "c/[1].png"]
-    assert find("out", output="out") == ["out/x.png"]
+    return make_and_find
+
+
+def test_find_inputs(find, tmp_path):
+    names = ("a/x.png", "a/b/x.JPG", "a/note.txt", "c/[1].png", "out/x.png", "empty/note.txt")
+    assert list(find(names, "a")) == ["a/b/x.JPG", "a/x.png"]
+    assert list(find((), "a/*.png", "a", "a/x.png", "a/b/../x.png")) == ["a/x.png", "a/b/x.JPG"]
+    assert list(find((), "**/x.*")) == ["a/b/x.JPG", "a/x.png", "out/x.png"]
+    assert list(find((), "c/[1].png")) == ["c/[1].png"]
+    assert list(find((), "a/note.txt")) == ["a/note.txt"]
+    assert list(find((), ".")) == ["a/b/x.JPG", "a/x.png", "c/[1].png"]
+    with pytest.raises(ValueError, match="would overwrite"):
+        find((), "out")
     for wrong in ("empty", "gone.png", "gone/*.png", "a/*.gif"):
         with pytest.raises(FileNotFoundError, match="^" + wrong.replace("*", r"\*")):
-            find("a", wrong)
+            find((), "a", wrong)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "names"),
+    "names",
     [
-        (["a/x.png"], ["x.png"]),
-        (["a/x.png", "b/x.png"], ["a/x.png", "b/x.png"]),
-        (["a/x.png", "a/b/x.png"], ["x.png", "b/x.png"]),
-        (["a/x.png", "a/x.gif", "a/x.JPG", "a/x.jpg"], ["x.png", "x_2.png", "x.jpg", "x_2.jpg"]),
-        (["a/x.gif", "a/x_2.png", "a/x.png"], ["x.png", "x_2.png", "x_3.png"]),
-        (["a/x.mov", "a/x.avi", "a/x.mp4"], ["x.mp4", "x.avi", "x_2.mp4"]),
+        {"a/x.png": "x.png"},
+        {"a/x.png": "a/x.png", "b/x.png": "b/x.png"},
+        {"a/x.png": "x.png", "a/b/x.png": "b/x.png"},
+        {"a/x.gif": "x.gif.png", "a/x.gif.png": "x.gif.png.png", "a/x.JPG": "x.JPG", "a/x.jpg": "x.jpg.png"},
+        {"a/x.mov": "x.mov.mp4", "a/x.avi": "x.avi", "a/x.mp4": "x.mp4", "a/x": "x.png"},
     ],
 )
-def test_names_do_not_collide(inputs, names):
-    assert [name.as_posix() for name in output_names([Path(path) for path in inputs])] == names
+def test_names_do_not_collide(find, names):
+    assert find(names, *names) == names
 
 
 def test_names_and_ids_of_classes(tiny_config):
     digits = tiny_config("MODEL.RETINANET.NUM_CLASSES", "10", "DATASETS.TEST", '("digits_val",)')
+    three = tiny_config("DATASETS.TEST", '("digits_val",)')
     names = list("0123456789")
     assert name_classes(digits) == (names, list(range(1, 11)))
-    assert name_classes(digits, stored=names[::-1]) == (names[::-1], list(range(10, 0, -1)))  # the ids go by name
-    assert name_classes(digits, stored=list("abcdefghij")) == (list("abcdefghij"), list(range(10)))
-    three = tiny_config("DATASETS.TEST", '("digits_val",)')
-    assert name_classes(three, stored=["a", "b", "c"]) == (["a", "b", "c"], [0, 1, 2])
-    assert name_classes(three, "x, y,z", ["a", "b", "c"]) == (["x", "y", "z"], [0, 1, 2])
-    with pytest.raises(ValueError, match="digits_val has 10 class names and the model 3"):
-        name_classes(three)
-    with pytest.raises(ValueError, match="--classes a,b has 2 class names and the model 3"):
-        name_classes(three, "a,b")
+    assert name_classes(digits, names[::-1]) == (names[::-1], list(range(10, 0, -1)))  # the ids go by name
+    assert name_classes(digits, list("abcdefghij")) == (list("abcdefghij"), list(range(10)))
+    assert name_classes(three, ["a", "b", "c"]) == (["a", "b", "c"], [0, 1, 2])
+    for given, problem in (
+        ([], "digits_val has 10"),
+        (["a", "b"], "--classes a,b has 2"),
+        (["a", ""], "a, has 2"),
+    ):
+        with pytest.raises(ValueError, match=f"{problem} class names and the model 3"):
+            name_classes(three, given)
     assert name_classes(tiny_config("DATASETS.TEST", '("unknown",)')) == (["0", "1", "2"], [0, 1, 2])
 
 
@@ -216,55 +219,51 @@ def test_names_and_ids_of_classes(tiny_config):
 )
 def test_what_a_checkpoint_cannot_mean_is_left_out(make_predictor, caplog, thing_classes, score_threshold):
     stored = {"thing_classes": thing_classes, "score_threshold": score_threshold}
-    predictor = make_predictor("DATASETS.TEST", "()", stored=stored, classes=None, score_threshold=None)
+    predictor = make_predictor("DATASETS.TEST", "()", stored=stored, classes=(), score_threshold=None)
     assert predictor.classes == ["0", "1", "2"] and predictor.score_threshold == 0.5
     assert "thing_classes" in caplog.text and "score_threshold" in caplog.text
 
 
 def test_a_checkpoint_knows_its_names_and_threshold(make_predictor):
     stored = {"thing_classes": ["cat", "dog", "cow"], "score_threshold": 0.25}
-    predictor = make_predictor(stored=stored, classes=None, score_threshold=None)
+    predictor = make_predictor(stored=stored, classes=(), score_threshold=None)
     assert (predictor.classes, predictor.score_threshold) == (["cat", "dog", "cow"], 0.25)
     predictor = make_predictor(stored=stored)  # what is given comes first
     assert (predictor.classes, predictor.score_threshold) == (["a", "b", "c"], 0.2)
 
 
-def test_categories_have_the_ids_of_the_json(make_predictor, tmp_path, call, restore_catalogs):
-    """Of a registered data set, which is not loaded for it, named by DATASETS.TEST or not."""
-    make_predictor()
-    image = make_image(tmp_path / "in" / "a.png")
-    categories = [{"id": id_, "name": name} for id_, name in ((30, "cow"), (4, "cat"), (17, "dog"))]
-    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--score-threshold", "0.0"]
-    flags += ["--register", f"animals={tmp_path / 'truth.json'}:{tmp_path / 'in'}"]
-    opts = ["MODEL.WEIGHTS", tmp_path / "weights.pth", "MODEL.RETINANET.NUM_CLASSES", "3", "INPUT.MIN_SIZE_TEST", "64"]
-    for more in ([], ["DATASETS.TEST", '("animals",)']):
-        code, out, _ = call("predict", image, *flags, *opts, *more)
-        assert code == 0 and "--register" not in out
-        results = json.loads((tmp_path / "out" / "detections.json").read_text())
-        assert {(r["category_id"], r["category"]) for r in results} == {(4, "cat"), (17, "dog"), (30, "cow")}
-
-
-def test_tool(make_predictor, tmp_path, call):
+def test_tool(make_predictor, tmp_path, call, restore_catalogs):
     make_predictor()
     weights = ["MODEL.WEIGHTS", tmp_path / "weights.pth"]
     weights += ["MODEL.RETINANET.NUM_CLASSES", "3", "INPUT.MIN_SIZE_TEST", "64"]
     good, bad = make_image(tmp_path / "in" / "a.png"), tmp_path / "in" / "b.png"
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--score-threshold", "0.2"]
+
+    def categories():
+        results = json.loads((tmp_path / "out" / "detections.json").read_text())
+        return len(results), {(result["category_id"], result["category"]) for result in results}
+
     code, _, err = call("predict", good, *flags, *weights)
     assert code == 2 and "digits_val has 10 class names and the model 3" in err
-    flags += ["--classes", "cat,dog,cow"]
-    code, out, _ = call("predict", good, *flags, *weights)
+    names = ["--classes", "cat, dog,cow"]
+    code, out, _ = call("predict", good, *flags, *names, *weights)
     assert code == 0 and f"{tmp_path / 'out'}" in out and "ids count from 0; --register" in out
-    results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {r["category"] for r in results} <= {"cat", "dog", "cow"} and f"{len(results)} objects in 1 files" in out
+    before = categories()
+    assert before[1] <= {(0, "cat"), (1, "dog"), (2, "cow")} and f"{before[0]} objects in 1 files" in out
+    # Those of a registered data set, which is not loaded for it, named by DATASETS.TEST or not.
+    truth = [{"id": id_, "name": name} for id_, name in ((30, "cow"), (4, "cat"), (17, "dog"))]
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [], "categories": truth}))
+    registered = ["--register", f"animals={tmp_path / 'truth.json'}:{tmp_path / 'in'}", "--score-threshold", "0.0"]
+    for more in ([], ["DATASETS.TEST", '("animals",)']):
+        code, out, _ = call("predict", good, *flags, *registered, *weights, *more)
+        assert code == 0 and "--register" not in out
+        assert categories()[1] == {(4, "cat"), (17, "dog"), (30, "cow")}
     bad.touch()
-    code, _, err = call("predict", *flags, tmp_path / "in", *weights)  # the images behind the flags
-    assert code == 1 and "b.png cannot be read" in err
-    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == results
-    before = good.read_bytes()
-    code, _, err = call("predict", good, *flags, "--output", tmp_path / "in", *weights)
-    assert code == 2 and "would overwrite" in err and "a.png" in err and good.read_bytes() == before
+    code, _, err = call("predict", *flags, *names, tmp_path / "in", *weights)  # the images behind the flags
+    assert code == 1 and "b.png cannot be read" in err and categories() == before
+    content = good.read_bytes()
+    code, _, err = call("predict", good, *flags, *names, "--output", tmp_path / "in", *weights)
+    assert code == 2 and "would overwrite" in err and "a.png" in err and good.read_bytes() == content
 
 
 @pytest.mark.parametrize(
