@@ -129,9 +129,6 @@ def write_description(path: str | os.PathLike, cfg: CfgNode, classes: Sequence[s
         file.write(json.dumps(description, indent=2) + "\n")
 
 
-# ------------------------------ does it find what the model finds?
-
-
 class Difference(NamedTuple):
     """What two models find differently in one image: of those paired, how many and how far apart at most."""
 

@@ -9,7 +9,6 @@ In Python, one image::
 from __future__ import annotations
 
 import functools
-import glob
 import json
 import logging
 import math
@@ -42,7 +41,6 @@ from ..files import atomic_write, printable
 
 logger = logging.getLogger(__name__)
 
-IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 SHORTEST_EDGE = 400  # smaller pictures are drawn enlarged, or their labels could not be read
 
@@ -175,43 +173,6 @@ def _read_stored(cfg: CfgNode) -> dict:
     return stored
 
 
-def find_inputs(arguments: Sequence[str], output: Path) -> dict[Path, Path]:
-    """Return the images and videos that files, folders (with all below them) and globs name, and where to draw each.
-
-    Below ``output``, that is where it lies below what all have in common; with .png or .mp4 behind its name where no
-    such picture is written, or two would have one name. A file that is named outright is taken whatever its name ends
-    in. In a folder that holds ``output``, that is left out: its pictures are of the last run.
-
-    Raises:
-        FileNotFoundError: an argument names nothing; the message says which.
-        ValueError: a picture would overwrite an input.
-    """
-    found: dict[Path, Path] = {}  # by their absolute paths
-    drawn = output.resolve()
-    for argument in arguments:
-        path, why = Path(argument), "there is no such file or folder, and nothing matches"
-        inside = [path] if path.is_file() else map(Path, sorted(glob.glob(argument, recursive=True)))  # e.g. a[1].png
-        if path.is_dir():
-            why, is_inside = "no image or video in this folder", path.resolve().is_relative_to(drawn)
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES | VIDEOS]
-            inside = [p for p in inside if is_inside or not p.resolve().is_relative_to(drawn)]
-        files = {Path(os.path.abspath(p)): p for p in inside if p.is_file()}
-        if not files:
-            raise FileNotFoundError(f"{argument}: {why}")
-        found |= {key: p for key, p in files.items() if key not in found}
-    common, names = os.path.commonpath({path.parent for path in found}), {}
-    for path in found:
-        name, added = os.path.relpath(path, common), ".mp4" if path.suffix.lower() in VIDEOS else ".png"
-        # Upper case counts for nothing in some file systems.
-        while not name.lower().endswith((".avi", ".jpg", ".jpeg", added)) or name.lower() in names:
-            name += added
-        names[name.lower()] = output / name
-    overwritten = {name.resolve() for name in names.values()} & {path.resolve() for path in found}
-    if overwritten:
-        raise ValueError(f"--output {output}: the picture would overwrite {min(overwritten)}; give another folder")
-    return dict(zip(found.values(), names.values()))
-
-
 def predict(
     predictor: Predictor, targets: Mapping[Path, Path], output: Path
 ) -> Iterator[tuple[Path, int | ValueError]]:
@@ -249,9 +210,9 @@ def _predict_file(predictor: Predictor, path: Path, target: Path) -> Iterator[In
     is_video, writer = path.suffix.lower() in VIDEOS, None  # which ends its file when nothing refers to it any more
     if is_video:
         video = cv2.VideoCapture(os.fspath(path))
-        total, rate = (video.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+        total, rate = (max(0, video.get(key)) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))  # 0: unknown
         frames = (frame for _, frame in iter(video.read, (False, None)))
-        images = tqdm(frames, total=total if total > 0 else None, unit="frame", disable=None)
+        images = tqdm(frames, total=total or None, unit="frame", disable=None)
         codec = cv2.VideoWriter_fourcc(*("MJPG" if target.suffix.lower() == ".avi" else "mp4v"))
     else:
         images = [read_picture(path)]
@@ -264,7 +225,7 @@ def _predict_file(predictor: Predictor, path: Path, target: Path) -> Iterator[In
         picture = predictor.draw(image, found)
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_video:
-            writer = writer or cv2.VideoWriter(os.fspath(target), codec, rate or 25.0, picture.shape[1::-1])
+            writer = writer or cv2.VideoWriter(os.fspath(target), codec, rate or 25, picture.shape[1::-1])
             writer.write(picture)
         if not (writer.isOpened() if is_video else cv2.imwrite(os.fspath(target), picture)):
             raise ValueError(f"{target} cannot be written")

@@ -10,8 +10,6 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def make_model(tiny_config, tmp_path):
@@ -35,11 +33,17 @@ def make_model(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def load_tool():
+    """load_tool("predict"): what it defines."""
+    return lambda name: runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, load_tool):
     """call("predict", "a.png", ...) runs a tool in this process: its exit code, stdout and stderr."""
 
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        return (runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"](), *capsys.readouterr())
+        return (load_tool(name)["main"](), *capsys.readouterr())
 
     return run

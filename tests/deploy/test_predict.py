@@ -12,7 +12,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
 from focal_plugin import get_config
-from focal_plugin.deploy.predict import SHORTEST_EDGE, Predictor, find_inputs, name_classes, predict
+from focal_plugin.deploy.predict import SHORTEST_EDGE, Predictor, name_classes, predict
 
 SMALL = ("INPUT.MIN_SIZE_TEST", "64")
 
@@ -77,7 +77,7 @@ def test_results_are_the_models(make_model, tmp_path, opts):
     predictor.category_ids = ids = [7, 3, 5][: model.num_classes]
     inputs, output, image_id = make_inputs(tmp_path / "in"), tmp_path / "out", 0
     output.mkdir()
-    done = list(predict(predictor, find_inputs([str(path) for path in inputs], output), output))
+    done = list(predict(predictor, {path: output / path.name for path in inputs}, output))
     results = json.loads((output / "detections.json").read_text())
     assert [path for path, _ in done] == list(inputs) and len(results) == sum(n for _, n in done if isinstance(n, int))
     for (path, count), images in zip(done, inputs.values()):
@@ -120,7 +120,7 @@ def test_a_python_snippet(make_model, tmp_path):
     assert (predictor.classes, predictor.score_threshold) == (["a", "b", "c"], 0.2)
 
 
-def test_inputs_and_where_they_are_drawn(tmp_path, monkeypatch):
+def test_inputs_and_where_they_are_drawn(tmp_path, monkeypatch, load_tool):
     monkeypatch.chdir(tmp_path)
     files = "a/x.png a/b/x.JPG a/b/note c/[1].png out/x.png v/y.mov v/y.avi v/y.gif v/y.gif.png v/y.JPG v/y.jpg empty/x"
     for path in map(tmp_path.joinpath, files.split()):
@@ -128,7 +128,7 @@ def test_inputs_and_where_they_are_drawn(tmp_path, monkeypatch):
         path.touch()
 
     def find(*arguments):
-        found = find_inputs(arguments, tmp_path / "out")
+        found = load_tool("predict")["find_inputs"](arguments, tmp_path / "out")
         return {path.as_posix(): target.relative_to(tmp_path / "out").as_posix() for path, target in found.items()}
 
     a = {"a/b/x.JPG": "b/x.JPG", "a/x.png": "x.png"}
