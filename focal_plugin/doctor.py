@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 DETECTRON2_LINE = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
 TORCH_LINE = "pip install torch torchvision, both in one call and from one index"
 REPORT_LINE = "report it with all of this text; on a GPU try FOCAL_PLUGIN_TRITON=0"
@@ -70,9 +69,11 @@ def diagnose() -> Report:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         given = [f"{name}={os.environ[name]!r}" for name in VARIABLES if name in os.environ]
-        report.lines += [_environment(), f"{'environment':<32} {', '.join([sys.executable, *given])}"]
-        report.look("focal_plugin's origin", _origin_of_plugin)
-        report.look("Detectron2's origin", _origin_of_detectron2)
+        report.lines.append(_environment())
+        report.look("environment", ", ".join, [sys.executable, *given])
+        report.look("this tool", str, f"{__file__} (PYTHONPATH=. takes focal_plugin from its checkout)")
+        report.look("focal_plugin's origin", _origin, "focal_plugin", "focal_plugin")
+        report.look("Detectron2's origin", _origin, "detectron2", "detectron2", "sal-detectron2")
         there = {name for name, way_out in NEEDED.items() if report.look(name, _version, name, way_out=way_out)}
         for name, purpose in OPTIONAL.items():
             report.look(name, _version, name, purpose=purpose)
@@ -114,26 +115,20 @@ def _environment() -> str:
     return f"Python {platform.python_version()}, {platform.platform()}; Detectron2 and torch cannot say more"
 
 
-def _origin_of_plugin() -> str:
-    spec = importlib.util.find_spec("focal_plugin")
-    folder = Path(spec.origin).parent if spec and spec.origin else HERE
-    version = re.search(r'^__version__ = "(.+)"$', (folder / "__init__.py").read_text("utf-8"), re.MULTILINE)
-    text = f"{version[1] if version else 'unknown version'}, {folder}"
-    if (folder.parent / ".git").exists():
+def _origin(module: str, *distributions: str) -> str:
+    """Return folder, version and, where pip or git knows it, commit: Detectron2 is "0.6" in years of commits."""
+    spec = importlib.util.find_spec(module)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    text = str(folder or "not found")
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.distribution(name)
+            commit = re.search(r'"commit_id": *"(\w+)"', found.read_text("direct_url.json") or "")
+            text += f", {name} {found.version}" + (f", commit {commit[1]}" if commit else "")
+    if folder and (folder.parent / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             text += f", commit {subprocess.check_output(command, text=True, timeout=20).strip()}"
-    return text + (f" (not the checkout of this tool, {HERE}: PYTHONPATH=. would take that)" if folder != HERE else "")
-
-
-def _origin_of_detectron2() -> str:
-    """Return distribution, version and, where pip knows it, commit: ``__version__`` is "0.6" in years of commits."""
-    text = "not installed by pip"
-    for name in ("detectron2", "sal-detectron2"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            distribution = importlib.metadata.distribution(name)
-            commit = re.search(r'"commit_id": *"(\w+)"', distribution.read_text("direct_url.json") or "")
-            text = f"{name} {distribution.version}" + (f", commit {commit[1]}" if commit else "")
     return text
 
 
@@ -159,9 +154,9 @@ def _gpu() -> str:
 def _output() -> str:
     output = Path("output").absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise OSError(f"{output} cannot be written")
-    return f"{output} can be written, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return f"{output} can be written, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
+    raise OSError(f"{output} cannot be written")
 
 
 def one_step(config: str, device: str) -> str:
@@ -182,8 +177,7 @@ def one_step(config: str, device: str) -> str:
     with EventStorage():
         losses = model([{"image": image, "instances": objects}])
     sum(losses.values()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-    numbers = {name: float(number) for name, number in {**losses, "gradient": norm}.items()}
+    numbers = {**losses, "gradient": torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)}
     text = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
     if not all(map(math.isfinite, numbers.values())):
         raise FloatingPointError(f"not finite: {text}")

@@ -10,21 +10,12 @@ import sys
 import pytest
 import torch
 
-from focal_plugin.deploy.export import (
-    COMPARED,
-    FILES,
-    check_export,
-    compare,
-    export,
-    format_differences,
-    load_exported,
-    read_sample,
-)
+from focal_plugin.deploy import export
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(export.FILES))
 @pytest.mark.parametrize(
     "opts",
     [
@@ -38,30 +29,28 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ids=["focal", "one class", "stock", "few candidates", "softmax", "nothing to find"],
 )
 def test_exported_finds_what_the_model_finds(make_model, tmp_path, name, opts):
-    path, finds_nothing = tmp_path / FILES[name], "0.99" in opts
+    path, finds_nothing = tmp_path / export.FILES[name], "0.99" in opts
     if name == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
     cfg, model = make_model(*opts, **({"spread": 1.0} if finds_nothing else {}))
     model.train(bool(opts))
-    sample = read_sample(cfg)
+    sample = export.read_sample(cfg)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    export(model, sample, path)
+    export.export(model, sample, path)
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "weights.pth"]
-    differences = check_export(model, path, sample)
+    differences = export.check_export(model, path, sample)
     assert [module.training for module in model.modules()] == modes
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert len({name.partition(",")[0] for name in differences}) == 3  # two sizes, and nothing to find
     assert len(differences) == 5 and not any(d.problems or d.skipped for d in differences.values()), differences
-    counts, said = [d.count for d in differences.values()], format_differences(differences)
-    if not finds_nothing:
-        assert counts[-1] == 0 and min(counts[:4]) > 3, counts
-        assert f"the same {sum(counts)} detections" in said
-        return
-    assert not any(counts) and "which says little" in said and "the same" not in said
-    boxes, classes, scores = load_exported(path)(torch.zeros(3, 40, 56))
-    assert boxes.shape == (0, 4) and classes.shape == scores.shape == (0,)
+    counts, said = [d.count for d in differences.values()], export.format_differences(differences)
+    if finds_nothing:
+        assert not any(counts) and "which says little" in said and "the same" not in said
+        assert [tuple(x.shape) for x in export.load_exported(path)(torch.zeros(3, 40, 56))] == [(0, 4), (0,), (0,)]
+    else:
+        assert counts[-1] == 0 and min(counts[:4]) > 3 and f"the same {sum(counts)} detections" in said, counts
 
 
 class Thresholds:
@@ -80,7 +69,7 @@ def make(scores=(0.9, 0.5, 0.3), row=0, box=0.0, label=None, score=0.0):
 
 def test_compare_does_not_mind_the_order():
     for order in map(list, itertools.permutations(range(3))):
-        found = compare(make(), tuple(x[order] for x in make(row=1, box=0.005, score=5e-5)), Thresholds)
+        found = export.compare(make(), tuple(x[order] for x in make(row=1, box=0.005, score=5e-5)), Thresholds)
         assert (found.count, found.skipped, found.problems) == (3, 0, [])
         assert found.box == pytest.approx(0.005, rel=1e-2) and found.score == pytest.approx(5e-5, rel=1e-2)
 
@@ -99,7 +88,7 @@ def test_compare_does_not_mind_the_order():
     ],
 )
 def test_compare_finds_each_difference(got, problems):
-    found = compare(make(), got, Thresholds)
+    found = export.compare(make(), got, Thresholds)
     assert len(found.problems) == problems and found.skipped == 0
 
 
@@ -108,9 +97,9 @@ def test_compare_finds_each_difference(got, problems):
     [
         ([0.9, 0.05005], 100, True),  # the threshold
         ([0.9, 0.06], 100, False),
-        ([0.9] * COMPARED + [0.29], 100, True),  # low, and not of the best
-        ([0.9] * COMPARED + [0.31], 100, False),
-        ([0.9] * (COMPARED - 1) + [0.29], 100, False),
+        ([0.9] * export.COMPARED + [0.29], 100, True),  # low, and not of the best
+        ([0.9] * export.COMPARED + [0.31], 100, False),
+        ([0.9] * (export.COMPARED - 1) + [0.29], 100, False),
         ([0.9, 0.8, 0.8], 3, True),  # the last of a full image
         ([0.9, 0.8, 0.7], 4, False),
     ],
@@ -119,7 +108,7 @@ def test_compare_leaves_out_what_lies_at_a_cut(monkeypatch, scores, full_at, cut
     monkeypatch.setattr(Thresholds, "max_detections_per_image", full_at)
     pair = make(scores), make(scores, row=-1, box=5000.0)
     for want, got in (pair, pair[::-1]):
-        found = compare(want, got, Thresholds)
+        found = export.compare(want, got, Thresholds)
         assert (found.skipped, len(found.problems)) == ((2, 0) if cut else (0, 2))
 
 
