@@ -108,10 +108,8 @@ def _try_everywhere(report: Report) -> list[str]:
 
 def _environment() -> str:
     for module, function in (("detectron2.utils", "collect_env_info"), ("torch.utils", "get_pretty_env_info")):
-        try:
+        with contextlib.suppress(Exception):
             return getattr(importlib.import_module(f"{module}.collect_env"), function)().rstrip()
-        except Exception:
-            continue
     return f"Python {platform.python_version()}, {platform.platform()}; Detectron2 and torch cannot say more"
 
 
@@ -140,12 +138,11 @@ def _gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        nccl = "there" if torch.distributed.is_nccl_available() else "not there"
-        return f"torch can use {torch.cuda.device_count()}; NCCL {nccl}"
+        return f"torch can use {torch.cuda.device_count()}; NCCL there: {torch.distributed.is_nccl_available()}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
         if listed.startswith("GPU ") and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            name, cuda = listed.splitlines()[0].partition(" (UUID")[0], torch.version.cuda  # without its serial number
+            name, cuda = listed.partition(" (UUID")[0], torch.version.cuda  # without its serial number
             reason = f"the driver is too old for CUDA {cuda}, or broken" if cuda else "it is built for the CPU only"
             raise RuntimeError(f"{name}: torch cannot use it, {reason}")
     return "none that torch may use"
@@ -168,12 +165,12 @@ def one_step(config: str, device: str) -> str:
 
     from focal_plugin import get_config
 
+    boxes = Boxes(torch.tensor([[10.0, 12.0, 34.0, 36.0], [60.0, 50.0, 90.0, 84.0]]))
+    objects = Instances((128, 128), gt_classes=torch.tensor([1, 7]), gt_boxes=boxes)
     with torch.random.fork_rng(devices=[]):  # the same numbers in every report, and in no other place
         torch.manual_seed(0)
         model = build_model(get_config(config, ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""])).train()
-    objects = Instances((128, 128), gt_classes=torch.tensor([1, 7]))
-    objects.gt_boxes = Boxes(torch.tensor([[10.0, 12.0, 34.0, 36.0], [60.0, 50.0, 90.0, 84.0]]))
-    image = torch.randint(0, 256, (3, 128, 128), generator=torch.Generator().manual_seed(0)).float()
+        image = torch.randint(0, 256, (3, 128, 128)).float()
     with EventStorage():
         losses = model([{"image": image, "instances": objects}])
     sum(losses.values()).backward()

@@ -33,17 +33,12 @@ def make_model(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def load_tool():
-    """load_tool("predict"): what it defines."""
-    return lambda name: runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, load_tool):
+def call(monkeypatch, capsys):
     """call("predict", "a.png", ...) runs a tool in this process: its exit code, stdout and stderr."""
 
     def run(name, *words):
+        tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        return (load_tool(name)["main"](), *capsys.readouterr())
+        return (tool["main"](), *capsys.readouterr())
 
     return run
