@@ -31,11 +31,9 @@ def total(losses):
     return sum(losses.values())
 
 
-@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES.glob("*.py")])
-def test_every_example_says_what_it_shows_and_has_a_main(name):
-    module = importlib.import_module(name)
-    assert f"python examples/{name}.py" in module.__doc__
-    assert callable(module.main)
+def test_every_example_says_how_it_is_run():
+    for path in EXAMPLES.glob("*.py"):
+        assert f"python examples/{path.name}" in importlib.import_module(path.stem).__doc__
 
 
 def test_heads_train_in_another_detector(capsys):
