@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,23 +12,16 @@ import torch.nn.functional as F
 from focal_plugin.config import config_dir
 from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
+CONFIG = config_dir() / "mmdet" / "retinanet_focal_plugin.py"
 N, C = 12, 3
 LOGITS, LABELS, ONES = torch.zeros(N, C), torch.zeros(N).long(), torch.ones(N)
-
-
-class NoOperators(ModuleType):
-    """mmcv's compiled operators where there are none, as in mmcv-lite: to be imported, not to be called."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
 
 
 @pytest.fixture(scope="module")
 def registry():
     pytest.importorskip("mmdet")
     if importlib.util.find_spec("mmcv._ext") is None:
-        sys.modules["mmcv._ext"] = NoOperators("mmcv._ext")
+        sys.modules["mmcv._ext"] = MagicMock()  # mmcv-lite has no operators: to be imported, not to be called
     importlib.import_module("focal_plugin.mmdet")
     importlib.import_module("mmdet.models")
     return importlib.import_module("mmdet.registry").MODELS
@@ -149,19 +142,13 @@ def test_nothing_is_0_and_connected(ours):
         ({"loss": "ohem"}, (), "focal, focal_star; got 'ohem'"),
         ({"loss": "focal_star", "use_sigmoid": False}, (), "focal_star.*needs use_sigmoid=True"),
         ({"loss": "focal_star", "gamma": 0}, (), "gamma must be .* > 0"),
-        ({"gamma": -1}, (), "gamma must be .*>= 0, got -1"),
-        ({"alpha": 1.5}, (), "alpha .* got 1.5"),
         ({"reduction": "avg"}, (), "reduction must be .*'avg'"),
         ({}, (LOGITS, LABELS, None, None, "avg"), "reduction must be .*'avg'"),
-        ({"alpha": (0.1, 0.5)}, (LOGITS, LABELS), "one value a class.*3"),
         ({}, (torch.zeros(N), torch.zeros(N)), r"pred must be logits \(N, C\)"),
-        ({}, (LOGITS, torch.zeros(N)), "integer labels .* got .*float32"),
         ({}, (LOGITS, torch.zeros(N, dtype=torch.bool)), "target of torch.bool"),
         ({}, (LOGITS, LABELS[1:]), r"shape \(11,\)"),
-        ({"use_sigmoid": False}, (LOGITS, LOGITS), "integer labels .* for a sigmoid, dense"),
         ({}, (LOGITS, LABELS, torch.ones(5)), r"12 values.*36 entries of pred.*, got shape \(5,\)"),
         ({"use_sigmoid": False}, (LOGITS, LABELS, torch.ones(N, C)), "weight must have 12 values"),
-        ({}, (LOGITS, LABELS + C + 1), r"labels must be in \[-1, 3\].*4"),
         ({}, (LOGITS, LABELS - 2, ONES), r"labels must be in \[-1, 3\].*-2"),
         ({"use_sigmoid": False}, (LOGITS, LABELS + C, ONES), r"labels must be in \[-1, 2\]"),
     ],
@@ -172,32 +159,25 @@ def test_bad_values_are_named(ours, options, arguments, message):
         loss(*arguments)
 
 
-@pytest.mark.parametrize(
-    "missing, error, message", [("mmdet", ImportError, "mim install"), ("mmengine", None, "mmengine")]
-)
-def test_without_mmdet(missing, error, message, monkeypatch):
+@pytest.mark.parametrize("missing, message", [("mmdet", "mim install"), ("mmengine", "mmengine")])
+def test_without_mmdet(missing, message, monkeypatch):
     if missing != "mmdet":
         pytest.importorskip("mmdet")
     for name in [n for n in sys.modules if n.split(".")[0] == "mmdet" or n == "focal_plugin.mmdet"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(error or ModuleNotFoundError, match=message):
+    with pytest.raises(ImportError, match=message):
         importlib.import_module("focal_plugin.mmdet")
 
 
 @pytest.fixture
-def config(registry):
-    from mmengine.config import Config
-
-    return Config.fromfile(config_dir() / "mmdet" / "retinanet_focal_plugin.py")
+def load_config(registry):
+    return importlib.import_module("mmengine.config").Config.fromfile
 
 
-def test_config_is_mmdets_but_for_the_loss(config, ours, tmp_path):
-    from mmengine.config import Config
-
+def test_config_is_mmdets_but_for_the_loss(load_config, ours, tmp_path):
     (tmp_path / "stock.py").write_text('_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"')
-    stock = Config.fromfile(tmp_path / "stock.py")
-    mine = config.to_dict()
+    stock, mine = load_config(tmp_path / "stock.py"), load_config(CONFIG).to_dict()
     assert mine.pop("custom_imports")["imports"] == ["focal_plugin.mmdet"]
     loss, expected = mine["model"]["bbox_head"]["loss_cls"], stock.to_dict()
     expected["model"]["bbox_head"]["loss_cls"].update(type="FocalPluginLoss", loss="focal")
@@ -207,12 +187,13 @@ def test_config_is_mmdets_but_for_the_loss(config, ours, tmp_path):
 
 
 @pytest.mark.parametrize("use_sigmoid", [True, False])
-def test_retina_head(config, registry, use_sigmoid):
+def test_retina_head(load_config, registry, use_sigmoid):
     from mmdet.structures.bbox import HorizontalBoxes  # noqa: F401, registers the type
     from mmengine.structures import InstanceData
 
-    head = config.model.bbox_head
-    head.update(num_classes=C, in_channels=8, feat_channels=8, stacked_convs=1, train_cfg=config.model.train_cfg)
+    model = load_config(CONFIG).model
+    head = model.bbox_head
+    head.update(num_classes=C, in_channels=8, feat_channels=8, stacked_convs=1, train_cfg=model.train_cfg)
     boxes, labels = torch.tensor([[4.0, 4, 40, 50], [20, 10, 90, 60]]), torch.tensor([0, 2])
     instances = [InstanceData(bboxes=boxes[:n], labels=labels[:n]) for n in (2, 0)]  # one image has no objects
     metas = [{"img_shape": (64, 96), "pad_shape": (64, 96)}] * 2

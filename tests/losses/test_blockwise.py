@@ -37,19 +37,18 @@ def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
     assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), labels.expand_as(flat))
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(6, 5)[:, ::2],
-        torch.randn(4, 1).expand(4, 3),
-        torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
-        torch.randn(3, 4).T,
-        torch.randn(1, 3, 1),
-        torch.randn(0, 3),
-        torch.randn(2, 0),
-    ],
-    ids=["strided", "expanded", "sliced", "transposed", "ones", "no row", "no class"],
-)
+STRIDES = {
+    "strided": torch.randn(6, 5)[:, ::2],
+    "expanded": torch.randn(4, 1).expand(4, 3),
+    "sliced": torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
+    "transposed": torch.randn(3, 4).T,
+    "ones": torch.randn(1, 3, 1),
+    "no row": torch.randn(0, 3),
+    "no class": torch.randn(2, 0),
+}
+
+
+@pytest.mark.parametrize("x", STRIDES.values(), ids=STRIDES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
     labels = torch.randint(-1, x.shape[-1] + 1, x.shape[:-1])
