@@ -34,7 +34,6 @@ def check_coco(
     cfg: CfgNode | None = None,
     *,
     images: str = "all",
-    max_workers: int | None = None,
 ) -> DatasetReport:
     """Check a data set in COCO format. Whatever is wrong with the files becomes a finding, never an exception.
 
@@ -46,7 +45,6 @@ def check_coco(
         cfg: a Detectron2 config, for the anchors and DATALOADER.FILTER_EMPTY_ANNOTATIONS; None leaves both out.
         images: "all" decodes every image; "sample" (the fast form, for the start of a training) opens at most 64,
             evenly spaced; "none" opens none.
-        max_workers: threads that read images; None for one per CPU, at most 8.
 
     Raises:
         ValueError: ``images`` is none of the three.
@@ -87,8 +85,7 @@ def check_coco(
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
             _ask_detectron2(report, coco["annotations"])
-        workers = max_workers or min(8, os.cpu_count() or 1)
-        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images, workers)
+        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images)
         max_boxes = None if images == "all" else _MAX_BOXES_FAST
         _check_sizes(report, boxes[is_object], sizes[is_object], cfg, max_boxes)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))

@@ -31,10 +31,10 @@ _FILE_FINDINGS = (
 )
 
 
-def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str, max_workers: int) -> int:
+def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str) -> int:
     """Look at the names of ``images``, complete elements of the json, and at their files; return at how many.
 
-    ``image_root``, ``mode`` (its ``images``) and ``max_workers`` are as :func:`~focal_plugin.data.check_coco` says.
+    ``mode`` is what :func:`~focal_plugin.data.check_coco` calls ``images``.
     """
     names = [image["file_name"] for image in images]
     repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
@@ -52,7 +52,7 @@ def check_images(report: DatasetReport, images: list[dict], image_root: str, mod
         files = [files[index] for index in np.linspace(0, len(files) - 1, SAMPLE_SIZE).astype(int)]
     faults = defaultdict(list)  # code -> examples in words
     hidden = mode != "all" or not sys.stderr.isatty()
-    with warnings.catch_warnings(), ThreadPool(max_workers) as pool:
+    with warnings.catch_warnings(), ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and huge images
         found = pool.imap(lambda image: list(_inspect(image_root, image, mode == "all")), files, _CHUNK)
         for of_image in tqdm(found, total=len(files), unit="image", file=sys.stderr, disable=hidden):

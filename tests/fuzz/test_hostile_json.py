@@ -42,7 +42,7 @@ def content(digits):
 
 def survives(path, image_root, **kwargs) -> bool:
     """Property: a report that can be printed; without a fatal finding, a file that Detectron2 loads and registers."""
-    report = check_coco(path, image_root, max_workers=1, **kwargs)
+    report = check_coco(path, image_root, **kwargs)
     assert json.dumps(report.to_dict(), allow_nan=False) and report.to_text().encode("utf-8")
     DatasetCatalog.pop("mutant", None)
     MetadataCatalog.pop("mutant", None)
