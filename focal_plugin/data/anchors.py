@@ -54,9 +54,7 @@ def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
     return sizes.astype(np.float64)
 
 
-def best_ious(
-    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, factor: float = 1.0
-) -> np.ndarray:
+def best_ious(boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, factor: float = 1) -> np.ndarray:
     """Return each box's IoU with its best anchor, over all levels, shapes and positions: float64, (N,).
 
     ``boxes`` are float64, (N, 4), XYXY inside their images, whose widths and heights before padding are the (N, 2)
@@ -125,9 +123,7 @@ def _evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
     return np.linspace(0, num_rows - 1, min(num_rows, max_rows)).astype(int)
 
 
-def _suggest_sizes(
-    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, cfg: CfgNode
-) -> dict[str, list]:
+def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, cfg: CfgNode) -> dict:
     """Return ``sizes`` and a hint about them, or nothing if no factor of all sizes helps enough."""
     shares = {factor: (best_ious(boxes, sizes, generator, factor) < MATCH_IOU).mean() for factor in FACTORS}
     best, now = min(FACTORS, key=lambda factor: (shares[factor], abs(np.log(factor)))), shares[1.0]
@@ -136,8 +132,5 @@ def _suggest_sizes(
     levels = list(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
     levels = levels if isinstance(levels[0], (list, tuple)) else [levels]
     sizes = [[round(float(size) * best, 2) for size in level] for level in levels]
-    hint = (
-        f"anchors {best:g} times the size would leave {shares[best]:.1%} unmatched instead of {now:.1%}: "
-        f'MODEL.ANCHOR_GENERATOR.SIZES "{sizes}"'
-    )
-    return {"sizes": sizes, "hints": [hint]}
+    gain = f"anchors {best:g} times the size would leave {shares[best]:.1%} unmatched instead of {now:.1%}"
+    return {"sizes": sizes, "hints": [f'{gain}: MODEL.ANCHOR_GENERATOR.SIZES "{sizes}"']}

@@ -20,6 +20,7 @@ from .coco_json import SECTIONS, box_arrays, complete_elements, is_number, read_
 from .dataset_report import SEVERITIES, DatasetReport
 from .image_check import SAMPLE_SIZE, check_images
 
+Coco = dict[str, list[dict]]  # complete elements by section
 MODES = ("all", "sample", "none")
 _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
@@ -86,13 +87,12 @@ def check_coco(
         if not report.fatal:
             _ask_detectron2(report, coco["annotations"])
         report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images)
-        max_boxes = None if images == "all" else _MAX_BOXES_FAST
-        _check_sizes(report, boxes[is_object], sizes[is_object], cfg, max_boxes)
+        _check_sizes(report, boxes[is_object], sizes[is_object], cfg)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
 
-def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
+def _count_classes(coco: Coco) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
     boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
     pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
@@ -103,7 +103,7 @@ def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
     ]
 
 
-def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
+def _check_ids(report: DatasetReport, coco: Coco) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
     for section, what in zip(SECTIONS, ("image", "annotation", "category")):
         count, times = report.summary[section], Counter(row["id"] for row in coco[section])
@@ -138,7 +138,7 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
         (
             "warning",
             "boxes_leave_image",
-            "that leave their image (Detectron2 cuts them off)",
+            "that leave their image (Detectron2 cuts them)",
             has_size & leaving & ~outside,
         ),
     ):
@@ -175,9 +175,7 @@ def _box_text(row: dict) -> str:
     return f"annotation {row['id']} (image {row['image_id']}): {printable(row['bbox'])}"
 
 
-def _check_objects(
-    report: DatasetReport, coco: dict[str, list[dict]], objects: list[dict], cfg: CfgNode | None
-) -> None:
+def _check_objects(report: DatasetReport, coco: Coco, objects: list[dict], cfg: CfgNode | None) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
     used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco["categories"]]
     if coco["annotations"]:
@@ -221,10 +219,9 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
             path.write_text(json.dumps(content))
             (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
     except Exception as problem:  # any, depending on what it stumbles over
-        text = f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}. Leave out "
-        report.add(
-            "fatal", "not_loadable", text + '"segmentation" and "keypoints", which training on boxes does not need'
-        )
+        text = f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}"
+        hint = 'leave out "segmentation" and "keypoints", which training on boxes does not need'
+        report.add("fatal", "not_loadable", f"{text}; {hint}")
         return
     finally:
         logger.disabled = was_disabled
@@ -234,9 +231,7 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
     report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text, " times")
 
 
-def _check_sizes(
-    report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None, max_boxes: int | None
-) -> None:
+def _check_sizes(report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None) -> None:
     """Sum up the sizes of the boxes that training would use as they are, and report what no anchor matches."""
     usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1) & np.isfinite(sizes[:, 0])
     boxes, sizes = boxes[usable], sizes[usable]
@@ -248,6 +243,7 @@ def _check_sizes(
     if cfg is None:
         return
     try:
+        max_boxes = None if report.summary["images_checked"] == "all" else _MAX_BOXES_FAST
         coverage = report.summary["anchors"] = check_coverage(boxes, sizes, cfg, max_boxes)
     except ValueError as error:
         report.add("note", "anchors_not_checked", f"the anchors were not checked: {error}")

@@ -132,10 +132,8 @@ class NamingMapper:
     def __call__(self, image: dict) -> dict:
         image, reason = _read(self._mapper, image)
         if reason:
-            raise ValueError(
-                f"{_name(image)} cannot be read ({reason}), and an evaluation needs every image: mend it or take it "
-                "out of the annotations (tools/check_dataset.py lists all such images)"
-            )
+            hint = "mend it or take it out of the annotations (tools/check_dataset.py lists all such images)"
+            raise ValueError(f"{_name(image)} cannot be read ({reason}), and an evaluation needs every image: {hint}")
         return image
 
 
@@ -181,10 +179,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     try:
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     except AssertionError as error:  # Detectron2's, where nothing is left
-        raise ValueError(
-            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} Images without an object are dropped unless "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
-        ) from error
+        hint = "Images without an object are dropped unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} {hint}") from error
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         try:

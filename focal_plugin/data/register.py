@@ -78,10 +78,8 @@ def register_coco_json(
     if name in DatasetCatalog and [meta.get("json_file"), meta.get("image_root")] == [json_file, image_root]:
         return
     if name in DatasetCatalog or meta.keys() > {"name"}:
-        raise ValueError(
-            f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
-            f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
-        )
+        hint = f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
+        raise ValueError(f"{argument}: '{name}' is the name of another data set; {hint}")
     for exists, kind, path in ((os.path.isfile, "file", json_file), (os.path.isdir, "directory", image_root)):
         if not exists(path):
             raise FileNotFoundError(f"{argument}: there is no {kind} {path}; {form}")

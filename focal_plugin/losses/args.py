@@ -69,7 +69,7 @@ def check_alpha(alpha: Alpha, num_classes: Optional[int] = None, *, name: str = 
     shape = tuple(alpha.shape) if is_tensor else (len(alpha),)
     num_classes = shape[0] if num_classes is None else num_classes
     if shape != (num_classes,):
-        got = " x ".join(str(n) for n in shape)
+        got = " x ".join(map(str, shape))
         raise ValueError(f"{name} must have one value a class: {num_classes} expected, got {got}")
     if not is_tensor or (alpha.device.type == "cpu" and not torch.compiler.is_compiling()):
         values = alpha.tolist() if is_tensor else list(alpha)
