@@ -199,25 +199,6 @@ def test_all_ignored_and_no_image_at_all(tiny_config, head, num_images):
     assert all(p.grad is not None for p in model.head.parameters())
 
 
-@pytest.mark.usefixtures("levels")
-@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
-def test_channels_last_gives_the_same(tiny_config, make_batch, head):
-    model = build(tiny_config(*HEADS[head]))
-    features = [torch.rand(2, 32, s, s, requires_grad=True) for s in (16, 8, 4)]
-    anchors = model.anchor_generator(features)
-    batch = make_batch([2, 1], size=(128, 128))
-    labels, boxes = model.label_anchors(anchors, [x["instances"] for x in batch])
-    results = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        logits, deltas = model.head(features)
-        logits = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in logits]
-        deltas = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in deltas]
-        losses = model.losses(anchors, logits, labels, deltas, boxes)
-        model.loss_normalizer.fill_(100.0)
-        results.append((losses, torch.autograd.grad(sum(losses.values()), logits + deltas)))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_classification_loss_is_logged_in_its_two_parts(tiny_config, make_batch, head):
     """The positive part against the loss of all anchors but the foreground ones, which are made to be ignored."""
@@ -254,26 +235,44 @@ def test_normalizers(tiny_config, make_batch):
         assert losses[key] * ema.loss_normalizer.item() == pytest.approx(want[key] * num_pos, rel=1e-5)
 
 
-# ------------------------------ what the model hands to OHEM, and what it divides by
+# ------------------------------ from the head's outputs on: layouts and dtypes, what OHEM is given and divides by
 
 
-def ohem_case(model, make_batch):
-    """Anchors, head outputs and labels of one batch."""
+def outputs_case(model, make_batch):
+    """Return anchors, head outputs and labels of one batch."""
     features = [torch.rand(3, 32, s, s) for s in (12, 6, 3)]
     anchors = model.anchor_generator(features)
     batch = make_batch([3, 0, 2], size=(96, 96))
     labels, boxes = model.label_anchors(anchors, [x["instances"] for x in batch])
     torch.manual_seed(4)
-    logits = [torch.randn(3, 4 * 3, *f.shape[-2:]) for f in features]
+    logits = [torch.randn(3, 4 * model.head.num_outputs, *f.shape[-2:]) for f in features]
     deltas = [0.3 * torch.randn(3, 4 * 4, *f.shape[-2:]) for f in features]
     return anchors, logits, labels, deltas, boxes
+
+
+def losses_of_outputs(model, case, cast):
+    """Return the losses of a case whose head outputs ``cast`` has changed, and the gradients of these outputs."""
+    anchors, logits, labels, deltas, boxes = case
+    logits, deltas = ([cast(x).detach().requires_grad_() for x in levels] for levels in (logits, deltas))
+    model.loss_normalizer.fill_(100.0)
+    losses = model.losses(anchors, logits, labels, deltas, boxes)
+    return losses, torch.autograd.grad(sum(losses.values()), logits + deltas)
+
+
+@pytest.mark.usefixtures("levels")
+@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
+def test_channels_last_gives_the_same(tiny_config, make_batch, head):
+    model = build(tiny_config(*HEADS[head]))
+    case, formats = outputs_case(model, make_batch), (torch.contiguous_format, torch.channels_last)
+    results = [losses_of_outputs(model, case, lambda x, f=f: x.contiguous(memory_format=f)) for f in formats]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
 def test_box_losses_and_boxes_given_to_the_head_are_upstreams(tiny_config, make_batch, box_loss, beta):
     keys = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", str(beta))
     model = build(tiny_config(*HEADS["ohem"], *keys))
-    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
+    anchors, logits, labels, deltas, boxes = outputs_case(model, make_batch)
     seen = []
     model.head.losses = lambda x, targets, losses=model.head.losses: seen.append(targets) or losses(x, targets)
     model.losses(anchors, logits, labels, deltas, boxes)
@@ -298,7 +297,7 @@ def test_box_losses_and_boxes_given_to_the_head_are_upstreams(tiny_config, make_
 def test_ohem_divides_by_what_its_keys_say(tiny_config, make_batch, normalizer, box_loss_on):
     opts = ("MODEL.OHEM.NORMALIZER", normalizer, "MODEL.OHEM.BOX_LOSS_ON", box_loss_on, "MODEL.OHEM.BATCH_SIZE", "200")
     model = build(tiny_config(*HEADS["ohem"], *opts, "MODEL.OHEM.NMS_THRESH", "0.0"))
-    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
+    anchors, logits, labels, deltas, boxes = outputs_case(model, make_batch)
     seen = []
     model.head.losses = lambda x, targets, losses=model.head.losses: seen.append(losses(x, targets)) or seen[0]
     got = model.losses(anchors, logits, labels, deltas, boxes)
@@ -320,14 +319,9 @@ def test_ohem_divides_by_what_its_keys_say(tiny_config, make_batch, normalizer, 
 def test_half_precision_outputs_of_the_head(tiny_config, make_batch, head, dtype):
     """As under autocast: the losses are those of the rounded outputs in float32, the gradients keep the dtype."""
     model = build(tiny_config(*HEADS[head]))
-    anchors, logits, labels, deltas, boxes = ohem_case(model, make_batch)
-    results = []
-    for cast in (lambda x: x, torch.Tensor.float):
-        outputs = [[cast(x.to(dtype)).requires_grad_() for x in level] for level in (logits, deltas)]
-        model.loss_normalizer.fill_(100.0)
-        losses = model.losses(anchors, outputs[0], labels, outputs[1], boxes)
-        results.append((losses, torch.autograd.grad(sum(losses.values()), outputs[0] + outputs[1])))
-    (low, low_gradients), (full, full_gradients) = results
+    case = outputs_case(model, make_batch)
+    low, low_gradients = losses_of_outputs(model, case, lambda x: x.to(dtype))
+    full, full_gradients = losses_of_outputs(model, case, lambda x: x.to(dtype).float())
     torch.testing.assert_close(low, full, rtol=1e-6, atol=0)
     for a, b in zip(low_gradients, full_gradients):
         assert a.dtype == dtype
