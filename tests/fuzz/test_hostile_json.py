@@ -106,6 +106,7 @@ def test_what_is_no_file_or_nested(digits, tmp_path, guard, kind):
         path.write_text('{"images": [' + '{"a":' * 200_000)
     with guard():
         assert not survives(path, digits / "train", images="none")
+        assert [finding.code for finding in check_coco(path, digits / "train").fatal] == ["not_json"]
 
 
 def test_as_many_cases_as_promised(fuzz):
