@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from focal_plugin.eval.eval_report import write_eval_report
+from focal_plugin.eval.page import write_eval_report
 
 
 def parse_args(argv=None):

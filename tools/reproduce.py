@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from focal_plugin.experiments.paper import TABLES
-from focal_plugin.experiments.plan import choose_rows, describe_plan, load_profile, make_runs, method_key, prepare_data
-from focal_plugin.experiments.report import Line, Study, format_table, write_report
-from focal_plugin.experiments.results import Run
+from focal_plugin.experiments.plan import choose_rows, describe_plan, load_profile, make_runs, prepare_data
+from focal_plugin.experiments.report import format_table, write_report
+from focal_plugin.experiments.results import Run, Study
 from focal_plugin.experiments.runner import InlineExecutor, SubmititExecutor, available_cores, run_all
 
 
@@ -81,10 +81,7 @@ def reproduce(args: argparse.Namespace, command: str) -> int:
     data = prepare_data(profile)
     results = run_all(runs, executor, args.fresh)
     left_out = [row.title for row in TABLES[args.table] if row not in rows]
-    titles = {result.method: result.title for result in results}
-    keys = [method_key(row, profile) for row in rows]
-    lines = [Line(key, titles[key], row.published, row.title) for key, row in zip(keys, rows)]
-    study = Study(args.table, profile.name, profile.is_coco, lines, args.seeds, data, command, left_out)
+    study = Study(args.table, profile.name, profile.is_coco, rows, args.seeds, data, command, left_out)
     page = write_report(study, results, args.report)
     print(f"\n{format_table(study, results)}\n\nThe report is in {page} (report.md and results.json beside it)")
     return 0 if all(result.ok for result in results) else 1

@@ -1,20 +1,4 @@
-"""Titles, errors and class names as others gave them, made fit to stand in a report."""
+"""For code not yet moved: the names are in page."""
 
-from __future__ import annotations
-
-import re
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def markdown_text(text: str) -> str:
-    """On one line, and without what Markdown would take for a table, a tag or a quotation."""
-    text = " / ".join(line for line in printable(text).splitlines() if line.strip())
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
-        text = text.replace(mark, instead)
-    return text
-
-
-def printable(text: str) -> str:
-    """Without control characters, which a console may obey, and lone surrogates, which no file can hold."""
-    return _CONTROL.sub("", text)
+from .page import _safe as printable  # noqa: F401
+from .page import markdown_text  # noqa: F401

@@ -1,7 +1,4 @@
-"""The charts of a report, one panel each, so that a page can set them side by side or one below the other.
-
-A method has the same colour and line style in all of them.
-"""
+"""The pictures of a report: a method has the same colour and line style in all, and the focal loss comes first."""
 
 from __future__ import annotations
 
@@ -9,172 +6,146 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..eval.detections import PrecisionRecall
-from .statistics import Paired
-from .study import Outcome
+from ..eval.drawing import COLORS, Method, draw_mosaic, save_svg
+from .results import AP, Comparison, Study, compare, lines_of, reference
 
-# Okabe and Ito's palette for colour-blind readers, without its yellow; line styles work in print too.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
-LINE_STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
-KIND_COLORS = {
-    "FL": "#0072B2",
-    "FL*": "#56B4E9",
-    "CE": "#009E73",
-    "OHEM": "#E69F00",
-    "SSD": "#CC79A7",
-    "other": "#999999",
-}
-_WIDTH = 4.4  # inches; at the width of a phone the letters are then as large as the text around them
+KIND_COLORS = {"FL": COLORS[0], "OHEM": COLORS[1], "CE": COLORS[2], "SSD": COLORS[4], "FL*": COLORS[6]}
+LINE_STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
+_CURVES, _COLUMNS, _IMAGES = 7, 5, 6  # curves that can be told apart; columns and rows of the mosaic
 _SHORT = 24  # letters of a label that fits beside another
 _POINTS = 300  # of a curve; a long training leaves thousands
 
-Curve = tuple[np.ndarray, np.ndarray]
+Styles = Mapping[str, Mapping[str, Any]]
 
 
-class Styles:
-    """Which colour and line style a method has, in curves and bars."""
+def draw(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
+    """Draw what the runs have left something of, in `folder`; return the files' names."""
+    done, anchor, figures = runs[runs.status == "done"], reference(runs), {}
+    if not len(done):
+        return []
+    means, styles = done.groupby("method", sort=False)[AP].mean(), method_styles(runs, anchor)
+    methods = sorted(means.index, key=lambda method: method != anchor)
+    # To keep curves apart: the reference, the best of each kind, then the next best.
+    best = {own.idxmax() for _, own in means.groupby(lines_of(done).kind)}
+    ranked = sorted(methods, key=lambda method: (method != anchor, method not in best, -means[method]))
+    few = [method for method in methods if method in ranked[:_COLUMNS]]
+    curves = few if len(methods) > _CURVES else methods
+    figures["ap.svg"] = draw_ap(done, methods, styles, study.is_coco)
+    compared = [compare(runs, method, anchor) for method in methods[1:]] if methods[0] == anchor else []
+    compared = [comparison for comparison in compared if comparison.difference_by_seed]
+    if compared:
+        figures["differences.svg"] = draw_differences(done, compared, styles)
+    figures["precision_recall_50.svg"] = draw_precision_recall(done, curves, styles)
+    if "loss_cls" in done and any(done.loss_cls):
+        figures["loss_cls.svg"] = draw_loss(done[done.loss_cls.map(bool)], curves, styles)
+    for name, figure in figures.items():
+        save_svg(figure, folder / name)
+    if study.data:
+        shown = lines_of(done.sort_values("seed")).loc[few]
+        titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[AP].map(", AP {:.1f}".format)
+        columns = [Method(title, detections) for title, detections in zip(titles, shown.detections)]
+        truth, images = study.data.val_json, study.data.val_images
+        draw_mosaic(truth, images, columns, folder / "detections.jpg", num_images=_IMAGES)
+    return [*figures, *(["detections.jpg"] if study.data else [])]
 
-    def __init__(self, drawn: Sequence[Outcome]):
-        """
-        Args:
-            drawn: as curves, at most seven; the first of each kind has the kind's own colour.
-        """
-        self._by_title: dict[str, dict[str, Any]] = {}
-        free = [color for color in COLORS if color not in {KIND_COLORS[o.kind] for o in drawn}]
-        kinds = set()
-        for index, outcome in enumerate(drawn):
-            first = outcome.kind not in kinds
-            kinds.add(outcome.kind)
-            color = KIND_COLORS[outcome.kind] if first else free.pop(0)
-            style = {"color": color, "linestyle": LINE_STYLES[index % len(LINE_STYLES)], "linewidth": 1.8}
-            self._by_title[outcome.title] = style
 
-    def __getitem__(self, title: str) -> dict[str, Any]:
-        return self._by_title[title]
-
-    def color(self, outcome: Outcome) -> str:
-        """A bar's: of a method without a curve, its kind's."""
-        return self._by_title.get(outcome.title, {}).get("color", KIND_COLORS[outcome.kind])
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Letters become outlines, so it looks the same everywhere; the same numbers give the same file."""
-    with matplotlib.rc_context({"svg.hashsalt": "focal_plugin", "svg.fonttype": "path"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
-
-
-def draw_ap(found: Sequence[Outcome], styles: Styles, paper: bool = False) -> Figure:
-    """A bar per line with a run that is done: the mean, one standard deviation, and each seed as a dot.
+def method_styles(runs: pd.DataFrame, first: str | None) -> Styles:
+    """Return colour and line style by method: a kind's first method has its colour, the others shades of it.
 
     Args:
-        found: in the order from the top.
+        runs: of all methods, drawn or not, so that the style of one does not depend on what stands beside it.
+        first: comes first among those of its kind.
+    """
+    styles = {}
+    for kind, methods in runs.groupby("kind", sort=False)["method"].unique().items():
+        base = np.array(to_rgb(KIND_COLORS.get(kind, "#777777")))
+        shades = [0, *np.linspace(-0.5, 0.55, len(methods) - 1)]  # to black, to white
+        for i, method in enumerate(sorted(methods, key=lambda method: method != first)):
+            color = tuple((1 - abs(shades[i])) * base + max(shades[i], 0))
+            styles[method] = {"color": color, "linestyle": LINE_STYLES[i % len(LINE_STYLES)], "linewidth": 1.8}
+    return styles
+
+
+def draw_ap(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, paper: bool = False) -> Figure:
+    """Draw a bar for each method: the mean, one standard deviation, and each seed as a dot.
+
+    Args:
+        runs: that are done.
+        methods: from the top.
+        styles: of :func:`method_styles`.
         paper: also the paper's AP, where it compares.
     """
-    done = [o for o in found if o.ap.count]
-    figure, axis = _panel(height=1.3 + 0.36 * len(done))
-    places = np.arange(len(done))
-    axis.barh(places, [o.ap.mean for o in done], color=[styles.color(o) for o in done], height=0.66, alpha=0.85)
-    deviations = [0.0 if np.isnan(o.ap.deviation) else o.ap.deviation for o in done]
-    if any(deviations):
-        axis.errorbar([o.ap.mean for o in done], places, xerr=deviations, fmt="none", ecolor="black", capsize=3)
-    for place, outcome in zip(places, done):
-        seeds = list(outcome.ap_by_seed().values())
+    figure, axis = _panel(len(methods))
+    right = 0.0
+    for place, method in enumerate(methods):
+        own = runs[runs.method == method]
+        seeds, mean, deviation = own[AP], own[AP].mean(), own[AP].std()
+        axis.barh(place, mean, color=styles[method]["color"], height=0.66, alpha=0.85)
+        if deviation > 0:
+            axis.errorbar(mean, place, xerr=deviation, fmt="none", ecolor="black", capsize=3)
         axis.plot(seeds, [place] * len(seeds), "o", ms=3.5, mfc="white", mec="black", mew=0.8, zorder=3)
-        axis.annotate(
-            f"{outcome.ap.mean:.1f}",
-            (max(*seeds, outcome.ap.mean + deviations[place]), place),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-        if paper and outcome.line.published:
-            axis.plot([outcome.line.published.AP], [place], "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)
-    axis.set_yticks(places, [o.title for o in done])
-    right = max((max(*o.ap_by_seed().values(), o.ap.mean + d) for o, d in zip(done, deviations)), default=0)
-    axis.set(xlabel="AP, percent", xlim=(0, 1.22 * right or 1), ylim=(len(done) - 0.5, -0.5))
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
+        end = np.nanmax([*seeds, mean + deviation])
+        axis.annotate(f"{mean:.1f}", (end, place), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        if paper:
+            axis.plot(own["paper/AP"], [place] * len(own), "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)
+        right = max(right, end)
+    axis.set(xlabel="AP, percent", xlim=(0, 1.22 * right or 1))
+    _name(axis, runs, methods)
     return figure
 
 
-def draw_differences(differences: Mapping[str, tuple[str, Paired]]) -> Figure:
-    """Each line's AP minus the reference's: the seeds as dots, the mean, and its 95 % interval.
-
-    Args:
-        differences: colour and difference by title, in the order from the top.
-    """
-    figure, axis = _panel(height=1.3 + 0.36 * len(differences))
-    for place, (color, paired) in enumerate(differences.values()):
-        if paired.low is not None:
-            axis.plot([paired.low, paired.high], [place] * 2, color=color, linewidth=5, alpha=0.45)
-        axis.plot([paired.mean], [place], "|", color="black", ms=13, mew=2)
-        seeds = list(paired.by_seed.values())
+def draw_differences(runs: pd.DataFrame, comparisons: Sequence[Comparison], styles: Styles) -> Figure:
+    """Draw AP minus the rival's of each comparison: the seeds as dots, the mean, and its 95 % interval."""
+    figure, axis = _panel(len(comparisons))
+    for place, comparison in enumerate(comparisons):
+        if comparison.interval_95:
+            color = styles[comparison.focal]["color"]
+            axis.plot(comparison.interval_95, [place] * 2, color=color, linewidth=5, alpha=0.45)
+        axis.plot([comparison.mean], [place], "|", color="black", ms=13, mew=2)
+        seeds = list(comparison.difference_by_seed.values())
         axis.plot(seeds, [place] * len(seeds), "o", ms=4, mfc="white", mec="black", mew=0.8, zorder=3)
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(differences)), list(differences))
     # Two seeds make intervals that would leave no room for the rest: those run off the chart.
-    ends = [0.0, *(value for _, paired in differences.values() for value in paired.by_seed.values())]
+    ends = [0.0, *(value for comparison in comparisons for value in comparison.difference_by_seed.values())]
     room = max(1.0, 0.5 * (max(ends) - min(ends)))
-    axis.set_xlim(min(ends) - room, max(ends) + room)
-    axis.set(xlabel="difference in AP, same seed", ylim=(len(differences) - 0.5, -0.5))
-    axis.grid(axis="x", alpha=0.3)
+    axis.set(xlabel="difference in AP, same seed", xlim=(min(ends) - room, max(ends) + room))
+    _name(axis, runs, [comparison.focal for comparison in comparisons])
     return figure
 
 
-def draw_precision_recall(curves: Mapping[str, PrecisionRecall], styles: Styles) -> Figure:
-    """At one IoU, a curve per title."""
+def draw_precision_recall(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, iou: str = "0.5") -> Figure:
+    """Draw the mean curve over classes and seeds of each method; the legend has the AP at this IoU."""
     figure, axis = _panel()
-    for title, curve in curves.items():
-        axis.plot(curve.recall, curve.precision, label=f"{title}: {100 * curve.ap:.1f}", **styles[title])
+    for method in methods:
+        own = runs[runs.method == method]
+        precision = np.mean([np.array(curves[iou], dtype=float) for curves in own.precision_at_recall], axis=0)
+        label = f"{own.title.iloc[0]}: {100 * precision.mean():.1f}"
+        axis.plot(np.linspace(0, 1, len(precision)), precision, label=label, **styles[method])
     axis.set(xlabel="recall", ylabel="precision, mean over classes", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(figure, axis)
+    _add_legend(figure, axis)
     return figure
 
 
-def draw_steps(curves: Mapping[str, Curve], styles: Styles, label: str, scale: str = "linear") -> Figure:
-    """Something measured during training over the steps, smoothed by a moving mean."""
+def draw_loss(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> Figure:
+    """Draw the classification loss over the steps that all runs of a method have, smoothed by a moving mean."""
     figure, axis = _panel()
-    for title, (steps, values) in curves.items():
-        stride, window = max(1, len(steps) // _POINTS), max(3, len(steps) // 40)
-        marker = "o" if len(steps) == 1 else None  # one point makes no line
-        values = _smoothed(values, window)
-        axis.plot(steps[::stride], values[::stride], marker=marker, label=title, **styles[title])
-    axis.set(xlabel="training step", ylabel=label, yscale=scale)
-    if scale == "log":
-        axis.yaxis.set_major_formatter(_Plain())
-        axis.yaxis.set_minor_formatter(_Plain())
-    _legend(figure, axis)
+    for method in [method for method in methods if method in set(runs.method)]:
+        own = runs[runs.method == method]
+        curve = pd.DataFrame(own.loss_cls.tolist()).dropna(axis=1).mean().sort_index()
+        curve = curve.rolling(max(3, len(curve) // 40), center=True, min_periods=1).mean()[:: len(curve) // _POINTS + 1]
+        marker = "o" if len(curve) == 1 else None  # one point makes no line
+        axis.plot(curve.index, curve, marker=marker, label=own.title.iloc[0], **styles[method])
+    axis.set(xlabel="training step", ylabel="classification loss", yscale="log")
+    axis.yaxis.set_major_formatter(_Plain())
+    axis.yaxis.set_minor_formatter(_Plain())
+    _add_legend(figure, axis)
     return figure
-
-
-def mean_precision_recall(curves: Sequence[PrecisionRecall]) -> PrecisionRecall:
-    """Of the same IoU, over the seeds."""
-    precision = np.mean([curve.precision for curve in curves], axis=0)
-    return PrecisionRecall(curves[0].iou, curves[0].recall, precision, float(precision.mean()))
-
-
-def mean_over_runs(histories: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> Curve:
-    """Mean over the runs at the steps that all of them have; of each run the first of these names that it has."""
-    runs = [run for history in histories if (run := _by_step(history, names))]
-    steps = sorted(set.intersection(*map(set, runs))) if runs else []
-    return np.array(steps), np.array([np.mean([run[step] for run in runs]) for step in steps])
-
-
-def _by_step(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[int, float]:
-    name = next((name for name in names if any(name in record for record in history)), None)
-    values = {record["iteration"] + 1: record[name] for record in history if name in record}
-    return {step: value for step, value in values.items() if np.isfinite(value)}
-
-
-def _panel(height: float = 3.4):
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 class _Plain(LogFormatter):
@@ -184,17 +155,24 @@ class _Plain(LogFormatter):
         return f"{x:,g}" if super().__call__(x, pos) else ""
 
 
-def _legend(figure: Figure, axis) -> None:
+def _panel(rows: int = 0):
+    # At the width of a phone the letters are as large as the text around them.
+    figure = Figure(figsize=(4.6, 1.3 + 0.36 * rows if rows else 3.4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _name(axis, runs: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Writes the methods' titles beside their rows."""
+    axis.set_yticks(range(len(methods)), lines_of(runs).title[methods])
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def _add_legend(figure: Figure, axis) -> None:
     """Below the panel, where it hides nothing."""
     axis.grid(alpha=0.3, which="both")
     handles, labels = axis.get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) <= _SHORT else 1
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.24 * rows)
+    figure.set_figheight(figure.get_figheight() + 0.24 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3)
-
-
-def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """A centred moving mean; at the ends, of the values there are."""
-    kernel = np.ones(min(window, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

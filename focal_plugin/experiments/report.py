@@ -1,85 +1,362 @@
-"""Writes a comparison down: a page to read, Markdown, the numbers for machines, and what they do and do not say."""
+"""Writes a comparison down: a page to read, Markdown, and the numbers for machines."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import pandas as pd
+import yaml
+from tabulate import tabulate
 
-from ..eval.detections import precision_recall_curves
-from ..eval.page import render_html, render_markdown
+from ..config_yaml import lookup
+from ..eval.coco import precision_recall_curves
+from ..eval.page import NONE, markdown_text, render_html, render_markdown
 from ..files import atomic_write, origin
-from .notes import notes
-from .record import recipe_of, storable, study_record
-from .results import RunResult
-from .sections import Sections
-from .study import Data, Line, Study, outcomes, reference
-from .tables import class_table, comparison_table
-from .verdict import compare, verdict
+from .figures import draw
+from .paper import CAPTIONS
+from .results import (
+    AP,
+    CONSOLE,
+    PAPER,
+    Comparison,
+    Data,
+    RunResult,
+    Study,
+    compare,
+    lines_of,
+    reference,
+    tabulate_runs,
+)
 
-__all__ = ["Data", "Line", "Study", "format_class_table", "format_table", "write_report"]
-
-_IOUS = (0.5, 0.75)
+_APS = ("AP", "AP50", "AP75")
+_LEARNED = 5.0  # percent AP; below, the order says nothing
+_PAPER_IMAGES = 90_000 * 16
+_OF_LINE = ["title", "kind", "paper_title", "published", "overrides"]
 
 
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
-    """Writes index.html, report.md, results.json and the pictures into `report_dir`.
+    """Write index.html, report.md, results.json and the pictures.
 
     Args:
         study: what was asked for.
-        results: one per line and seed, done or not.
+        results: one per row and seed, done or not.
         report_dir: the folder to write to.
 
     Returns:
         The path of index.html.
     """
-    folder = Path(report_dir)
+    runs = tabulate_runs(study, results)
+    runs["precision_at_recall"] = [
+        {f"{c.iou:g}": c.precision.tolist() for c in precision_recall_curves(study.data.val_json, path, (0.5, 0.75))}
+        if status == "done"
+        else {}
+        for path, status in zip(runs.detections, runs.status)
+    ]
+    return write_table(study, runs, count_objects(study.data), origin(study.command), Path(report_dir))
+
+
+def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
+    """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = outcomes(study, results)
-    comparisons = compare(found, reference(found))
-    curves = {
-        (run.method, run.seed): precision_recall_curves(study.data.val_json, run.detections, _IOUS)
-        for outcome in found
-        for run in outcome.done
-    }
-    words = verdict(study, found, comparisons)
-    # A dollar sign in a title is a dollar sign.
-    with matplotlib.rc_context({"text.parse_math": False}):
-        sections = Sections(study, found, curves, folder).build(words)
-    made = origin(study.command)
-    remarks = notes(study, found)
+    done = runs[runs.status == "done"]
+    words, remarks = verdict(study, runs), notes(study, runs)
+    lines = [_line_record(own) for _, own in runs.groupby("method", sort=False)]
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a title is a dollar sign
+        pictures = draw(study, runs, folder)
     context = {
         "study": study,
+        "verdict": words,
         "notes": remarks,
-        "sections": sections,
-        "recipes": [recipe_of(outcome) for outcome in found],
-        "commands": [shlex.join(run.command) for outcome in found for run in outcome.runs],
+        "pictures": pictures,
+        "table": comparison_table(study, runs),
+        "reference": next(iter(runs.title[runs.method == reference(runs)]), ""),
+        "parts": [table for table in (size_table(runs), class_table(runs, objects)) if table],
+        "cost": cost_table(runs),
+        "settings": sorted({(run.parallel, run.threads) for run in done.itertuples()}),
+        "lines": [{**line, "yaml": yaml.safe_dump(line["config"]) if line["config"] else ""} for line in lines],
+        "commands": list(runs.command),
+        "markdown": to_markdown,
         **made,
     }
+    not_of_run = [*_OF_LINE, "config", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
-        "notes": [" ".join(filter(None, (note.lead, note.text, note.code))) for note in remarks],
+        "notes": [" ".join(filter(None, note.values())) for note in remarks],
         "verdict": words,
-        **study_record(study, found, comparisons, curves),
+        **{name: getattr(study, name) for name in ("table", "profile", "is_coco", "seeds", "left_out")},
+        "caption": CAPTIONS[study.table],
+        "objects": objects.to_dict("index"),
+        "lines": lines,
+        "comparisons": [asdict(comparison) for comparison in compare_focal(runs)],
+        "runs": runs.assign(seconds=runs.seconds.round(1)).drop(columns=not_of_run, errors="ignore").to_dict("records"),
     }
-    text = json.dumps(storable(record), indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_write(folder / "results.json") as file:
-        file.write(text + "\n")
-    with atomic_write(folder / "report.md") as file:
-        file.write(render_markdown(context))
-    with atomic_write(folder / "index.html") as file:
-        file.write(render_html(context, folder))
+    # None for what is no number: JSON has no NaN.
+    record = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
+    texts = {
+        "results.json": json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": render_markdown(context),
+        "index.html": render_html(context, folder, "report.html"),
+    }
+    for name, text in texts.items():
+        with atomic_write(folder / name) as file:
+            file.write(text)
     return folder / "index.html"
 
 
 def format_table(study: Study, results: Sequence[RunResult]) -> str:
-    """The comparison, one method per line; Markdown that reads well in a terminal too."""
-    return comparison_table(study, outcomes(study, results)).markdown()
+    """Return the comparison, one method per line, as Markdown that reads well in a terminal too."""
+    return to_markdown(comparison_table(study, tabulate_runs(study, results)))
 
 
-def format_class_table(study: Study, results: Sequence[RunResult]) -> str:
-    """AP of each class; Markdown."""
-    return class_table(study, outcomes(study, results)).markdown()
+def _line_record(own: pd.DataFrame) -> dict[str, Any]:
+    """What a results.json says of a method, from its runs."""
+    done, first = own[own.status == "done"], own.iloc[0]
+    stats = done[sorted({name for run in done.metrics for name in run})].agg(["count", "mean", "std"])
+    config_file = re.search(r"--config-file (\S+)", first.command)
+    return {
+        "method": first.method,
+        **first[_OF_LINE],
+        "config_file": config_file[1] if config_file else "",
+        "config": next(filter(None, own.config), {}),
+        "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},
+    }
+
+
+def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
+    """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
+    done, focal = runs.dropna(subset=AP), reference(runs)
+    if "FL" not in set(done.kind[done.method == focal]):
+        return []
+    means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
+    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
+
+
+def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
+    """Say what came out, beside what the paper saw: a sentence, then paragraphs that follow from the numbers."""
+    done, title = runs[runs.status == "done"], lines_of(runs).title
+    if not len(done):
+        return ["No run has finished, so there is nothing to compare."]
+    ranked = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
+    order = ", ".join(f"{name} {ap:.1f}" for name, ap in ranked.items())
+    order = f"By AP{' (mean over the seeds)' if len(study.seeds) > 1 else ''}: {order}."
+    if not ranked.iloc[0] >= _LEARNED:
+        return ["No run has learned to detect yet, so the order means nothing.", order]
+    comparisons, seeds = compare_focal(runs), sorted(done.seed.unique())
+    leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
+    first = (
+        f"{title[reference(runs)]} is {leads}" if leads else f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
+    )
+    if len(done) < len(runs):
+        first = f"Incomplete, {len(done)} of {len(runs)} runs are done: {first}"
+    missing = "No run of FL is done, so nothing is compared with it. "
+    scope = missing if "FL" in set(runs.kind) - set(done.kind) else ""
+    if len(seeds) == 1:
+        first += ". One seed says nothing about chance"
+        scope += f"One seed ({seeds[0]}): another may order the methods differently."
+    else:
+        scope += f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data "
+        scope += "set, budget or learning rate may order the methods differently."
+    rates = {lookup(config, "SOLVER.BASE_LR") for config in done.config}
+    if len(rates) == 1 and None not in rates and len(title) > 1:
+        scope += f" All have one learning rate, {rates.pop():g}, which may suit one method better than another."
+    return [f"{first}.", order, *(_against(study, c, title[c.rival]) for c in comparisons), scope]
+
+
+def _lead(c: Comparison, rival: str) -> str:
+    size = f"{abs(c.mean):.1f} AP {'ahead of' if c.mean > 0 else 'behind'}" if abs(c.mean) >= 0.05 else "level with"
+    text = f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}"
+    if c.interval_95 is None:
+        return text
+    low, high = (number(end, "+.1f") for end in c.interval_95)
+    zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
+    return f"{text} (95 % t interval {low} to {high}, {zero})"
+
+
+def _against(study: Study, c: Comparison, rival: str) -> str:
+    """What stands behind the lead: each seed, and the paper's."""
+    focal, theirs, where = PAPER[c.kind]
+    text = f"FL against {'the best OHEM' if c.kind == 'OHEM' else 'cross entropy'}, {rival}"
+    if c.picked_of > 1:
+        text += f" (the best of {c.picked_of} by its mean AP; picking the best of them favours it)"
+    each = ", ".join(f"{number(difference, '+.1f')} (seed {seed})" for seed, difference in c.difference_by_seed.items())
+    text += f": {each}" if each else ": no seed has both done, so there is no paired difference"
+    text += ", one pair of runs, which has no interval" if len(c.difference_by_seed) == 1 else ""
+    text += f". In the paper it is {c.paper_difference:.1f} AP ahead ({focal} against {theirs}; {where})"
+    if abs(c.mean) >= 0.05:  # and not NaN
+        text += ": in the mean, " if c.excludes_zero is False else ": "
+        text += "the same order" if c.mean > 0 else "the order here differs from the paper's"
+    if study.is_coco and c.interval_95 and c.kind == "OHEM":
+        inside = "inside" if c.interval_holds_paper_difference else "outside"
+        text += f". The paper's difference lies {inside} this interval"
+    return f"{text}."
+
+
+def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
+    """Say what is missing, failed, diverged, left out or unequal, and what setting this is.
+
+    Returns:
+        Statements: "lead", "text", and "code" that is quoted as it is, such as an error.
+    """
+    found = []
+    names = runs.title + " seed " + runs.seed.astype(str)
+
+    def note(lead: str, text: str, code: str = "") -> None:
+        found.append({"lead": lead, "text": text, "code": code})
+
+    if not all(runs.status == "done"):
+        note("Incomplete.", f"{sum(runs.status == 'done')} of {len(runs)} runs are done.")
+    for run in runs.itertuples():
+        lead = f"{run.title}, seed {run.seed}: {run.status}."
+        if run.status == "missing":
+            note(lead, "Not run, or not to its end.")
+        elif run.status == "diverged":
+            text = f"The loss was no number at step {run.step}: an outcome of the method with this recipe, not a crash."
+            note(lead, f"{text} The run has no AP and is in no mean.")
+        elif run.status == "failed":
+            code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
+            note(lead, f"It failed{code}; console: {Path(run.folder) / CONSOLE}.", run.error)
+    if not study.is_coco:
+        text = f"Trained on “{study.profile}”, not on COCO with the paper's network and schedule: differences between "
+        text += "methods can be held against the paper's, levels of AP cannot. None of this says how the methods "
+        note("Not the paper's setting.", f"{text}compare at the scale of COCO.")
+    if study.left_out:
+        note("Left out.", f"Rows of the table that were not asked for: {', '.join(study.left_out)}.")
+    budgets = names.groupby(runs.images_seen).agg(", ".join)
+    counts = runs.images_seen.value_counts()
+    if len(budgets) > 1:
+        usual = counts.index[0]
+        others = "; ".join(f"{images:,} images: {who}" for images, who in budgets.drop(usual).items())
+        text = f"{counts[usual]} of {counts.sum()} runs were trained on {usual:,} images; {others}."
+        note("Unequal budgets.", f"{text} Their AP does not compare as it is.")
+    if study.is_coco and set(budgets.index) - {_PAPER_IMAGES}:
+        have = " and ".join(f"{images:,}" for images in budgets.index if images != _PAPER_IMAGES)
+        text = f"Trained on {have} images; the paper's schedule sees {_PAPER_IMAGES:,} (90,000 steps of 16)."
+        note("Not the paper's budget.", text)
+    resumed = names[(runs.attempts > 1) & (runs.status != "missing")]
+    if len(resumed):
+        text = "Each went on from its last checkpoint, and the time given is that of the last attempt"
+        note("Stopped and resumed.", f"{text}: {', '.join(resumed)}.")
+    return found
+
+
+def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
+    """Our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
+    anchor, lines = reference(runs), lines_of(runs)
+    alone = anchor is not None and (lines.kind == lines.kind[anchor]).sum() == 1
+    to = f"to {lines.kind[anchor] if alone else lines.title[anchor]}" if anchor else "to FL"
+    scaled = any(lines["paper/AP"].notna() & (lines.paper_title != lines.title))
+    rows = []
+    for method, own in runs.groupby("method", sort=False):
+        line, rival = lines.loc[method], anchor if method != anchor else None
+        others = Counter(own.status[own.status != "done"])
+        why_not = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
+        row = {("", "method"): line.title}
+        row |= {("here", name): spread(own[f"bbox/{name}"]) for name in _APS}
+        if not own[AP].count():
+            row["here", "AP"] = " / ".join(sorted(others))
+        row["here", to] = number(compare(runs, method, rival).mean if rival else None, "+.1f")
+        row["paper", "row"] = line.paper_title if scaled and line["paper/AP"] >= 0 else NONE
+        row |= {("paper", name): number(line[f"paper/{name}"]) for name in _APS}
+        row["paper", to] = number(line["paper/AP"] - lines["paper/AP"][rival] if rival else None, "+.1f")
+        for name in _APS if study.is_coco else ():
+            row["here − paper", name] = number(own[f"bbox/{name}"].mean() - line[f"paper/{name}"], "+.1f")
+        row["", "seeds"] = f"{len(own) - sum(others.values())} of {len(own)} ({why_not})" if why_not else str(len(own))
+        rows.append(row)
+    marked = [place for place, method in enumerate(lines.index) if method == anchor]
+    return make_table(f"Here: {study.profile}. Paper: {CAPTIONS[study.table]}", rows, marked)
+
+
+def size_table(runs: pd.DataFrame) -> dict[str, Any] | None:
+    """AP of small, medium and large objects; the paper gives them, and its time per image, in Table 1e only."""
+    sizes, rows = {"APs": "small", "APm": "medium", "APl": "large"}, []
+    for _, own in runs.groupby("method", sort=False):
+        line = own.iloc[0]
+        row = {("", "method"): line.title} | {("here", size): spread(own[f"bbox/{n}"]) for n, size in sizes.items()}
+        row |= {("paper", size): number(line[f"paper/{n}"]) for n, size in sizes.items()}
+        rows.append(row | {("paper", "ms per image"): number(line["paper/ms"], ".0f")})
+    return make_table("AP by the size of the object (under 32², under 96², the rest, in pixels)", rows)
+
+
+def class_table(runs: pd.DataFrame, objects: pd.DataFrame) -> dict[str, Any] | None:
+    """AP of each class beside the number of its objects."""
+    means = runs.groupby("title", sort=False)[[name for name in runs if name.startswith("bbox/AP-")]].mean()
+    rows = [
+        {("", "class"): name}
+        | {("objects in", f"{part} set"): number(count, ",.0f") for part, count in counts.items()}
+        | {("AP, mean over the seeds", title): number(aps.get(f"bbox/AP-{name}")) for title, aps in means.iterrows()}
+        for name, counts in objects.iterrows()
+    ]
+    return make_table("AP of each class", rows)
+
+
+def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
+    """Time, memory, and how many examples each method is trained on; means over the runs that are done."""
+    done = runs[runs.status == "done"]
+    memory = " or ".join(sorted(done.peak_memory_of[done.peak_memory.notna()].unique()))
+    rows = []
+    for title, own in done.groupby("title", sort=False):
+        examples = {name: own[f"{name}_per_image"].mean() for name in ("positives", "negatives")}
+        row = {("", "method"): title, ("", "s/step"): number(own.step_seconds.mean(), ".3f")}
+        row["", "run, min"] = number(own.seconds.mean() / 60)
+        row["", f"peak, MiB{memory and f' ({memory})'}"] = number(own.peak_memory.dropna().max() / 2**20, ",.0f")
+        for name, count in examples.items():
+            row["per training image", name] = number(count, ",.0f" if count >= 1000 else ".1f")
+        row["", "images seen"] = " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE
+        rows.append(row)
+    return make_table("Time, memory, and examples in training", rows)
+
+
+def count_objects(data: Data) -> pd.DataFrame:
+    """Count the objects of each class, by name, in the "training" and the "validation" set, without crowds."""
+    counts = {}
+    for part, path in (("training", data.train_json), ("validation", data.val_json)):
+        truth = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = Counter(a["category_id"] for a in truth["annotations"] if not a.get("iscrowd"))
+        counts[part] = {c["name"]: found[c["id"]] for c in sorted(truth["categories"], key=lambda c: c["id"])}
+    return pd.DataFrame(counts)
+
+
+def to_markdown(table: Mapping[str, Any]) -> str:
+    """Return it as Markdown that reads well in a terminal too."""
+    groups = [name for name, count in table["groups"] for _ in range(count)] or [""] * len(table["headers"])
+    headers = [markdown_text(f"{group} {header}".strip()) for group, header in zip(groups, table["headers"])]
+    rows = [[markdown_text(cell) for cell in row] for row in table["rows"]]
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    """Format a number, such as −1.4 by "+.1f"; a dash is none."""
+    if value is None or math.isnan(value):
+        return NONE
+    text = f"{value:{form}}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def spread(values: pd.Series, form: str = ".1f") -> str:
+    """Format the mean and, of more than one, the sample standard deviation."""
+    return number(values.mean(), form) + (f" ± {values.std():.1f}" if values.count() > 1 else "")
+
+
+def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: Sequence[int] = ()) -> dict | None:
+    """The template's table, of rows that are cells by group and column; without columns of dashes, if any is left."""
+    columns = [key for key in (rows[0] if rows else ()) if any(row[key] != NONE for row in rows)]
+    if len(columns) < 2:
+        return None
+    groups = [(name, len(list(keys))) for name, keys in groupby(group for group, _ in columns)]
+    return {
+        "caption": caption,
+        "headers": [header for _, header in columns],
+        "rows": [[row[key] for key in columns] for row in rows],
+        "groups": groups if {name for name, _ in groups} - {"", "here"} else [],
+        "marked": marked,
+    }

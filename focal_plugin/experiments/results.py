@@ -6,21 +6,35 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
+import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
+from scipy.stats import ttest_rel
 
+from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
-from ..files import atomic_write, machine, now
-from .paper import PaperRow
+from ..files import atomic_write, machine, now, printable
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
 
 CONSOLE, RESULT = "console.txt", "result.json"
+AP = "bbox/AP"
+METRICS = tuple(f"bbox/{name}" for name in Published._fields[:6])  # in percent, as COCO's
+# AP of the focal loss and of its rival in the paper, and where.
+_FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
+PAPER = {
+    "OHEM": (_FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}
 
 
 @dataclass(frozen=True)
@@ -151,10 +165,6 @@ def typed(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def of_method(results: Sequence[RunResult], method: str) -> list[RunResult]:
-    return [result for result in results if result.method == method]
-
-
 def _last_error(console: str, exit_code: int) -> str:
     """Return the exception a process died of, or the end of its console."""
     lines = [line.rstrip() for line in console.splitlines() if line.strip()]
@@ -164,3 +174,188 @@ def _last_error(console: str, exit_code: int) -> str:
         name = signal.Signals(-exit_code).name
         text = f"ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; {text}"
     return text
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set that rows are trained and evaluated on, in COCO's format."""
+
+    train_json: Path
+    val_json: Path
+    val_images: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was asked for: rows of one of the paper's tables, trained in one setting.
+
+    Attributes:
+        table: of the paper, such as "1d".
+        profile: "coco", "digits", or a config's name.
+        is_coco: whether the data and the recipe are the paper's.
+        rows: of the table, in the paper's order.
+        seeds: that each row was to be trained with.
+        data: what the rows were trained and evaluated on; None: read from a results.json, which has the counts.
+        command: what a person typed.
+        left_out: titles of the table's rows that this command did not ask for.
+    """
+
+    table: str
+    profile: str
+    is_coco: bool
+    rows: Sequence[PaperRow]
+    seeds: Sequence[int]
+    data: Data | None
+    command: str
+    left_out: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str:
+        """Names the paper's network and size only where they are ours."""
+        name, _, subject = CAPTIONS[self.table].partition(": ")
+        return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AP of a method minus that of a rival with the same seed; as a results.json has it.
+
+    Attributes:
+        focal, rival: the methods.
+        kind: of the rival, such as "OHEM".
+        picked_of: number of methods of this kind that are done, which the rival may be the best of.
+        difference_by_seed: over the seeds that both have done.
+        mean: of them; NaN without any.
+        interval_95: the t interval of the mean; None with fewer than two seeds.
+        excludes_zero: whether the interval does; None without one.
+        paper_difference: of the two kinds in the paper; None where it compares none.
+        interval_holds_paper_difference: None without one of the two.
+    """
+
+    focal: str
+    rival: str
+    kind: str
+    picked_of: int
+    difference_by_seed: dict[int, float]
+    mean: float
+    interval_95: tuple[float, float] | None
+    excludes_zero: bool | None
+    paper_difference: float | None
+    interval_holds_paper_difference: bool | None
+
+
+def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
+    """Compare two methods over the seeds that both have done."""
+    aps = runs.pivot(index="seed", columns="method", values=AP)[[method, rival]].dropna()
+    difference, kind = aps[method] - aps[rival], runs.kind[runs.method == rival].iloc[0]
+    paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
+    interval = None
+    if len(aps) > 1:
+        with warnings.catch_warnings():  # that equal differences lose precision
+            warnings.simplefilter("ignore", RuntimeWarning)
+            interval = tuple(map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95)))
+    return Comparison(
+        method,
+        rival,
+        kind,
+        picked_of=runs[runs.kind == kind].dropna(subset=AP).method.nunique(),
+        difference_by_seed=difference.to_dict(),
+        mean=float(difference.mean()),
+        interval_95=interval,
+        excludes_zero=interval and (interval[0] > 0 or interval[1] < 0),
+        paper_difference=paper,
+        interval_holds_paper_difference=interval and paper and interval[0] <= paper <= interval[1],
+    )
+
+
+def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
+    """Return a table with one row a run, by method in the study's order.
+
+    Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
+    "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
+    """
+    asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
+    runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
+    runs = _with_numbers(pd.DataFrame(runs, dtype=object))
+    shared = runs.groupby("title")["method"].transform("nunique") > 1
+    runs.loc[shared, "title"] += " " + runs.method
+    return runs
+
+
+def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
+    """Return the study and the table of runs that a results.json was written from, without the losses by step."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    lines = pd.DataFrame(record["lines"], dtype=object).drop(columns="metrics")
+    runs = _with_numbers(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
+    names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
+    return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
+
+
+def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
+    metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
+    metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
+    paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
+    paper = paper.reindex(columns=Published._fields).add_prefix("paper/")
+    numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
+    return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
+
+
+def lines_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the first run of each method, by method: what is the same for all of its runs."""
+    return runs.drop_duplicates("method").set_index("method")
+
+
+def reference(runs: pd.DataFrame) -> str | None:
+    """Return the method that the others are compared with: the paper's own focal loss, or else its best row here.
+
+    It is chosen by its settings and not by how it came out, so that it is not the winner of a draw.
+    """
+    published = lines_of(runs)["paper/AP"]
+    own = [method for method in published.index if method.removesuffix("_anchors3x3").endswith(FL.key)]
+    return own[0] if len(own) == 1 else published.idxmax() if published.count() else None
+
+
+def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
+    config, history = run.config(), run.history()
+
+    def recorded(*names: str) -> list[float]:
+        """What the run says under the first of these names that it has."""
+        return next((found for name in names if (found := [r[name] for r in history if name in r])), [math.nan])
+
+    steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
+    return {
+        **{f.name: getattr(run, f.name) for f in fields(run)},
+        "title": printable(run.title, limit=120, quotes=False),
+        "kind": _kind(run.method, config),
+        "paper_title": row.title,
+        "published": row.published and row.published._asdict(),
+        "command": shlex.join(run.command),
+        "overrides": _overrides(run.command),
+        "config": config,
+        "folder": str(run.folder),
+        "detections": run.detections,
+        "steps": steps,
+        "images_seen": steps * batch if steps and batch else None,
+        "peak_memory": run.peak_memory or None,
+        "step_seconds": statistics.median(recorded("time")),
+        # What OHEM kept, or else all anchors that are not ignored.
+        "positives_per_image": statistics.fmean(recorded("ohem/num_pos", "num_pos_anchors")),
+        "negatives_per_image": statistics.fmean(recorded("ohem/num_neg", "num_neg_anchors")),
+        "background_per_image": statistics.fmean(recorded("num_neg_anchors")),
+        "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
+    }
+
+
+def _overrides(command: Sequence[str]) -> dict[str, str]:
+    """The keys and values at the end of a train_net command, but for what differs from run to run."""
+    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+    words = command[next((i for i, word in enumerate(command) if key.fullmatch(word)), len(command)) :]
+    return {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")}
+
+
+def _kind(method: str, config: dict[str, Any]) -> str:
+    """By what was trained; of a run that never started, by its name."""
+    if lookup(config, "MODEL.FOCAL.HEAD"):
+        return kind_of(config)
+    kinds = {"ohem": "OHEM", "ohem1to3": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
+    return next((kinds[word] for word in method.split("_") if word in kinds), "other")

@@ -1,147 +1,142 @@
-"""The report, from fabricated runs."""
+"""From the results of runs to the report, from fabricated runs and from those of docs/results."""
 
 import json
+import math
 import re
-import shutil
+import statistics
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from headless import CHROMIUM, show
 from PIL import Image
+from scipy import stats
 
-from focal_plugin.experiments import sections
-from focal_plugin.experiments.naming import title_of
-from focal_plugin.experiments.paper import BEST_OHEM, CE, FL, FL_R50, Published
-from focal_plugin.experiments.report import Data, Line, Study, format_class_table, format_table, write_report
-from focal_plugin.experiments.results import RunResult
+from focal_plugin.experiments import figures
+from focal_plugin.experiments.figures import method_styles
+from focal_plugin.experiments.paper import BEST_OHEM as OHEM
+from focal_plugin.experiments.paper import TABLES, title_of
+from focal_plugin.experiments.report import (
+    compare_focal,
+    format_table,
+    notes,
+    number,
+    verdict,
+    write_report,
+    write_table,
+)
+from focal_plugin.experiments.results import (
+    Data,
+    RunResult,
+    Study,
+    compare,
+    read_results,
+    reference,
+    tabulate_runs,
+)
 
+DOCS = Path(__file__).parents[2] / "docs" / "results" / "digits_extra"
+ROWS = {row.key: row for row in TABLES["1d"]}
+FL, CE, OTHER_OHEM = ROWS["fl_gamma2_alpha0.25"], ROWS["ce_alpha0.75"], ROWS["ohem_256_nms0.5"]
 BOX = [8, 8, 16, 16]
-PAPER = {CE: None, BEST_OHEM: Published(32.8, 50.3, 35.1), FL: Published(36.0, 54.9, 38.7)}
-HEADS = {CE: ("FocalHead", 0.0, 0.75), BEST_OHEM: ("OHEMHead", 0.0, -1.0), FL: ("FocalHead", 2.0, 0.25)}
-CHARTS = ("ap", "differences", "precision_recall_50", "precision_recall_75", "loss_cls", "loss_box_reg")
 
 
-def make_config(method):
-    head, gamma, alpha = HEADS[method]
-    return {
-        "SEED": 1,
-        "SOLVER": {"MAX_ITER": 40, "IMS_PER_BATCH": 16, "BASE_LR": float("inf")},
-        "MODEL": {
-            "FOCAL": {"HEAD": head, "LOSS": "focal", "STAR_BETA": 1.0},
-            "OHEM": {"BATCH_SIZE": 32, "NMS_THRESH": 0.5, "NEG_POS_RATIO": 0.0},
-            "RETINANET": {"FOCAL_LOSS_ALPHA": alpha, "FOCAL_LOSS_GAMMA": gamma},
-        },
-    }
+def make_config(row, steps=40, rate=0.01):
+    """A row's configuration, with 32 examples for the paper's 128."""
+    values = {"MODEL.FOCAL.LOSS": "focal", "MODEL.FOCAL.STAR_BETA": 1.0, "MODEL.SSD.NEG_POS_RATIO": 3.0}
+    values |= {"MODEL.OHEM.NMS_THRESH": 0.5, "MODEL.OHEM.NEG_POS_RATIO": 0.0, **dict(row.settings)}
+    values |= {"MODEL.OHEM.BATCH_SIZE": values.get("MODEL.OHEM.BATCH_SIZE", 0) // 4, "SEED": 7}
+    values |= {"SOLVER.MAX_ITER": steps, "SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": rate}
+    config = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return config
 
 
-def make_data(folder):
-    truth = {
-        "images": [{"id": i, "file_name": f"{i}.png", "width": 48, "height": 48} for i in (1, 2)],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-        "annotations": [
-            {"id": i, "image_id": 1, "category_id": 1, "bbox": BOX, "area": 256, "iscrowd": 0} for i in (1, 2, 3)
-        ],
-    }
-    for image in truth["images"]:
-        Image.new("RGB", (48, 48)).save(folder / image["file_name"])
-    (folder / "truth.json").write_text(json.dumps(truth))
-    return Data(folder / "truth.json", folder / "truth.json", folder)
+class Study1d:
+    """Fabricates runs of a table in a folder, and reports on them."""
 
+    def __init__(self, folder=Path("nowhere"), table="1d", **options):
+        self.folder, self.results, self.options = folder, [], {"profile": "digits", "is_coco": False, **options}
+        self.table, self.data = table, Data(folder / "train.json", folder / "val.json", folder)
 
-class Workshop:
-    """Fabricates runs in a folder, and reports on them."""
+    def add(self, row, *aps, steps=40, **changes):
+        """Runs of the seeds 1, 2, ... that are done and have left nothing but their AP; None: missing."""
+        for seed, ap in enumerate(aps, 1):
+            folder, config = self.folder / row.method / f"seed{seed}", make_config(row, steps)
+            result = RunResult(row.method, title_of(config), seed, folder, ["python", "train_net.py"])
+            result.config = lambda config=config: config
+            if ap is not None:
+                vars(result).update(status="done", exit_code=0, metrics={"bbox/AP": ap})
+            vars(result).update(changes)
+            self.results.append(result)
+        return self
 
-    def __init__(self, folder):
-        self.folder, self.data = folder, make_data(folder)
+    def train(self, row, ap, seed=1, **changes):
+        """A run that is done, with all that it leaves in its folder."""
+        config = make_config(row, rate=float("inf"))
+        self.add(row, ap, seed=seed, seconds=90.0, peak_memory=300 * 2**20, parallel=2)
+        result = self.results[-1]
+        result.folder = self.folder / row.method / f"seed{seed}"
+        result.command += ["--config-file", "base.yaml", "--resume", "SEED", str(seed)]
+        result.command += ["MODEL.FOCAL.HEAD", config["MODEL"]["FOCAL"]["HEAD"], "OUTPUT_DIR", "here"]
+        result.metrics |= {"bbox/AP50": 61.5, "bbox/AP75": 33.25, "bbox/APs": 12.5}
+        result.metrics |= {"bbox/AP-cat": 77.7, "bbox/AP-dog": float("nan")}
+        del result.config  # from the file
+        result.detections.parent.mkdir(parents=True)
+        result.detections.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 0.8}]))
+        (result.folder / "config.yaml").write_text(yaml.safe_dump(config))
+        counts = {"num_pos_anchors": 21.5, "num_neg_anchors": 2931.0}
+        counts |= {"ohem/num_pos": 9.5, "ohem/num_neg": 22.5} if row == OHEM else {}
+        times = ((19, 0.2), (39, 0.4), (40, 0.9))
+        history = [json.dumps({"iteration": i, "loss_cls": 1 / i, "time": time, **counts}) for i, time in times]
+        (result.folder / "metrics.json").write_text("\n".join(history))
+        vars(result).update(changes)
+        return self
 
-    def result(self, method, ap, seed=1, **changes):
-        """A run that is done, with all that it leaves; `changes` are attributes of the result."""
-        config = make_config(method)
-        folder = self.folder / "runs" / method.key / f"seed{seed}"
-        (folder / "inference").mkdir(parents=True)
-        detections = [{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 0.8}]
-        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in make_history(method)))
-        metrics = {"bbox/AP": ap, "bbox/AP50": 61.5, "bbox/AP75": 33.25, "bbox/APs": 12.5, "bbox/AP-cat": 77.7}
-        command = ["python", "train_net.py", "--config-file", "base.yaml", "--resume"]
-        command += ["SEED", str(seed), "MODEL.FOCAL.HEAD", HEADS[method][0], "OUTPUT_DIR", str(folder)]
-        result = RunResult(method.key, title_of(config), seed, folder, command, status="done", exit_code=0)
-        result.metrics = {**metrics, "bbox/AP-dog": float("nan")}
-        result.seconds, result.peak_memory, result.parallel = 90.0, 300 * 2**20, 2
-        for name, value in changes.items():
-            setattr(result, name, value)
-        return result
+    @property
+    def study(self):
+        methods, seeds = {result.method for result in self.results}, {result.seed for result in self.results}
+        rows = [row for row in TABLES[self.table] if {row.method, row.recipe} & methods]
+        settings = {"rows": rows, "seeds": sorted(seeds), "data": self.data, **self.options}
+        return Study(table=self.table, command="make demo", **settings)
 
-    def study(self, results, **options):
-        """What asked for these results."""
-        titles = {method.key: title_of(make_config(method)) for method in PAPER}
-        methods = [method for method in PAPER if method.key in {result.method for result in results}]
-        lines = [Line(m.key, titles[m.key], PAPER[m], titles[m.key].replace("32/", "128/")) for m in methods]
-        seeds = sorted({result.seed for result in results}) or [1]
-        settings = {"profile": "digits", "is_coco": False, "lines": lines, "left_out": (), **options}
-        return Study(table="1d", seeds=seeds, data=self.data, command="make demo", **settings)
+    @property
+    def runs(self):
+        return tabulate_runs(self.study, self.results)
 
-    def write(self, results, **options):
-        page = write_report(self.study(results, **options), results, self.folder / "report")
+    @property
+    def words(self):
+        return "\n".join(verdict(self.study, self.runs))
+
+    @property
+    def remarks(self):
+        return "\n".join(" ".join(note.values()) for note in notes(self.study, self.runs))
+
+    def write(self):
+        truth = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 48, "height": 48} for i in (1, 2)],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+            "annotations": [
+                {"id": i, "image_id": 1, "category_id": 1, "bbox": BOX, "area": 256, "iscrowd": 0} for i in (1, 2, 3)
+            ],
+        }
+        for image in truth["images"]:
+            Image.new("RGB", (48, 48)).save(self.folder / image["file_name"])
+        self.data.val_json.write_text(json.dumps(truth))
+        truth["annotations"].append({**truth["annotations"][0], "id": 4})
+        self.data.train_json.write_text(json.dumps(truth))
+        page = write_report(self.study, self.results, self.folder / "report")
         assert page == self.folder / "report" / "index.html"
         return Written(page.parent)
-
-
-def make_history(method):
-    counts = {"num_pos_anchors": 21.5, "num_neg_anchors": 2931.0}
-    if method == BEST_OHEM:
-        counts.update({"ohem/num_pos": 9.5, "ohem/num_neg": 22.5})
-    return [
-        {"iteration": i, "loss_cls": 1 / i, "loss_box_reg": 1.0, "time": time, **counts}
-        for i, time in ((19, 0.2), (39, 0.4), (40, 0.9))
-    ]
-
-
-@pytest.fixture
-def shop(tmp_path):
-    return Workshop(tmp_path)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take most of the time of a test that does not look at them."""
-
-    def save_svg(figure, path):
-        path.write_text("<svg/>")
-
-    def draw_mosaic(truth, images, methods, path, **options):
-        path.write_bytes(b"")
-
-    monkeypatch.setattr(sections.figures, "save_svg", save_svg)
-    monkeypatch.setattr(sections, "draw_mosaic", draw_mosaic)
-
-
-def make_three(shop):
-    return [shop.result(CE, 30.0), shop.result(BEST_OHEM, 45.6), shop.result(FL, 40.1)]
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """The report on one run of each kind."""
-    shop = Workshop(tmp_path_factory.mktemp("three"))
-    return shop.write(make_three(shop))
-
-
-@pytest.fixture(scope="module")
-def troubled(tmp_path_factory):
-    """The report on runs of which one is done."""
-    shop = Workshop(tmp_path_factory.mktemp("troubled"))
-    error = "RuntimeError: CUDA\nout of memory in /" + "long" * 100
-    results = [
-        shop.result(CE, 1.0, status="missing", metrics={}),
-        shop.result(BEST_OHEM, 1.0, status="failed", exit_code=1, error=error, metrics={}),
-        shop.result(FL, 40.1, attempts=2),
-        shop.result(FL, 1.0, seed=2, status="diverged", step=37, metrics={}),
-    ]
-    return shop.write(results, left_out=["OHEM 64/.7"])
 
 
 class Written:
@@ -151,96 +146,237 @@ class Written:
         self.folder = folder
         self.html = (folder / "index.html").read_text(encoding="utf-8")
         self.markdown = (folder / "report.md").read_text(encoding="utf-8")
-
-        def refuse(constant):
-            raise ValueError(f"{constant} is not JSON")
-
-        self.record = json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
-
-    @property
-    def cells(self):
-        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in self.markdown.splitlines()]
-
-    @property
-    def tops(self):
-        """Both texts before the first table."""
-        return self.markdown[: self.markdown.index("| method")], self.html[: self.html.index("<table")]
-
-
-class Tags(HTMLParser):
-    """Every tag and its attributes."""
-
-    def __init__(self, html):
-        super().__init__()
+        # NaN and Infinity are not JSON.
+        self.record = json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in self.markdown.splitlines()]
+        self.cells = [[cell.strip() for cell in line] for line in lines if line]
+        self.tops = self.markdown[: self.markdown.index("| method")], self.html[: self.html.index("<table")]
         self.tags = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: self.tags.append((tag, dict(attributes)))
+        parser.feed(self.html)
 
     def named(self, name):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take most of the time of a test that does not look at them."""
+    monkeypatch.setattr(figures, "save_svg", lambda figure, path: path.write_text("<svg/>"))
+    monkeypatch.setattr(figures, "draw_mosaic", lambda truth, images, methods, path, **options: path.write_bytes(b""))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The report on one run of each kind."""
+    return Study1d(tmp_path_factory.mktemp("three")).train(CE, 30.0).train(OHEM, 45.6).train(FL, 40.1).write()
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory):
+    """The report on runs of which one is done."""
+    error = "RuntimeError: CUDA\nout of memory in /" + "long" * 100
+    study = Study1d(tmp_path_factory.mktemp("troubled"), left_out=["OHEM 64/.7"])
+    study.train(CE, 1.0, status="missing", metrics={})
+    study.train(OHEM, 1.0, status="failed", exit_code=1, error=error, metrics={})
+    study.train(FL, 40.1, attempts=2)
+    return study.train(FL, 1.0, seed=2, status="diverged", step=37, metrics={}).write()
+
+
+# ------------------------------ numbers
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 7])
+def test_paired_interval_is_the_t_interval_of_the_differences(seeds):
+    ours, theirs = np.random.default_rng(seeds).normal(35, 3, (2, seeds))
+    found = compare(Study1d().add(FL, *ours).add(OHEM, *theirs).runs, FL.method, OHEM.method)
+    differences = [a - b for a, b in zip(ours, theirs)]
+    margin = stats.t.ppf(0.975, seeds - 1) * statistics.stdev(differences) / math.sqrt(seeds)
+    assert found.mean == pytest.approx(statistics.fmean(differences))
+    assert found.interval_95 == pytest.approx((found.mean - margin, found.mean + margin))
+    assert found.excludes_zero == (abs(found.mean) > margin)
+    assert found.interval_holds_paper_difference == (abs(3.2 - found.mean) <= margin)
+
+
+def test_only_seeds_that_both_have_done_are_compared():
+    study = Study1d().add(FL, 10.0, 20.0, 30.0).add(OHEM, None, None, 25.0, 0.0)
+    found = compare(study.runs, FL.method, OHEM.method)
+    assert found.difference_by_seed == {3: 5.0} and found.mean == 5.0
+    assert found.interval_95 is found.excludes_zero is found.interval_holds_paper_difference is None
+    assert "one pair of runs, which has no interval" in study.words and "t interval" not in study.words
+    nothing = Study1d().add(FL, 10.0, None).add(OHEM, None, 10.0)
+    found = compare(nothing.runs, FL.method, OHEM.method)
+    assert found.difference_by_seed == {} and math.isnan(found.mean)
+    assert "no paired difference" in nothing.words and "t interval" not in nothing.words
+
+
+def test_equal_differences_make_an_interval_without_width():
+    found = compare(Study1d().add(FL, 2.0, 3.0).add(OHEM, 1.0, 2.0).runs, FL.method, OHEM.method)
+    assert (found.interval_95, found.excludes_zero) == ((1.0, 1.0), True)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [(1.44, "+.1f", "+1.4"), (-3.2, "+.1f", "−3.2"), (-0.04, "+.1f", "0.0"), (0.0, "+.1f", "0.0"), (None, ".1f", "–")],
+)
+def test_numbers(value, form, text):
+    assert number(value, form) == text
+
+
+def test_a_committed_study_comes_out_again_in_every_number(tmp_path, monkeypatch):
+    """And its means and intervals are those of its runs, by other means."""
+    old = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+    study, runs = read_results(DOCS / "results.json")
+    monkeypatch.setattr("focal_plugin.experiments.report.draw", lambda *args: [])
+    made = {name: old[name] for name in ("command", "date", "machine", "versions")}
+    write_table(study, runs, pd.DataFrame(old["objects"]).T, made, tmp_path)
+    assert_close(Written(tmp_path).record, old)
+    committed = (DOCS / "report.md").read_text(encoding="utf-8").splitlines()
+    assert {line for line in committed if line[:1] == "|"} <= set(Written(tmp_path).markdown.splitlines())
+    aps = {(run["method"], run["seed"]): run["metrics"] for run in old["runs"]}
+    for line in old["lines"]:
+        for name, found in line["metrics"].items():
+            values = [m[name] for (method, _), m in aps.items() if method == line["method"] and m[name] is not None]
+            assert found["count"] == len(values)
+            assert not values or found["mean"] == pytest.approx(statistics.fmean(values))
+            assert not values or found["deviation"] == pytest.approx(statistics.stdev(values))
+    for pair in old["comparisons"]:
+        both = [[aps[pair[who], seed]["bbox/AP"] for seed in old["seeds"]] for who in ("focal", "rival")]
+        assert pair["interval_95"] == pytest.approx(list(stats.ttest_rel(*both).confidence_interval(0.95)))
+
+
+def assert_close(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() >= expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected):
+            assert_close(one, other)
+    else:
+        assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+# ------------------------------ words
+
+
+def test_fl_is_compared_with_the_best_ohem_seed_by_seed():
+    study = Study1d().add(OHEM, 30, 31, 31).add(OTHER_OHEM, 30, 30, 30).add(FL, 31, 33, 34).add(CE, 29, 29, 32)
+    against_ohem, against_ce = compare_focal(study.runs)
+    assert against_ohem.rival == OHEM.method and against_ohem.picked_of == 2
+    assert against_ohem.difference_by_seed == {1: 1, 2: 2, 3: 3} and against_ohem.paper_difference == 3.2
+    assert against_ce.rival == CE.method and against_ce.paper_difference == 2.9
+    first, *rest = verdict(study.study, study.runs)
+    assert first.startswith("FL (γ 2, α .25) is 2.0 AP ahead of the best OHEM, OHEM 32/.5")
+    assert "−0.5 to +4.5, includes 0" in first
+    text = "\n".join(rest)
+    assert "best of 2" in text and "favours it" in text and "+1.0 (seed 1), +2.0 (seed 2), +3.0 (seed 3)" in text
+    assert "3.2 AP ahead (36.0 against 32.8" in text and "the same order" in text
+
+
+def test_a_lost_comparison_is_reported_as_lost():
+    text = Study1d().add(OHEM, 45.6, 45.4).add(FL, 40.0, 40.0).add(CE, 40.1, 39.9).words
+    assert "5.5 AP behind the best OHEM" in text and "order here differs" in text and "excludes 0" in text
+    assert "level with cross entropy" in text
+
+
+def test_one_seed_says_so():
+    text = Study1d().add(OHEM, 30).add(FL, 31).words
+    assert "no interval" in text and "One seed (1)" in text and "nothing about chance" in text
+    assert "t interval" not in text and "one learning rate, 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("study", "text"),
+    [
+        (Study1d().add(CE, None), "nothing to compare"),
+        (Study1d().add(OHEM, 30).add(FL, None), "No run of FL is done"),
+        (Study1d().add(OHEM, 0.2).add(FL, 0.2), "the order means nothing"),
+        (Study1d().add(CE, 30).add(OHEM, 31), "OHEM 32/.5 has the highest AP, 31.0."),
+    ],
+)
+def test_where_nothing_can_be_compared_it_is_said(study, text):
+    assert text in study.words and "In the paper" not in study.words
+
+
+@pytest.mark.parametrize("table", ["1a", "1b", "1c", "3"])
+def test_every_table_has_a_reference_and_a_verdict(table):
+    study = Study1d(table=table)
+    for row in TABLES[table]:
+        study.add(row, 30.0, 31.0)
+    expected = {"1a": CE.method, "1c": f"{FL.method}_anchors3x3"}.get(table, FL.method)
+    assert reference(study.runs) == expected and study.runs.title.nunique() == len(TABLES[table])
+    assert "By AP" in study.words and ("cross entropy" in study.words) == (table in ("1b", "3"))
+    assert study.runs.kind.nunique() == {"1a": 1, "1b": 2, "1c": 1, "3": 3}[table]
+    styles = method_styles(study.runs, expected)
+    assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == len(TABLES[table])
+
+
+def test_notes_on_the_budget():
+    coco = Study1d(is_coco=True, profile="coco")
+    for row in (OHEM, FL):
+        coco.add(row, 32.0, method=row.recipe)
+    assert "Trained on 640 images; the paper's schedule sees 1,440,000" in coco.remarks
+    remarks = Study1d().add(OHEM, 30, steps=20).add(FL, 31, 32, 33).remarks
+    assert "3 of 4 runs were trained on 640 images; 320 images: OHEM 32/.5 seed 1." in remarks
+    assert Study1d(is_coco=True).add(FL, 31, steps=90_000, method=FL.recipe).remarks == ""
+
+
+# ------------------------------ the page
+
+
 def test_report_holds_the_numbers_it_was_given(three):
-    report = three
-    ohem = ["OHEM 32/.5", "OHEM 128/.5", "32.8", "50.3", "35.1", "−3.2", "45.6", "61.5", "33.2", "+5.5", "1"]
-    focal = ["FL (γ 2, α .25)", "FL (γ 2, α .25)", "36.0", "54.9", "38.7", "–", "40.1", "61.5", "33.2", "–", "1"]
-    assert ohem in report.cells and focal in report.cells
-    assert ["OHEM 32/.5", "0.400", "1.5", "300", "9.5", "22.5", "640"] in report.cells
-    assert ["FL (γ 2, α .25)", "0.400", "1.5", "300", "21.5", "2,931", "640"] in report.cells
-    assert ["cat", "3", "77.7", "77.7", "77.7"] in report.cells and ["dog", "0", "–", "–", "–"] in report.cells
-    assert ["FL (γ 2, α .25)", "12.5", "–", "–"] in report.cells
-    assert "make demo" in report.markdown and "Incomplete" not in report.markdown
-    assert "2 at a time with 1 thread each" in report.markdown
-    for text in ("45.6", "−3.2", "2,931", "2 at a time with 1 thread each", "make demo", "IMS_PER_BATCH: 16"):
-        assert text in report.html
+    ohem = ["OHEM 32/.5", "45.6", "61.5", "33.2", "+5.5", "OHEM 128/.5", "32.8", "50.3", "35.1", "−3.2", "1"]
+    focal = ["FL (γ 2, α .25)", "40.1", "61.5", "33.2", "–", "FL (γ 2, α .25)", "36.0", "54.9", "38.7", "–", "1"]
+    assert ohem in three.cells and focal in three.cells
+    assert ["OHEM 32/.5", "0.400", "1.5", "300", "9.5", "22.5", "640"] in three.cells
+    assert ["FL (γ 2, α .25)", "0.400", "1.5", "300", "21.5", "2,931", "640"] in three.cells
+    assert ["cat", "4", "3", "77.7", "77.7", "77.7"] in three.cells and ["dog", "0", "0", *"–––"] in three.cells
+    assert ["FL (γ 2, α .25)", "12.5"] in three.cells  # without a column for each size that no object has
+    assert "Incomplete" not in three.markdown and "in training set" in three.markdown
+    for text in ("45.6", "−3.2", "2,931", "2 at a time with 1 thread each", "make demo"):
+        assert text in three.html and text in three.markdown
+    assert "IMS_PER_BATCH: 16" in three.html
 
-    runs = {run["method"]: run for run in report.record["runs"]}
-    assert runs[BEST_OHEM.key]["metrics"]["bbox/AP"] == 45.6 and runs[BEST_OHEM.key]["metrics"]["bbox/AP-dog"] is None
-    assert runs[BEST_OHEM.key]["negatives_per_image"] == 22.5 and runs[CE.key]["negatives_per_image"] == 2931
-    assert runs[FL.key]["images_seen"] == 640 and len(runs[FL.key]["precision_at_recall"]["0.5"]) == 101
-    lines = {line["method"]: line for line in report.record["lines"]}
-    assert lines[FL.key]["config"]["SOLVER"]["BASE_LR"] is None and lines[FL.key]["published"]["AP"] == 36
-    assert lines[FL.key]["overrides"] == {"MODEL.FOCAL.HEAD": "FocalHead"}
-    assert report.record["command"] == "make demo" and report.record["versions"]["torch"]
+    runs = {run["method"]: run for run in three.record["runs"]}
+    ohem, focal = runs[OHEM.method], runs[FL.method]
+    assert ohem["metrics"]["bbox/AP"] == 45.6 and ohem["metrics"]["bbox/AP-dog"] is None
+    assert ohem["negatives_per_image"] == 22.5 and runs[CE.method]["negatives_per_image"] == 2931
+    assert focal["images_seen"] == 640 and len(focal["precision_at_recall"]["0.5"]) == 101
+    line = next(line for line in three.record["lines"] if line["method"] == FL.method)
+    assert line["config"]["SOLVER"]["BASE_LR"] is None and line["published"]["AP"] == 36
+    assert line["overrides"] == {"MODEL.FOCAL.HEAD": "FocalHead"} and line["config_file"] == "base.yaml"
+    assert three.record["command"] == "make demo" and three.record["versions"]["torch"]
 
 
-def test_means_deviations_and_the_paired_interval(shop, undrawn):
-    results = [shop.result(BEST_OHEM, ap, seed) for seed, ap in enumerate((30.0, 31.0, 31.0), 1)]
-    results += [shop.result(FL, ap, seed) for seed, ap in enumerate((31.0, 33.0, 34.0), 1)]
-    report = shop.write(results)
-    assert any("32.7 ± 1.5" in line and line[-1] == "3" for line in report.cells)
-    (comparison,) = report.record["comparisons"]
-    assert comparison["difference_by_seed"] == {"1": 1, "2": 2, "3": 3} and comparison["excludes_zero"] is False
-    assert comparison["interval_95"] == pytest.approx([-0.484, 4.484], abs=1e-3)
-    for text in (report.markdown, report.html):
-        assert "−0.5 to +4.5" in text and "standard deviation" in text
+def test_the_verdict_comes_first_then_the_picture_then_the_table(three):
+    for text, picture, table in ((three.markdown, "ap.svg", "| method"), (three.html, "<img", "<table")):
+        assert text.index(three.record["verdict"][0].partition(" (")[0]) < text.index(picture) < text.index(table)
+        assert "Not the paper's setting" in text.replace("&#39;", "'") and text.count("scale of COCO") == 1
+        assert not re.search(r"\breproduc(ed|es|tion)\b", text) and "here − paper" not in text.lower()
 
 
 def test_pictures_are_drawn_described_and_inside_the_page(three):
-    report = three
-    for name in (*CHARTS, "examples_positives", "examples_negatives"):
-        assert f"({name}.svg)" in report.markdown
-        assert ET.parse(report.folder / f"{name}.svg").getroot().tag.endswith("svg")
-    with Image.open(report.folder / "detections.jpg") as image:
+    for name in ("ap", "differences", "precision_recall_50", "loss_cls"):
+        assert f"({name}.svg)" in three.markdown
+        assert ET.parse(three.folder / f"{name}.svg").getroot().tag.endswith("svg")
+    with Image.open(three.folder / "detections.jpg") as image:
         assert image.width > 500
-    tags = Tags(report.html)
-    assert len(tags.named("img")) == 9 and all(len(image["alt"]) > 30 for image in tags.named("img"))
-    assert all(
-        image["src"].startswith(("data:image/svg+xml;base64,", "data:image/jpeg")) for image in tags.named("img")
-    )
-    links = [a["href"] for a in tags.named("a")]
-    ids = {attributes["id"] for _, attributes in tags.tags if "id" in attributes}
+    images = three.named("img")
+    assert len(images) == 5 and all(len(image["alt"]) > 30 for image in images)
+    assert all(image["src"].startswith(("data:image/svg+xml;base64,", "data:image/jpeg")) for image in images)
+    links = [a["href"] for a in three.named("a")]
+    ids = {attributes["id"] for _, attributes in three.tags if "id" in attributes}
     assert links and {link.removeprefix("#") for link in links} <= ids
-    assert not tags.named("script") and [link["href"] for link in tags.named("link")] == ["data:,"]
-    assert all(cell.get("scope") in ("col", "row", "colgroup") for cell in tags.named("th"))
-    assert tags.named("html") == [{"lang": "en"}] and len(report.html) < 6e6
+    assert not three.named("script") and [link["href"] for link in three.named("link")] == ["data:,"]
+    assert all(cell.get("scope") in ("col", "row", "colgroup") for cell in three.named("th"))
+    assert three.named("html") == [{"lang": "en"}] and len(three.html) < 6e6
 
 
 def test_what_is_missing_failed_or_diverged_is_stated_before_any_number(troubled):
-    report = troubled
-    for top in report.tops:
+    for top in troubled.tops:
         for text in (
             "1 of 4 runs are done",
             "CE (α .75), seed 1: missing",
@@ -253,82 +389,62 @@ def test_what_is_missing_failed_or_diverged_is_stated_before_any_number(troubled
             "Stopped and resumed",
         ):
             assert text in top, text
-    table = format_table_cells(report.markdown)
-    assert table["CE (α .75)"][-5:] == ["missing", "–", "–", "–", "0 of 1 (1 missing)"]
-    assert table["OHEM 32/.5"][-5] == "failed" and table["FL (γ 2, α .25)"][-1] == "1 of 2 (1 diverged)"
-    assert {run["status"] for run in report.record["runs"]} == {"missing", "failed", "done", "diverged"}
+    table = {line[0]: line for line in reversed(troubled.cells)}
+    assert table["CE (α .75)"][1:4] == ["missing", "–", "–"] and table["CE (α .75)"][-1] == "0 of 1 (1 missing)"
+    assert table["OHEM 32/.5"][1] == "failed" and table["FL (γ 2, α .25)"][-1] == "1 of 2 (1 diverged)"
+    assert {run["status"] for run in troubled.record["runs"]} == {"missing", "failed", "done", "diverged"}
 
 
-def format_table_cells(markdown):
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"]
-    return {line[0]: line for line in reversed(lines)}
-
-
-def test_nothing_is_claimed_off_coco(three):
-    for text in (three.markdown, three.html):
-        assert "Not the paper's setting" in text.replace("&#39;", "'") and "scale of COCO" in text
-        assert not re.search(r"\breproduc(ed|es|tion)\b", text) and "here − paper" not in text.lower()
-
-
-def test_coco_is_held_against_the_paper(shop, undrawn):
-    results = [
-        shop.result(method, ap, seed) for seed in (1, 2) for method, ap in ((BEST_OHEM, 32.0), (FL, 35.0 + seed))
-    ]
-    report = shop.write(results, profile="coco", is_coco=True)
-    line = format_table_cells(report.markdown)["OHEM 32/.5"]
+def test_coco_is_held_against_the_paper(tmp_path, undrawn):
+    study = Study1d(tmp_path, is_coco=True, profile="coco")
+    for seed in (1, 2):
+        study.train(OHEM, 32.0, seed, method=OHEM.recipe).train(FL, 35.0 + seed, seed, method=FL.recipe)
+    report = study.write()
+    line = next(line for line in report.cells if line[0] == "OHEM 32/.5")
     assert line[-4:-1] == ["−0.8", "+11.2", "−1.9"]  # 33.25 less 35.1 is 1.85 under it
     assert "Not the paper's budget" in report.tops[0] and "640 images" in report.tops[0]
     assert "lies inside this interval" in report.markdown and "Not the paper's setting" not in report.markdown
+    far = Study1d(is_coco=True)
+    for row, aps in ((OHEM, (32.8, 32.6)), (FL, (33.0, 32.9))):
+        far.add(row, *aps, method=row.recipe)
+    assert "lies outside this interval" in far.words
 
 
-def test_a_report_of_nothing(shop):
-    failed = shop.result(FL, 0.0, status="failed", metrics={}, error="ValueError: no", exit_code=None)
-    shutil.rmtree(failed.folder)
-    report = shop.write([failed])
+def test_a_report_of_nothing(tmp_path):
+    study = Study1d(tmp_path).add(FL, None, status="failed", error="ValueError: no", config=dict)
+    report = study.write()
     assert "nothing to compare" in report.markdown and report.record["comparisons"] == []
     assert "<img" not in report.html and "No run has written its full configuration" in report.html
-    empty = shop.write([], lines=[Line(FL.key, "FL", FL_R50, "FL")])
-    assert "FL: missing" in empty.tops[0] and empty.record["runs"] == []
+    assert "Time, memory" not in report.html
 
 
-def test_without_a_focal_loss(shop, undrawn):
-    report = shop.write([shop.result(CE, 30.0), shop.result(BEST_OHEM, 31.0)])
-    assert report.record["comparisons"] == [] and "By AP" in report.markdown and "FL is" not in report.markdown
-
-
-def test_a_run_that_left_no_history_and_no_config(shop):
-    result = shop.result(FL, 40.1)
-    (result.folder / "metrics.json").unlink()
-    (result.folder / "config.yaml").unlink()
-    report = shop.write([result])
+def test_a_run_that_left_no_history_and_no_config(tmp_path):
+    study = Study1d(tmp_path).train(FL, 40.1)
+    for name in ("metrics.json", "config.yaml"):
+        (study.results[0].folder / name).unlink()
+    report = study.write()
     assert report.record["runs"][0]["step_seconds"] is None and report.record["lines"][0]["kind"] == "FL"
 
 
-def test_hostile_titles_and_errors_stay_text(shop):
+def test_hostile_titles_and_errors_stay_text(tmp_path):
     bad = '<script>alert("x")</script> | `a` $\\frac$ \x1b[31m'
-    results = [shop.result(FL, 40.1), shop.result(FL, 0, seed=2, status="failed", error=bad, metrics={})]
-    results[1].command.append(bad)
-    report = shop.write(results, lines=[Line(FL.key, bad, PAPER[FL], bad)], left_out=[bad], profile=bad)
-    assert not Tags(report.html).named("script") and "&lt;script&gt;" in report.html and "\x1b" not in report.html
-    assert "<script" not in report.markdown.partition("The runs:")[0]  # they stand in a block of code
-    table = [line for line in report.markdown.splitlines() if "paper AP" in line or " 40.1 |" in line]
-    assert len(table) == 2 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
-    assert report.record["runs"][1]["error"] == bad
+    study = Study1d(tmp_path, left_out=[bad], profile=bad).train(FL, 40.1, title=bad)
+    study.train(FL, 0, seed=2, status="failed", error=bad, metrics={}, title=bad)
+    study.results[1].command.append(bad)
+    report = study.write()
+    assert not report.named("script") and "&lt;script&gt;" in report.html and "\x1b" not in report.html
+    assert "<script" not in report.markdown and "\x1b" not in report.markdown
+    table = [line for line in report.cells if "paper AP" in line or "40.1" in line]
+    assert len(table) == 2 and len(table[0]) == len(table[1])
+    assert report.record["runs"][1]["error"] == bad and "\x1b" not in format_table(study.study, study.results)
     for picture in report.folder.glob("*.svg"):
         ET.parse(picture)
 
 
-def test_tables_for_the_terminal(shop):
-    results = make_three(shop)
-    study = shop.study(results)
-    table, classes = format_table(study, results), format_class_table(study, results)
-    assert "paper AP" in table and "here AP" in table and "| 45.6 |" in re.sub(" +", " ", table)
-    assert "instances" in classes and "77.7" in classes
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_a_phone_shows_the_page_without_scrolling_sideways(troubled, tmp_path):
-    shown = show(troubled.html, 360, tmp_path)
-    assert shown.width == 360 and shown.page_width <= 360
-    assert shown.images == shown.decoded == troubled.html.count("<img") > 5
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_a_phone_and_uses_a_wide_screen(troubled, tmp_path, width):
+    shown = show(troubled.html, width, tmp_path)
+    assert shown.width == width and shown.page_width <= width
+    assert shown.images == shown.decoded == troubled.html.count("<img") == 4
     assert shown.errors == 0 and "CONSOLE" not in shown.log
