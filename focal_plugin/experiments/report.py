@@ -26,6 +26,7 @@ from .paper import CAPTIONS
 from .results import (
     AP,
     CONSOLE,
+    OF_LINE,
     PAPER,
     Comparison,
     Data,
@@ -40,7 +41,6 @@ from .results import (
 _APS = ("AP", "AP50", "AP75")
 _LEARNED = 5.0  # percent AP; below, the order says nothing
 _PAPER_IMAGES = 90_000 * 16
-_OF_LINE = ["title", "kind", "paper_title", "published", "overrides"]
 
 
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
@@ -87,7 +87,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "markdown": to_markdown,
         **made,
     }
-    not_of_run = [*_OF_LINE, "config", "detections", "loss_cls", *(name for name in runs if "/" in name)]
+    not_of_run = [*OF_LINE, "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
         "notes": [" ".join(filter(None, note.values())) for note in remarks],
@@ -124,7 +124,7 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
     config_file = re.search(r"--config-file (\S+)", first.command)
     return {
         "method": first.method,
-        **first[_OF_LINE],
+        **first[OF_LINE],
         "config_file": config_file[1] if config_file else "",
         "config": next(filter(None, own.config), {}),
         "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},

@@ -27,8 +27,9 @@ from ..files import atomic_write, machine, now, printable
 from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
 
 CONSOLE, RESULT = "console.txt", "result.json"
+OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 AP = "bbox/AP"
-METRICS = tuple(f"bbox/{name}" for name in Published._fields[:6])  # in percent, as COCO's
+METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
 _FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
@@ -285,7 +286,7 @@ def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
 def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
     """Return the study and the table of runs that a results.json was written from, without the losses by step."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    lines = pd.DataFrame(record["lines"], dtype=object).drop(columns="metrics")
+    lines = pd.DataFrame(record["lines"], dtype=object)[["method", *OF_LINE]]
     runs = _with_numbers(lines.merge(pd.DataFrame(record["runs"], dtype=object), on="method"))
     names = ("table", "profile", "is_coco", "seeds", "command", "left_out")
     return Study(rows=(), data=None, **{name: record[name] for name in names}), runs
@@ -295,7 +296,7 @@ def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
     paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=Published._fields).add_prefix("paper/")
+    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -328,7 +329,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "title": printable(run.title, limit=120, quotes=False),
         "kind": _kind(run.method, config),
         "paper_title": row.title,
-        "published": row.published and row.published._asdict(),
+        "published": row.published and asdict(row.published),
         "command": shlex.join(run.command),
         "overrides": _overrides(run.command),
         "config": config,

@@ -1,73 +1,75 @@
-"""The grid over background per object and budget, from fabricated outcomes."""
+"""The grid over background per object and budget, from fabricated runs."""
 
 import json
 
+import pandas as pd
 import pytest
 from PIL import Image
 
-from focal_plugin.experiments.grid import Outcome, main, make_cells, outcome_of, write_grid
+from focal_plugin.experiments.grid import main, make_cell, tabulate_cell, write_grid
 from focal_plugin.experiments.paper import BEST_OHEM, CE, FL
+from focal_plugin.experiments.results import Data, Study
 
-KEYS = (FL.key, CE.key, BEST_OHEM.key)
+KEYS = (FL.method, CE.method, BEST_OHEM.method)
 
 
-def make_outcome(steps, negatives, fl, ohem, ce=None):
-    aps = {FL.key: fl, BEST_OHEM.key: ohem, CE.key: ce or ohem}
-    return Outcome("digits", steps, negatives, {m: dict(enumerate(values, 1)) for m, values in aps.items()}, 1800)
+@pytest.fixture
+def table(tmp_path):
+    """table(cell, background per image, APs by method): the table of its runs on two images with 5 objects."""
+    truth = tmp_path / "train.json"
+    truth.write_text(json.dumps({"images": [{}, {}], "annotations": [{}] * 5}))
+
+    def make(cell, background, aps):
+        seeds = list(range(1, 1 + max(map(len, aps))))
+        profile, rows, runs = make_cell(cell, KEYS, seeds, tmp_path)
+        results = []
+        for run in runs:
+            result = run.result()
+            ap = dict(enumerate(aps[KEYS.index(run.method)], 1)).get(run.seed)
+            result.folder.mkdir(parents=True)
+            record = {"iteration": 0, "num_neg_anchors": background}
+            (result.folder / "metrics.json").write_text(json.dumps(record) + "\n")
+            result.seconds, result.status = 600, "failed" if ap is None else "done"
+            result.metrics = {} if ap is None else {"bbox/AP": ap}
+            results.append(result)
+        study = Study("1d", profile.name, profile.is_coco, rows, seeds, Data(truth, truth, tmp_path), "tools/grid.py")
+        return tabulate_cell(study, results, runs[0].max_iter)
+
+    return make
 
 
 def test_a_profiles_own_budget_shares_its_runs_with_the_table(tmp_path):
-    cells = make_cells(
-        ["digits:100", "digits:1500", "digits/dense.yaml:100", "digits/dense.yaml:1500"], KEYS, [1, 2], tmp_path
-    )
-    assert [(cell.profile.name, cell.steps, len(cell.runs)) for cell in cells] == [
-        ("digits", 100, 6),
-        ("digits", 1500, 6),
-        ("dense", 100, 6),
-        ("dense", 1500, 6),
-    ]
-    folders = [cell.runs[0].folder.relative_to(tmp_path).parts[0] for cell in cells]
+    names = ["digits:100", "digits:1500", "digits/dense.yaml:100", "digits/dense.yaml:1500"]
+    cells = [make_cell(name, KEYS, [1, 2], tmp_path) for name in names]
+    folders = [runs[0].folder.relative_to(tmp_path).parts[0] for _, _, runs in cells]
     assert folders == ["digits_100steps", "digits", "dense_100steps", "dense"]
-    assert [cell.runs[0].max_iter for cell in cells] == [100, 1500, 100, 1500]
-    ohem = next(run for run in cells[2].runs if run.method == BEST_OHEM.key)
+    assert [(profile.name, len(runs), runs[0].max_iter) for profile, _, runs in cells] == [
+        ("digits", 6, 100),
+        ("digits", 6, 1500),
+        ("dense", 6, 100),
+        ("dense", 6, 1500),
+    ]
+    ohem = next(run for run in cells[2][2] if run.method == BEST_OHEM.method)
     assert ohem.title == "OHEM 128/.5"  # as many to a positive as 32 are in the sparser profile
 
 
-def test_leads_are_paired_by_seed():
-    outcome = Outcome("a", 1, 1.0, {FL.key: {1: 40.0, 2: 42.0, 3: 50.0}, CE.key: {3: 45.0, 1: 41.0, 9: 1.0}}, 0)
-    assert outcome.lead(CE.key) == [-1.0, 5.0]
-    assert outcome.lead(BEST_OHEM.key) == []
-
-
-def test_background_per_object_is_measured(tmp_path):
-    (cell,) = make_cells(["digits:1500"], [FL.key], [1], tmp_path)
-    result = cell.runs[0].result()
-    result.folder.mkdir(parents=True)
-    lines = [{"iteration": i, "num_neg_anchors": n} for i, n in enumerate([1320, 1330])]
-    (result.folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result.status, result.metrics = "done", {"bbox/AP": 30.0}
-    outcome = outcome_of(cell, [result], objects_per_image=2.5)
-    assert outcome.negatives_per_object == pytest.approx(530) and outcome.ap == {FL.key: {1: 30.0}}
-    result.status = "failed"
-    assert outcome_of(cell, [result], 2.5).negatives_per_object is None
-
-
-def test_the_grid_is_written_down(tmp_path):
-    outcomes = [
-        make_outcome(500, 400, [10, 12, 14], [20, 20, 20]),
-        make_outcome(1500, 400, [30, 31, 32], [29, 30, 31]),
-        make_outcome(500, 1700, [10], [20]),
-        Outcome("lost", 500, None, {}, 0),
+def test_the_grid_is_written_down(tmp_path, table):
+    cells = [
+        table("digits:500", 1000, ([10, 12, 14], [20, 20, 20], [20, 20, 20])),
+        table("digits:1500", 1000, ([30, 31, 32], [29, 30, 31], [29, None, 31])),  # leads are paired by seed
+        table("digits/dense.yaml:500", 1330, ([None], [None], [None])),
     ]
-    text = write_grid(outcomes, BEST_OHEM.key, 3, tmp_path, "tools/grid.py")
+    text = write_grid(pd.concat(cells), BEST_OHEM.method, tmp_path / "report", "tools/grid.py")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["digits", "500", "400", "12.0 ± 2.0", "20.0 ± 0.0", "20.0 ± 0.0", "-8.0 ± 2.0", "-8.0 ± 2.0"] in cells
-    assert ["digits", "1,500", "400", "31.0 ± 1.0", "30.0 ± 1.0", "30.0 ± 1.0", "+1.0 ± 0.0", "+1.0 ± 0.0"] in cells
-    assert ["lost", "500", "-", "-", "-", "-", "-", "-"] in cells
-    assert "1.5 hours of processes" in text
-    record = json.loads((tmp_path / "grid.json").read_text(), parse_constant=pytest.fail)
-    assert record["cells"][0]["ap"][FL.key] == {"1": 10, "2": 12, "3": 14} and record["versions"]["torch"]
-    with Image.open(tmp_path / "grid.png") as image:
+    assert ["digits", "500", "400", "12.0 ± 2.0", "20.0 ± 0.0", "20.0 ± 0.0", "−8.0 ± 2.0", "−8.0 ± 2.0"] in cells
+    assert ["digits", "1,500", "400", "31.0 ± 1.0", "30.0 ± 1.0", "30.0 ± 1.4", "+1.0 ± 0.0", "+1.0 ± 0.0"] in cells
+    assert ["dense", "500", "–", "–", "–", "–", "–", "–"] in cells
+    assert "3 seeds, 3.5 hours of processes" in text
+    record = json.loads((tmp_path / "report" / "grid.json").read_text(), parse_constant=pytest.fail)
+    first, _, lost = record["cells"]
+    assert first["ap"][FL.method] == {"1": 10, "2": 12, "3": 14} and record["versions"]["torch"]
+    assert first["negatives_per_object"] == 400 and lost["negatives_per_object"] is None and lost["ap"][FL.method] == {}
+    with Image.open(tmp_path / "report" / "grid.png") as image:
         assert image.width > 800
 
 
@@ -87,4 +89,4 @@ def test_wrong_words_are_refused(capsys, words, message):
 
 def test_a_dry_run_counts_the_steps(capsys, tmp_path):
     assert main(["--cells", "digits:100", "digits:200", "--output", str(tmp_path), "--dry-run"]) == 0
-    assert "6 of 6 runs to train, 900 steps" in capsys.readouterr().out
+    assert "6 of 6 runs to train: 900 steps" in capsys.readouterr().out

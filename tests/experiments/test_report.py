@@ -1,5 +1,7 @@
 """From the results of runs to the report, from fabricated runs and from those of docs/results."""
 
+import functools
+import itertools
 import json
 import math
 import re
@@ -11,33 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from headless import CHROMIUM, show
 from PIL import Image
 from scipy import stats
 
-from focal_plugin.experiments import figures
-from focal_plugin.experiments.figures import method_styles
+from focal_plugin.config import config_dir, load_config
+from focal_plugin.experiments import figures, report
 from focal_plugin.experiments.paper import BEST_OHEM as OHEM
 from focal_plugin.experiments.paper import TABLES, title_of
-from focal_plugin.experiments.report import (
-    compare_focal,
-    format_table,
-    notes,
-    number,
-    verdict,
-    write_report,
-    write_table,
-)
-from focal_plugin.experiments.results import (
-    Data,
-    RunResult,
-    Study,
-    compare,
-    read_results,
-    reference,
-    tabulate_runs,
-)
+from focal_plugin.experiments.results import Data, RunResult, Study, compare, read_results, reference, tabulate_runs
 
 DOCS = Path(__file__).parents[2] / "docs" / "results" / "digits_extra"
 ROWS = {row.key: row for row in TABLES["1d"]}
@@ -45,20 +29,12 @@ FL, CE, OTHER_OHEM = ROWS["fl_gamma2_alpha0.25"], ROWS["ce_alpha0.75"], ROWS["oh
 BOX = [8, 8, 16, 16]
 
 
-def make_config(row, steps=40, rate=0.01):
-    """A row's configuration, with 32 examples for the paper's 128."""
-    values = {"MODEL.FOCAL.LOSS": "focal", "MODEL.FOCAL.STAR_BETA": 1.0, "MODEL.SSD.NEG_POS_RATIO": 3.0}
-    values |= {"MODEL.OHEM.NMS_THRESH": 0.5, "MODEL.OHEM.NEG_POS_RATIO": 0.0, **dict(row.settings)}
-    values |= {"MODEL.OHEM.BATCH_SIZE": values.get("MODEL.OHEM.BATCH_SIZE", 0) // 4, "SEED": 7}
-    values |= {"SOLVER.MAX_ITER": steps, "SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": rate}
-    config = {}
-    for key, value in values.items():
-        *groups, name = key.split(".")
-        node = config
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = value
-    return config
+@functools.cache
+def make_config(row, steps=40):
+    """A row's configuration on the digits."""
+    path, overrides = config_dir() / "digits" / "Base-digits.yaml", ["SOLVER.MAX_ITER", steps]
+    settings = row.overrides(load_config(path, overrides))
+    return load_config(path, [*overrides, *itertools.chain(*settings.items())])
 
 
 class Study1d:
@@ -82,18 +58,19 @@ class Study1d:
 
     def train(self, row, ap, seed=1, **changes):
         """A run that is done, with all that it leaves in its folder."""
-        config = make_config(row, rate=float("inf"))
+        config = make_config(row).clone()
+        config.SOLVER.BASE_LR = float("inf")
         self.add(row, ap, seed=seed, seconds=90.0, peak_memory=300 * 2**20, parallel=2)
         result = self.results[-1]
         result.folder = self.folder / row.method / f"seed{seed}"
         result.command += ["--config-file", "base.yaml", "--resume", "SEED", str(seed)]
-        result.command += ["MODEL.FOCAL.HEAD", config["MODEL"]["FOCAL"]["HEAD"], "OUTPUT_DIR", "here"]
+        result.command += ["MODEL.FOCAL.HEAD", config.MODEL.FOCAL.HEAD, "OUTPUT_DIR", "here"]
         result.metrics |= {"bbox/AP50": 61.5, "bbox/AP75": 33.25, "bbox/APs": 12.5}
         result.metrics |= {"bbox/AP-cat": 77.7, "bbox/AP-dog": float("nan")}
         del result.config  # from the file
         result.detections.parent.mkdir(parents=True)
         result.detections.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 0.8}]))
-        (result.folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (result.folder / "config.yaml").write_text(config.dump())
         counts = {"num_pos_anchors": 21.5, "num_neg_anchors": 2931.0}
         counts |= {"ohem/num_pos": 9.5, "ohem/num_neg": 22.5} if row == OHEM else {}
         times = ((19, 0.2), (39, 0.4), (40, 0.9))
@@ -115,11 +92,11 @@ class Study1d:
 
     @property
     def words(self):
-        return "\n".join(verdict(self.study, self.runs))
+        return "\n".join(report.verdict(self.study, self.runs))
 
     @property
     def remarks(self):
-        return "\n".join(" ".join(note.values()) for note in notes(self.study, self.runs))
+        return "\n".join(" ".join(note.values()) for note in report.notes(self.study, self.runs))
 
     def write(self):
         truth = {
@@ -134,7 +111,7 @@ class Study1d:
         self.data.val_json.write_text(json.dumps(truth))
         truth["annotations"].append({**truth["annotations"][0], "id": 4})
         self.data.train_json.write_text(json.dumps(truth))
-        page = write_report(self.study, self.results, self.folder / "report")
+        page = report.write_report(self.study, self.results, self.folder / "report")
         assert page == self.folder / "report" / "index.html"
         return Written(page.parent)
 
@@ -221,42 +198,29 @@ def test_equal_differences_make_an_interval_without_width():
     [(1.44, "+.1f", "+1.4"), (-3.2, "+.1f", "−3.2"), (-0.04, "+.1f", "0.0"), (0.0, "+.1f", "0.0"), (None, ".1f", "–")],
 )
 def test_numbers(value, form, text):
-    assert number(value, form) == text
+    assert report.number(value, form) == text
 
 
 def test_a_committed_study_comes_out_again_in_every_number(tmp_path, monkeypatch):
     """And its means and intervals are those of its runs, by other means."""
     old = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
-    study, runs = read_results(DOCS / "results.json")
-    monkeypatch.setattr("focal_plugin.experiments.report.draw", lambda *args: [])
     made = {name: old[name] for name in ("command", "date", "machine", "versions")}
-    write_table(study, runs, pd.DataFrame(old["objects"]).T, made, tmp_path)
-    assert_close(Written(tmp_path).record, old)
+    monkeypatch.setattr(report, "draw", lambda *args: [])
+    report.write_table(*read_results(DOCS / "results.json"), pd.DataFrame(old["objects"]).T, made, tmp_path)
+    new = Written(tmp_path)
+    for part in ("runs", "lines", "comparisons"):
+        pd.testing.assert_frame_equal(pd.DataFrame(new.record[part]), pd.DataFrame(old[part]), rtol=1e-9)
     committed = (DOCS / "report.md").read_text(encoding="utf-8").splitlines()
-    assert {line for line in committed if line[:1] == "|"} <= set(Written(tmp_path).markdown.splitlines())
+    assert {line for line in committed if line[:1] == "|"} <= set(new.markdown.splitlines())
     aps = {(run["method"], run["seed"]): run["metrics"] for run in old["runs"]}
-    for line in old["lines"]:
+    for line in new.record["lines"]:
         for name, found in line["metrics"].items():
             values = [m[name] for (method, _), m in aps.items() if method == line["method"] and m[name] is not None]
-            assert found["count"] == len(values)
-            assert not values or found["mean"] == pytest.approx(statistics.fmean(values))
-            assert not values or found["deviation"] == pytest.approx(statistics.stdev(values))
-    for pair in old["comparisons"]:
-        both = [[aps[pair[who], seed]["bbox/AP"] for seed in old["seeds"]] for who in ("focal", "rival")]
-        assert pair["interval_95"] == pytest.approx(list(stats.ttest_rel(*both).confidence_interval(0.95)))
-
-
-def assert_close(found, expected):
-    if isinstance(expected, dict):
-        assert found.keys() >= expected.keys()
-        for key, value in expected.items():
-            assert_close(found[key], value)
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
-            assert_close(one, other)
-    else:
-        assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
+            expected = [statistics.fmean(values), statistics.stdev(values)] if values else [None, None]
+            assert [found["mean"], found["deviation"]] == pytest.approx(expected) and found["count"] == len(values)
+    (pair,) = new.record["comparisons"]
+    both = [[aps[pair[who], seed]["bbox/AP"] for seed in old["seeds"]] for who in ("focal", "rival")]
+    assert pair["interval_95"] == pytest.approx(list(stats.ttest_rel(*both).confidence_interval(0.95)))
 
 
 # ------------------------------ words
@@ -264,11 +228,11 @@ def assert_close(found, expected):
 
 def test_fl_is_compared_with_the_best_ohem_seed_by_seed():
     study = Study1d().add(OHEM, 30, 31, 31).add(OTHER_OHEM, 30, 30, 30).add(FL, 31, 33, 34).add(CE, 29, 29, 32)
-    against_ohem, against_ce = compare_focal(study.runs)
+    against_ohem, against_ce = report.compare_focal(study.runs)
     assert against_ohem.rival == OHEM.method and against_ohem.picked_of == 2
     assert against_ohem.difference_by_seed == {1: 1, 2: 2, 3: 3} and against_ohem.paper_difference == 3.2
     assert against_ce.rival == CE.method and against_ce.paper_difference == 2.9
-    first, *rest = verdict(study.study, study.runs)
+    first, *rest = report.verdict(study.study, study.runs)
     assert first.startswith("FL (γ 2, α .25) is 2.0 AP ahead of the best OHEM, OHEM 32/.5")
     assert "−0.5 to +4.5, includes 0" in first
     text = "\n".join(rest)
@@ -285,7 +249,7 @@ def test_a_lost_comparison_is_reported_as_lost():
 def test_one_seed_says_so():
     text = Study1d().add(OHEM, 30).add(FL, 31).words
     assert "no interval" in text and "One seed (1)" in text and "nothing about chance" in text
-    assert "t interval" not in text and "one learning rate, 0.01" in text
+    assert "t interval" not in text and "one learning rate, 0.003" in text
 
 
 @pytest.mark.parametrize(
@@ -310,18 +274,35 @@ def test_every_table_has_a_reference_and_a_verdict(table):
     assert reference(study.runs) == expected and study.runs.title.nunique() == len(TABLES[table])
     assert "By AP" in study.words and ("cross entropy" in study.words) == (table in ("1b", "3"))
     assert study.runs.kind.nunique() == {"1a": 1, "1b": 2, "1c": 1, "3": 3}[table]
-    styles = method_styles(study.runs, expected)
+    styles = figures.method_styles(study.runs, expected)
     assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == len(TABLES[table])
+
+
+def test_methods_of_one_title_are_told_apart():
+    assert Study1d().add(OHEM, 30, title="OHEM").add(OTHER_OHEM, 31, title="OHEM").runs.title.nunique() == 2
+
+
+def test_a_few_curves_stand_for_many_and_the_focal_loss_comes_first(tmp_path, monkeypatch, undrawn):
+    study, drawn = Study1d(data=None), {}
+    for place, row in enumerate(TABLES["1d"]):
+        study.add(row, 10.0 + place)
+    for name in ("draw_ap", "draw_precision_recall"):
+        monkeypatch.setattr(figures, name, lambda runs, methods, *args, name=name: drawn.update({name: methods}))
+    figures.draw(study.study, study.runs, tmp_path)
+    assert drawn["draw_ap"] == [FL.method, *(row.method for row in TABLES["1d"] if row != FL)]
+    # The reference, the best of each kind, then the next best, in the table's order.
+    ohem = [f"ohem1to3_{examples}_nms0.5" for examples in (128, 256, 512)]
+    assert drawn["draw_precision_recall"] == [FL.method, *ohem, CE.method]
 
 
 def test_notes_on_the_budget():
     coco = Study1d(is_coco=True, profile="coco")
     for row in (OHEM, FL):
         coco.add(row, 32.0, method=row.recipe)
-    assert "Trained on 640 images; the paper's schedule sees 1,440,000" in coco.remarks
+    assert "Trained on 160 images; the paper's schedule sees 1,440,000" in coco.remarks
     remarks = Study1d().add(OHEM, 30, steps=20).add(FL, 31, 32, 33).remarks
-    assert "3 of 4 runs were trained on 640 images; 320 images: OHEM 32/.5 seed 1." in remarks
-    assert Study1d(is_coco=True).add(FL, 31, steps=90_000, method=FL.recipe).remarks == ""
+    assert "3 of 4 runs were trained on 160 images; 80 images: OHEM 32/.5 seed 1." in remarks
+    assert Study1d(is_coco=True).add(FL, 31, steps=360_000, method=FL.recipe).remarks == ""
 
 
 # ------------------------------ the page
@@ -331,20 +312,20 @@ def test_report_holds_the_numbers_it_was_given(three):
     ohem = ["OHEM 32/.5", "45.6", "61.5", "33.2", "+5.5", "OHEM 128/.5", "32.8", "50.3", "35.1", "−3.2", "1"]
     focal = ["FL (γ 2, α .25)", "40.1", "61.5", "33.2", "–", "FL (γ 2, α .25)", "36.0", "54.9", "38.7", "–", "1"]
     assert ohem in three.cells and focal in three.cells
-    assert ["OHEM 32/.5", "0.400", "1.5", "300", "9.5", "22.5", "640"] in three.cells
-    assert ["FL (γ 2, α .25)", "0.400", "1.5", "300", "21.5", "2,931", "640"] in three.cells
+    assert ["OHEM 32/.5", "0.400", "1.5", "300", "9.5", "22.5", "160"] in three.cells
+    assert ["FL (γ 2, α .25)", "0.400", "1.5", "300", "21.5", "2,931", "160"] in three.cells
     assert ["cat", "4", "3", "77.7", "77.7", "77.7"] in three.cells and ["dog", "0", "0", *"–––"] in three.cells
     assert ["FL (γ 2, α .25)", "12.5"] in three.cells  # without a column for each size that no object has
     assert "Incomplete" not in three.markdown and "in training set" in three.markdown
     for text in ("45.6", "−3.2", "2,931", "2 at a time with 1 thread each", "make demo"):
         assert text in three.html and text in three.markdown
-    assert "IMS_PER_BATCH: 16" in three.html
+    assert "IMS_PER_BATCH: 4" in three.html
 
     runs = {run["method"]: run for run in three.record["runs"]}
     ohem, focal = runs[OHEM.method], runs[FL.method]
     assert ohem["metrics"]["bbox/AP"] == 45.6 and ohem["metrics"]["bbox/AP-dog"] is None
     assert ohem["negatives_per_image"] == 22.5 and runs[CE.method]["negatives_per_image"] == 2931
-    assert focal["images_seen"] == 640 and len(focal["precision_at_recall"]["0.5"]) == 101
+    assert focal["images_seen"] == 160 and len(focal["precision_at_recall"]["0.5"]) == 101
     line = next(line for line in three.record["lines"] if line["method"] == FL.method)
     assert line["config"]["SOLVER"]["BASE_LR"] is None and line["published"]["AP"] == 36
     assert line["overrides"] == {"MODEL.FOCAL.HEAD": "FocalHead"} and line["config_file"] == "base.yaml"
@@ -399,11 +380,11 @@ def test_coco_is_held_against_the_paper(tmp_path, undrawn):
     study = Study1d(tmp_path, is_coco=True, profile="coco")
     for seed in (1, 2):
         study.train(OHEM, 32.0, seed, method=OHEM.recipe).train(FL, 35.0 + seed, seed, method=FL.recipe)
-    report = study.write()
-    line = next(line for line in report.cells if line[0] == "OHEM 32/.5")
+    page = study.write()
+    line = next(line for line in page.cells if line[0] == "OHEM 32/.5")
     assert line[-4:-1] == ["−0.8", "+11.2", "−1.9"]  # 33.25 less 35.1 is 1.85 under it
-    assert "Not the paper's budget" in report.tops[0] and "640 images" in report.tops[0]
-    assert "lies inside this interval" in report.markdown and "Not the paper's setting" not in report.markdown
+    assert "Not the paper's budget" in page.tops[0] and "160 images" in page.tops[0]
+    assert "lies inside this interval" in page.markdown and "Not the paper's setting" not in page.markdown
     far = Study1d(is_coco=True)
     for row, aps in ((OHEM, (32.8, 32.6)), (FL, (33.0, 32.9))):
         far.add(row, *aps, method=row.recipe)
@@ -412,18 +393,18 @@ def test_coco_is_held_against_the_paper(tmp_path, undrawn):
 
 def test_a_report_of_nothing(tmp_path):
     study = Study1d(tmp_path).add(FL, None, status="failed", error="ValueError: no", config=dict)
-    report = study.write()
-    assert "nothing to compare" in report.markdown and report.record["comparisons"] == []
-    assert "<img" not in report.html and "No run has written its full configuration" in report.html
-    assert "Time, memory" not in report.html
+    page = study.write()
+    assert "nothing to compare" in page.markdown and page.record["comparisons"] == []
+    assert "<img" not in page.html and "No run has written its full configuration" in page.html
+    assert "Time, memory" not in page.html
 
 
 def test_a_run_that_left_no_history_and_no_config(tmp_path):
     study = Study1d(tmp_path).train(FL, 40.1)
     for name in ("metrics.json", "config.yaml"):
         (study.results[0].folder / name).unlink()
-    report = study.write()
-    assert report.record["runs"][0]["step_seconds"] is None and report.record["lines"][0]["kind"] == "FL"
+    page = study.write()
+    assert page.record["runs"][0]["step_seconds"] is None and page.record["lines"][0]["kind"] == "FL"
 
 
 def test_hostile_titles_and_errors_stay_text(tmp_path):
@@ -431,13 +412,13 @@ def test_hostile_titles_and_errors_stay_text(tmp_path):
     study = Study1d(tmp_path, left_out=[bad], profile=bad).train(FL, 40.1, title=bad)
     study.train(FL, 0, seed=2, status="failed", error=bad, metrics={}, title=bad)
     study.results[1].command.append(bad)
-    report = study.write()
-    assert not report.named("script") and "&lt;script&gt;" in report.html and "\x1b" not in report.html
-    assert "<script" not in report.markdown and "\x1b" not in report.markdown
-    table = [line for line in report.cells if "paper AP" in line or "40.1" in line]
+    page = study.write()
+    assert not page.named("script") and "&lt;script&gt;" in page.html and "\x1b" not in page.html
+    assert "<script" not in page.markdown and "\x1b" not in page.markdown
+    table = [line for line in page.cells if "paper AP" in line or "40.1" in line]
     assert len(table) == 2 and len(table[0]) == len(table[1])
-    assert report.record["runs"][1]["error"] == bad and "\x1b" not in format_table(study.study, study.results)
-    for picture in report.folder.glob("*.svg"):
+    assert page.record["runs"][1]["error"] == bad and "\x1b" not in report.format_table(study.study, study.results)
+    for picture in page.folder.glob("*.svg"):
         ET.parse(picture)
 
 
