@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,8 @@ _BOX_LOSSES = {"iou": "IoU", "giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
 _PAPER_EXAMPLES = 128  # what a profile's own MODEL.OHEM.BATCH_SIZE stands for
 
 
-class Published(NamedTuple):
+@dataclass(frozen=True)
+class Published:
     """In percent, as COCO defines them; ms per image on the paper's Nvidia M40. None: the paper does not say."""
 
     AP: float

@@ -178,7 +178,8 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
         state = result.status if result.ended else f"goes on at {done:,}" if done else state
         if not result.ended:
             left[run] = run.max_iter - done
-        numbers = run.row.published[:3] if run.row.published else "---"
+        paper = run.row.published
+        numbers = (paper.AP, paper.AP50, paper.AP75) if paper else "---"
         lines.append([run.row.key, run.seed, run.title, *numbers, f"{run.max_iter:,}", run.images_per_step, state])
     headers = ["row", "seed", "trained here", "paper's AP", "AP50", "AP75", "steps", "images / step", "state"]
     steps, images = sum(left.values()), sum(steps * run.images_per_step for run, steps in left.items())
