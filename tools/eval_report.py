@@ -4,8 +4,8 @@
 tools/eval_report.py output/inference/coco_instances_results.json val.json --images val_images/
 tools/eval_report.py predictions/detections.json val.json --images images/ --output report/errors.html --iou 0.75
 
-The first file holds predictions as an evaluation of Detectron2 writes them, the second the annotations. Numbers are of
-all detections, errors and pictures of those with a score of at least --score-threshold.
+The first file holds predictions as an evaluation of Detectron2 or tools/predict.py writes them, the second the
+annotations. Numbers are of all detections, errors and pictures of those with a score of at least --score-threshold.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw boxes on images, side by side or one crop at a time, and curves; the product's colours."""
+"""Draw boxes on images, side by side or cut out, and curves; the product's colours."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from .coco import match, read_predictions, read_truth
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
 TRUTH, CORRECT, WRONG, MISSED = "#56B4E9", "#009E73", "#E69F00", "#FFFFFF"
 SIDE = 240  # pixels of a crop; 2 of them stand side by side on a phone
-_CONTEXT = 2.0  # of the box's longer side
-_SMALLEST = 48  # pixels of the image that a crop shows at least
-_CELL, _GAP = 260, 6  # pixels of a column of the mosaic
+_CELL, _GAP = 260, 6  # pixels of a column of the mosaic, and between two
 _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -34,12 +32,7 @@ class Method(NamedTuple):
     detections: str | os.PathLike  # in COCO's result format
 
 
-class Box(NamedTuple):
-    """XYWH in pixels of the image."""
-
-    box: Sequence[float]
-    color: str
-    label: str = ""
+Box = tuple[Sequence[float], str, str]  # XYWH in pixels of the image, colour, label
 
 
 def save_svg(figure: Figure, path: str | os.PathLike) -> None:
@@ -68,8 +61,8 @@ def open_image(folder: str | os.PathLike, file_name: object) -> Image.Image | No
     """Open an image as RGB, turned as its EXIF says, as Detectron2 reads it.
 
     Returns:
-        None if there is no such file, it is no image, or its name leads out of the folder. Links are followed: they are
-        of whoever made the folder, the names of whoever made the json.
+        None if it cannot be read, or its name leads out of the folder. Links are followed: they are of whoever made the
+        folder, the names of whoever made the json.
     """
     name = os.path.normpath(file_name) if isinstance(file_name, str) else ".."
     if os.path.isabs(name) or name.split(os.sep)[0] == "..":
@@ -82,13 +75,14 @@ def open_image(folder: str | os.PathLike, file_name: object) -> Image.Image | No
 
 
 def crop(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """Cut out a square, of :data:`SIDE` pixels, around the first box, with all boxes drawn."""
-    x, y, width, height = boxes[0].box
-    side = min(max(_CONTEXT * max(width, height), _SMALLEST), 4.0 * max(image.size))  # a box can be anything
+    """Cut out a square around the first box, shown with :data:`SIDE` pixels and all boxes."""
+    x, y, width, height = boxes[0][0]
+    # Twice the box, at least 48 pixels; a box can be anything.
+    side = min(max(2.0 * width, 2.0 * height, 48.0), 4.0 * max(image.size))
     left, top = x + width / 2 - side / 2, y + height / 2 - side / 2
     window = (left, top, left + side, top + side)
     shown = image.transform((SIDE, SIDE), Image.Transform.EXTENT, window, Image.Resampling.BICUBIC, fillcolor="#777")
-    _draw_boxes(shown, boxes, SIDE / side, (left, top))
+    _draw_boxes(shown, boxes, SIDE / side, left, top)
     return shown
 
 
@@ -108,37 +102,34 @@ def draw_mosaic(
         The ids of the images that were drawn.
     """
     truth = read_truth(coco_gt_json)
-    chosen = choose_images(truth, num_images)
-    names = {key: printable(category["name"], 20, quotes=False) for key, category in truth.cats.items()}
-    objects = {i: [a for a in truth.imgToAnns[i] if not a["iscrowd"]] for i in chosen}
-    columns = [{i: [Box(a["bbox"], TRUTH, names[a["category_id"]]) for a in objects[i]] for i in chosen}]
+    names = {id_: printable(category["name"], 20, quotes=False) for id_, category in truth.cats.items()}
+    chosen = {i: truth.loadAnns(truth.getAnnIds(i, iscrowd=False)) for i in choose_images(truth, num_images)}
+    columns = [{i: [(o["bbox"], TRUTH, names[o["category_id"]]) for o in chosen[i]] for i in chosen}]
     for _, detections in methods:
         found = read_predictions(detections, truth)
-        images = match(truth, [d for d in found if d["score"] >= score_threshold and d["image_id"] in objects], iou)
-        columns.append({i: _method_boxes(*images[i], names) for i in chosen})
+        images = match(truth, [d for d in found if d["score"] >= score_threshold and d["image_id"] in chosen], iou)
+        columns.append({i: _boxes(*images[i], names) for i in chosen})
     rows = []
     for image_id in chosen:
         image = open_image(image_root, truth.imgs[image_id].get("file_name")) or Image.new("RGB", (128, 128), "#777")
         scale = min(_CELL / image.width, 1.5 * _CELL / image.height)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         rows.append([image.resize(size, Image.Resampling.BICUBIC) for _ in columns])
         for cell, boxes in zip(rows[-1], columns):
             _draw_boxes(cell, boxes[image_id], scale)
-    titles = ["ground truth", *(method.title for method in methods)]
-    head = f"Detections with a score of at least {score_threshold:g}, same validation images"
-    key = [
-        (TRUTH, "ground truth"),
-        (CORRECT, f"correct: right class, IoU ≥ {iou:g}"),
-        (WRONG, "false: wrong class or place, or found twice"),
-        (MISSED, "missed object"),
-    ]
-    _compose(head, key, titles, rows).save(path, quality=85)
-    return chosen
+    key = {
+        TRUTH: "ground truth",
+        CORRECT: f"correct: right class, IoU ≥ {iou:g}",
+        WRONG: "false: wrong class or place, or found twice",
+        MISSED: f"missed object: no score ≥ {score_threshold:g} is right",
+    }
+    _sheet(key, ["ground truth", *(method.title for method in methods)], rows).save(path, quality=85)
+    return list(chosen)
 
 
 def choose_images(coco: COCO, count: int) -> list[int]:
     """Choose image ids from the fewest objects to the most, evenly spread, and one without any if there is one."""
-    objects = {i: len(coco.getAnnIds(imgIds=[i], iscrowd=False)) for i in coco.getImgIds()}
+    objects = {i: len(coco.getAnnIds(i, iscrowd=False)) for i in coco.getImgIds()}
     ranked = sorted(objects, key=lambda i: (objects[i], i))
     empty = [i for i in ranked if not objects[i]][: int(count > 1)]
     filled = [i for i in ranked if objects[i]]
@@ -146,87 +137,60 @@ def choose_images(coco: COCO, count: int) -> list[int]:
     return [filled[place] for place in places] + empty
 
 
-def _method_boxes(correct: list[dict], false: list[dict], missed: list[dict], names: Mapping) -> list[Box]:
-    """Of the highest score first, and what is missed below all."""
-    colored = sorted([(d, CORRECT) for d in correct] + [(d, WRONG) for d in false], key=lambda pair: -pair[0]["score"])
-    label = "{}  {:.2f}".format
-    boxes = [Box(d["bbox"], c, label(names[d["category_id"]], d["score"]).replace("  0.", "  .")) for d, c in colored]
-    return boxes + [Box(m["bbox"], MISSED) for m in missed]
+def _boxes(correct: list[dict], false: list[dict], missed: list[dict], names: Mapping) -> list[Box]:
+    """Those of detections, the highest score first, then those of missed objects."""
+    found = [(d, CORRECT) for d in correct] + [(d, WRONG) for d in false]
+    found.sort(key=lambda pair: -pair[0]["score"])
+    labels = [f"{names[d['category_id']]}  " + f"{d['score']:.2f}".lstrip("0") for d, _ in found]
+    boxes = [(d["bbox"], color, label) for (d, color), label in zip(found, labels)]
+    return boxes + [(o["bbox"], MISSED, "") for o in missed]
 
 
-def _draw_boxes(image: Image.Image, boxes: Sequence[Box], scale: float, origin: tuple[float, float] = (0, 0)) -> None:
-    """Draw boxes, the first on top, and then their labels, each where it hides the least."""
+def _draw_boxes(image: Image.Image, boxes: Sequence[Box], scale: float, left: float = 0.0, top: float = 0.0) -> None:
+    """Draw boxes, the first on top, then each label where it hides the least of other labels and of boxes."""
     draw, font = ImageDraw.Draw(image), ImageFont.truetype(_FONT, 13)
-    corners = []
-    for (x, y, width, height), _, _ in boxes:
-        x0, y0 = (x - origin[0]) * scale, (y - origin[1]) * scale
-        edges = (x0, y0, x0 + max(width * scale, 2), y0 + max(height * scale, 2))
+    corners: list[tuple] = []
+    for (x, y, width, height), color, _ in reversed(boxes):
+        edges = np.array([x, y, x + max(width, 2 / scale), y + max(height, 2 / scale)]) - (left, top) * 2
         # Pillow goes through every pixel of a line, also of those that nobody sees.
-        x0, y0, x1, y1 = (round(min(max(v, -9), max(image.size) + 9)) for v in edges)
-        corners.append((x0, y0, x1, y1))
-    for (x0, y0, x1, y1), (_, color, _) in reversed(list(zip(corners, boxes))):
+        x0, y0, x1, y1 = np.clip(edges * scale, -9, max(image.size) + 9).round().astype(int).tolist()
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=4)
         draw.rectangle((x0, y0, x1, y1), outline=color, width=2)
-        if color == MISSED:  # dashed
-            for x in range(x0 + 5, x1, 10):
-                for y in (y0, y1 - 1):
-                    draw.rectangle((x, y, min(x + 4, x1), y + 1), fill="black")
-            for y in range(y0 + 5, y1, 10):
-                for x in (x0, x1 - 1):
-                    draw.rectangle((x, y, x + 1, min(y + 4, y1)), fill="black")
+        corners.insert(0, (x0, y0, x1, y1))
     taken: list[tuple] = []
     for (x0, y0, x1, y1), (_, color, label) in zip(corners, boxes):
         if label:
-            width, height = (int(v) + 4 for v in draw.textbbox((0, 0), label, font)[2:])
-            places = [
-                (x0, y0 - height),
-                (x0, y1),
-                (x1 - width, y0 - height),
-                (x1 - width, y1),
-                (x1, y0),
-                (x0 - width, y0),
-            ]
-            places = [(max(0, min(x, image.width - width)), max(0, min(y, image.height - height))) for x, y in places]
-            hidden = [
-                10 * sum(_common((x, y, x + width, y + height), other) for other in taken)
-                + sum(_common((x, y, x + width, y + height), other) for other in corners)
-                for x, y in places
-            ]
-            x, y = places[hidden.index(min(hidden))]
-            taken.append((x, y, x + width, y + height))
+            width, height = (int(edge) + 4 for edge in draw.textbbox((0, 0), label, font)[2:])
+            places = [(x, y) for y in (y0 - height, y1) for x in (x0, x1 - width)] + [(x1, y0), (x0 - width, y0)]
+            places = np.clip(places, 0, (image.width - width, image.height - height)).tolist()
+            spots = [(x, y, x + width, y + height) for x, y in places]
+            taken.append(min(spots, key=lambda spot: sum(_common(spot, other) for other in corners + 9 * taken)))
             draw.rectangle(taken[-1], fill=color)
-            draw.text((x + 2, y + 1), label, "black", font)
+            draw.text((taken[-1][0] + 2, taken[-1][1] + 1), label, "black", font)
 
 
 def _common(a: Sequence[float], b: Sequence[float]) -> float:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _compose(
-    head: str, key: Sequence[tuple[str, str]], titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]
-) -> Image.Image:
-    font = ImageFont.truetype(_FONT, 16)
-    width = len(titles) * (_CELL + _GAP) - _GAP
-    titles = [
-        "\n".join(textwrap.fill(printable(line, 90, quotes=False), 26) for line in t.splitlines()) for t in titles
-    ]
-    top = 110 + 20 * max(t.count("\n") + 1 for t in titles)
-    sheet = Image.new("RGB", (width, top + sum(row[0].height + _GAP for row in rows)), "white")
+def _sheet(key: Mapping[str, str], titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """The cells in rows, under the titles of the columns and what the colours say."""
+    font, step = ImageFont.truetype(_FONT, 16), _CELL + _GAP
+    lines = [[printable(part, 60, quotes=False) for part in title.splitlines()] for title in titles]
+    titles = ["\n".join(textwrap.fill(part, 27) for part in parts) for parts in lines]
+    per_line = max(1, len(titles) * step // 400)
+    top = 26 * -(-len(key) // per_line) + 20 * max(title.count("\n") + 1 for title in titles) + 16
+    sheet = Image.new("RGB", (len(titles) * step, top + sum(row[0].height + _GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((4, 4), head, "black", ImageFont.truetype(_FONT, 20))
-    x, y = 4, 42
-    for color, text in key:
-        room = 40 + draw.textlength(text, font)
-        if x + room > width:
-            x, y = 4, y + 26
+    for number, (color, text) in enumerate(key.items()):
+        x, y = 400 * (number % per_line), 26 * (number // per_line) + 4
         draw.rectangle((x, y, x + 26, y + 16), "#777", "black")
         draw.rectangle((x + 1, y + 1, x + 25, y + 15), outline=color, width=3)
-        draw.text((x + 34, y - 2), text, "black", font)
-        x += room + 20
+        draw.text((x + 32, y - 2), text, "black", font)
     for column, title in enumerate(titles):
-        draw.multiline_text((column * (_CELL + _GAP) + 2, top - 6), title, "black", font, anchor="ld")
+        draw.multiline_text((column * step, top - 6), title, "black", font, anchor="ld")
     for row in rows:
         for column, cell in enumerate(row):
-            sheet.paste(cell, (column * (_CELL + _GAP), top))
+            sheet.paste(cell, (column * step, top))
         top += row[0].height + _GAP
     return sheet

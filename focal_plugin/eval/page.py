@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import base64
+import math
 import mimetypes
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pycocotools.coco import COCO
 
 from ..files import atomic_write, origin, printable
-from .coco import KINDS, METRICS, ClassResult, Error, Errors, evaluate, find_errors, read_predictions, read_truth
-from .drawing import CORRECT, MISSED, TRUTH, WRONG, Box, crop, draw_curves, open_image, save_svg
+from .coco import KINDS, METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
+from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
 
 NONE = "–"
 
@@ -94,114 +98,89 @@ def write_eval_report(
         The result in one line.
 
     Raises:
-        FileNotFoundError, ValueError: a file or folder is not there or something else; the message names it.
+        OSError, ValueError: a file or folder is not there or something else; the message names it.
     """
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {os.fspath(images)}")
     if os.path.realpath(path) in map(os.path.realpath, (predictions, annotations)):
         raise ValueError(f"{os.fspath(path)} is one of the two files to read: give the page another name")
-    if examples < 0:
-        raise ValueError(f"the number of examples must be >= 0, got {examples}")
+    for name, value, valid, bounds in (
+        ("--examples", examples, examples >= 0, ">= 0"),
+        ("--iou", iou, 0 < iou <= 1, "in (0, 1]"),
+        ("--score-threshold", score_threshold, score_threshold == score_threshold, "a number"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} must be {bounds}, got {value}")
     truth = read_truth(annotations)
     found = read_predictions(predictions, truth)
-    total, classes = evaluate(truth, found)
-    errors = find_errors(truth, found, iou, score_threshold)
-    summary = _summary(errors, iou, chosen=score_threshold is None)
-    with tempfile.TemporaryDirectory() as folder:
-        context = {
-            "title": f"Evaluation of {Path(predictions).name}",
-            "meta": f"{len(truth.imgs):,} images, {total.objects:,} objects of {len(classes):,} classes, "
-            f"{total.detections:,} detections",
-            "notes": _notes(total, len({p["image_id"] for p in found}), len(truth.imgs)),
-            "numbers": _table(total, classes),
-            "curves": _curves(total, classes, Path(folder)),
-            "summary": summary,
-            "kinds": [(kind, count, KINDS[kind]) for kind, count in errors.kinds().items()],
-            "galleries": [
-                ("false", "The most confident false detections", len(errors.false_positives)),
-                ("missed", "The largest missed objects", len(errors.misses)),
-            ],
-            "items": {
-                "false": _items(errors.false_positives[:examples], truth, images, Path(folder), (WRONG, TRUTH)),
-                "missed": _items(errors.misses[:examples], truth, images, Path(folder), (MISSED, WRONG)),
+    table, curves = evaluate(truth, found)
+    threshold = best_threshold(truth, found, iou) if score_threshold is None else score_threshold
+    errors = find_errors(truth, found, iou, threshold)
+    kinds = Counter(error.kind for error in errors)
+    num_missed, num_objects = kinds["Missed"], int(table.objects[0])
+    correct, num_false = num_objects - num_missed, len(errors) - num_missed
+    why = ", from which on F1 is the highest" if score_threshold is None and threshold else ""
+    summary = (
+        f"at IoU {iou:g}, of the {correct + num_false:,} detections with a score of at least {threshold:.3g}{why}, "
+        f"{correct:,} are right and {num_false:,} false; {num_missed:,} of {num_objects:,} objects are missed"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        html = render_html(
+            {
+                "name": _safe(Path(predictions).name),
+                "total": table.iloc[0],
+                "num_images": len(truth.imgs),
+                "num_seen": len({p["image_id"] for p in found}),
+                "names": {id_: category["name"] for id_, category in truth.cats.items()},
+                "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
+                "curves": _draw_curves(table, curves, folder),
+                "summary": summary,
+                "kinds": [(kind, kinds[kind], meaning) for kind, meaning in KINDS.items()],
+                "threshold": threshold,
+                "wrong": _draw_errors(errors[:num_false][:examples], truth, images, folder, (WRONG, TRUTH)),
+                "misses": _draw_errors(errors[num_false:][:examples], truth, images, folder, (MISSED, WRONG)),
+                "has_images": images is not None,
+                "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED},
+                **origin(command),
             },
-            "has_images": images is not None,
-            "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED, "correct": CORRECT},
-            **origin(command),
-        }
-        html = render_html(context, Path(folder), "evaluation.html")
+            folder,
+            "evaluation.html",
+        )
     with atomic_write(path) as file:
         file.write(html)
-    return f"AP {_number(total.scores['AP'])}, AP50 {_number(total.scores['AP50'])}; {summary}"
+    return f"AP {_text(table.AP[0])}, AP50 {_text(table.AP50[0])}; {summary}"
 
 
-def _notes(total: ClassResult, seen: int, num_images: int) -> list[str]:
-    notes = []
-    if not total.detections:
-        notes.append("There is not a single detection in the predictions.")
-    elif seen < num_images / 2:
-        notes.append(f"Only {seen:,} of {num_images:,} images have a detection: are the predictions of other images?")
-    if not total.objects:
-        notes.append("The annotations have no objects, so there is no AP, and every detection is false.")
-    return notes
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return NONE if math.isnan(value) else f"{value:.1f}"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
-def _table(total: ClassResult, classes: Sequence[ClassResult]) -> dict[str, Any]:
-    rows = [
-        [r.name, f"{r.objects:,}", f"{r.detections:,}", *(_number(r.scores[m]) for m in METRICS)]
-        for r in [total, *classes]
-    ]
-    headers = ["class", "objects", "detections", "AP", "AP50", "AP75", "small", "medium", "large"]
-    caption = (
-        "AP as COCO defines it, in percent: mean over IoU .5 to .95, at .5, at .75, and by the size of the object "
-        "(under 32², under 96², the rest, in pixels)"
-    )
-    return {"caption": caption, "headers": headers, "rows": rows, "groups": [], "marked": (0,)}
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}"
-
-
-def _summary(errors: Errors, iou: float, chosen: bool) -> str:
-    wrong, missed = len(errors.false_positives), len(errors.misses)
-    shown, objects = errors.correct + wrong, errors.correct + missed
-    why = ", from which on F1 is the highest" if chosen and errors.score_threshold else ""
-    text = f"at IoU {iou:g}, of the {shown:,} detections with a score of at least {errors.score_threshold:.3g}{why}, "
-    return text + f"{errors.correct:,} are right and {wrong:,} false; {missed:,} of {objects:,} objects are missed"
-
-
-def _curves(total: ClassResult, classes: Sequence[ClassResult], folder: Path) -> list[dict]:
-    """Draw a panel for all classes and, the worst first, one for each."""
-    several = sorted(classes, key=lambda r: r.scores["AP"] or 0.0) if len(classes) > 1 else []
+def _draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, str]]:
+    """Draw a panel for all classes and, the worst first, one for each, if there are several."""
     panels = []
-    for number, result in enumerate(r for r in [total, *several] if r.curves):
-        file = f"curve{number}.svg"
-        save_svg(draw_curves(result.curves, small=number > 0), folder / file)
-        areas = ", ".join(f"{name}: {100 * curve.mean():.1f}" for name, curve in result.curves.items())
-        alt = f"Precision against recall of {result.name}; area under the curves, {areas}."
-        panels.append({"file": file, "alt": alt, "name": result.name, "areas": areas})
+    rows = table.index[table.AP.notna()][: 1 if len(table) == 2 else None]
+    for row in sorted(rows, key=lambda row: (row > 0, table.AP[row])):
+        own = {name: values[row] for name, values in curves.items()}
+        areas = ", ".join(f"{name}: {100 * curve.mean():.1f}" for name, curve in own.items())
+        panels.append({"file": f"curve{row}.svg", "name": table.name[row], "areas": areas})
+        save_svg(draw_curves(own, small=row > 0), folder / panels[-1]["file"])
     return panels
 
 
-def _items(
-    errors: Sequence[Error], truth: COCO, images: str | os.PathLike | None, folder: Path, colors: tuple[str, str]
-) -> list[dict]:
-    items = []
-    for error in errors:
-        name, file = truth.imgs[error.image_id].get("file_name", ""), None
+def _draw_errors(
+    errors: Sequence[Error], truth: COCO, images: str | os.PathLike | None, folder: Path, colors: Sequence[str]
+) -> list[tuple[Error, str, str]]:
+    """Draw each; with its image's name, and the picture's, which is "" if the image cannot be read."""
+    drawn = []
+    for number, error in enumerate(errors):
+        name, file = truth.imgs[error.entry["image_id"]].get("file_name", ""), ""
         image = open_image(images, name) if images is not None else None
         if image is not None:
-            boxes = [Box(box, color) for box, color in zip((error.box, error.other_box), colors) if box is not None]
-            file = f"{error.kind}{len(items)}.jpg"
+            boxes = [(e["bbox"], color, "") for e, color in zip((error.entry, error.other), colors) if e]
+            file = f"{error.kind}{number}.jpg"
             crop(image, boxes).save(folder / file, quality=85)
-        items.append({"caption": _caption(error), "file": file, "name": name})
-    return items
-
-
-def _caption(error: Error) -> str:
-    rival = f"; there is “{error.other_name}”, IoU {error.overlap:.2f}" if error.other_name else ""
-    if error.score is not None:
-        return f"{error.kind}: “{error.name}”, {error.score:.2f}{rival}"
-    size = "{:.0f} x {:.0f} px".format(*error.box[2:])
-    return f"“{error.name}”, {size}" + (rival or "; no detection there")
+        drawn.append((error, name, file))
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,10 +25,11 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
+KINDS = ("FL", "OHEM", "CE", "SSD", "FL*")
 AP = "bbox/AP"
 METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
@@ -323,15 +325,17 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         """What the run says under the first of these names that it has."""
         return next((found for name in names if (found := [r[name] for r in history if name in r])), [math.nan])
 
+    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+    words = list(itertools.dropwhile(lambda word: not key.fullmatch(word), run.command))
     steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
     return {
         **{f.name: getattr(run, f.name) for f in fields(run)},
         "title": printable(run.title, limit=120, quotes=False),
-        "kind": _kind(run.method, config),
+        "kind": next((word for word in run.title.split() if word in KINDS), "other"),  # what title_of begins with
         "paper_title": row.title,
         "published": row.published and asdict(row.published),
         "command": shlex.join(run.command),
-        "overrides": _overrides(run.command),
+        "overrides": {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")},
         "config": config,
         "folder": str(run.folder),
         "detections": run.detections,
@@ -345,18 +349,3 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "background_per_image": statistics.fmean(recorded("num_neg_anchors")),
         "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
     }
-
-
-def _overrides(command: Sequence[str]) -> dict[str, str]:
-    """The keys and values at the end of a train_net command, but for what differs from run to run."""
-    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
-    words = command[next((i for i, word in enumerate(command) if key.fullmatch(word)), len(command)) :]
-    return {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")}
-
-
-def _kind(method: str, config: dict[str, Any]) -> str:
-    """By what was trained; of a run that never started, by its name."""
-    if lookup(config, "MODEL.FOCAL.HEAD"):
-        return kind_of(config)
-    kinds = {"ohem": "OHEM", "ohem1to3": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
-    return next((kinds[word] for word in method.split("_") if word in kinds), "other")

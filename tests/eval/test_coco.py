@@ -1,0 +1,197 @@
+"""Numbers against pycocotools' own summary, kinds of error against their definition in plain Python."""
+
+import contextlib
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from cases import annotation, random_case, result, write
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from focal_plugin.eval.coco import (
+    METRICS,
+    best_threshold,
+    evaluate,
+    find_errors,
+    match,
+    precision_recall_curves,
+    read_predictions,
+    read_truth,
+)
+
+BOX = [20.0, 20.0, 40.0, 40.0]
+
+
+def read(paths):
+    truth = read_truth(paths[1])
+    return truth, read_predictions(paths[0], truth)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 5])
+def test_numbers_are_those_that_pycocotools_prints(tmp_path, num_classes):
+    annotations, results = random_case(num_classes)
+    names = [f"class {k}" for k in range(num_classes + 1)]  # the last one has no object
+    paths = write(tmp_path, annotations, results, names, num_images=7)
+    table, curves = evaluate(*read(paths))
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(paths[1]))
+        for a in truth.anns.values():
+            a["id"] += 1  # or the object with the id 0 counts as missed
+        truth.dataset["annotations"] = list(truth.anns.values())
+        truth.createIndex()
+        coco = COCOeval(truth, truth.loadRes(results), "bbox")
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+    total, classes = table.iloc[0], table.iloc[1:]
+    assert list(total[list(METRICS)]) == pytest.approx(list(100 * coco.stats[:6]))
+    assert 5 < total.AP < 95 and total[list(METRICS)].round(3).nunique() == 6
+
+    assert list(classes.name) == names and classes.objects.iloc[-1] == 0 and classes.iloc[-1, 3:].isna().all()
+    for metric in ("AP", "AP50", "AP75"):  # not every class has objects of every size
+        assert classes[metric].mean() == pytest.approx(total[metric])
+    assert classes.objects.sum() == total.objects == sum(not a["iscrowd"] for a in annotations)
+    assert classes.detections.sum() == total.detections == len(results)
+    for metric, curve in zip(("AP50", "AP75", "AP"), curves.values()):
+        assert curve.shape == (num_classes + 2, 101)
+        np.testing.assert_allclose(100 * curve.mean(1), table[metric])
+    for drawn, curve in zip(precision_recall_curves(*paths[::-1], [0.5, 0.75]), curves.values()):
+        np.testing.assert_allclose(drawn.precision, curve[0])
+        assert drawn.ap == pytest.approx(curve[0].mean())
+
+
+def overlap(a, b, crowd=False):
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a["bbox"], b["bbox"]
+    common = max(0, min(ax + aw, bx + bw) - max(ax, bx)) * max(0, min(ay + ah, by + bh) - max(ay, by))
+    return common / (aw * ah if crowd else aw * ah + bw * bh - common)
+
+
+def plain_errors(annotations, results, iou, threshold):
+    """(kind, image, box) of each error, and how many detections are right: COCO's rules and TIDE's, word for word."""
+    errors, correct = [], 0
+    for image in range(6):
+        objects = [a for a in annotations if a["image_id"] == image and not a["iscrowd"]]
+        crowds = [a for a in annotations if a["image_id"] == image and a["iscrowd"]]
+        free, false = list(objects), []
+        detections = [r for r in results if r["image_id"] == image and r["score"] >= threshold]
+        for d in sorted(detections, key=lambda d: -d["score"]):
+            near = [o for o in free if o["category_id"] == d["category_id"] and overlap(d, o) >= iou]
+            if near:
+                free.remove(max(near, key=lambda o: overlap(d, o)))
+                correct += 1
+            elif not any(overlap(d, c, crowd=True) >= iou for c in crowds if c["category_id"] == d["category_id"]):
+                false.append(d)
+        for d in false:
+            own = max((overlap(d, o) for o in objects if o["category_id"] == d["category_id"]), default=0)
+            other = max((overlap(d, o) for o in objects if o["category_id"] != d["category_id"]), default=0)
+            kind = "Localization" if own >= 0.1 else "Both" if other >= 0.1 else "Background"
+            kind = "Duplicate" if own >= iou else "Classification" if other >= iou else kind
+            errors.append((kind, image, *d["bbox"]))
+        errors += [("Missed", image, *o["bbox"]) for o in free]
+    return Counter(errors), correct
+
+
+@pytest.mark.parametrize("seed, iou, threshold", [(0, 0.5, 0.0), (1, 0.5, 0.4), (2, 0.75, 0.0), (3, 0.7, 0.2)])
+def test_errors_are_those_of_the_definitions(tmp_path, seed, iou, threshold):
+    annotations, results = random_case(3, seed)
+    truth, found = read(write(tmp_path, annotations, results, "abc", 6))
+    errors = find_errors(truth, found, iou, threshold)
+    want, num_correct = plain_errors(annotations, results, iou, threshold)
+    matches = match(truth, [p for p in found if p["score"] >= threshold], iou).values()
+    assert sum(len(correct) for correct, _, _ in matches) == num_correct > 3
+    assert Counter((e.kind, e.entry["image_id"], *e.entry["bbox"]) for e in errors) == want
+    assert len({kind for kind, *_ in want}) >= 5
+    scores = [e.entry["score"] for e in errors if e.kind != "Missed"]
+    sizes = [e.entry["bbox"][2] * e.entry["bbox"][3] for e in errors[len(scores) :]]
+    assert scores == sorted(scores, reverse=True) and sizes == sorted(sizes, reverse=True)
+    for e in errors:
+        assert e.other is None if e.kind == "Background" else e.kind == "Missed" or e.overlap >= 0.1
+        assert e.other is None or overlap(e.entry, e.other) == pytest.approx(e.overlap)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_threshold_is_that_of_the_highest_f1(tmp_path, seed):
+    """Against trying every score; many are equal."""
+    annotations, results = random_case(2, seed)
+    for r in results:
+        r["score"] = round(r["score"], 1)
+    truth, found = read(write(tmp_path, annotations, results, num_images=6))
+
+    def f1(threshold):
+        errors = plain_errors(annotations, results, 0.5, threshold)
+        return 2 * errors[1] / (2 * errors[1] + sum(errors[0].values()))
+
+    best = best_threshold(truth, found, 0.5)
+    tried = {r["score"]: f1(r["score"]) for r in results}
+    assert tried[best] == max(tried.values()) > 0 and len(set(tried.values())) > 4
+    assert best_threshold(truth, [], 0.5) == 0.0
+
+
+def by_predict(results, classes):
+    """As tools/predict.py writes them: images numbered in the order of the files, classes from 0."""
+    labels = [r["category_id"] - 7 for r in results]
+    names = [{"file_name": f"somewhere/{r['image_id']}.png", "category": classes[k]} for r, k in zip(results, labels)]
+    return [{**r, "image_id": 5 - r["image_id"], "category_id": k, **n} for r, k, n in zip(results, labels, names)]
+
+
+def test_results_of_predict_are_matched_by_name(tmp_path):
+    annotations, results = random_case(2)
+    want, _ = evaluate(*read(write(tmp_path, annotations, results, num_images=6)))
+    named = by_predict(results, ("cat", "dog"))
+    got, _ = evaluate(*read(write(tmp_path, annotations, named, num_images=6)))
+    assert got.equals(want) and want.AP[0] > 5
+    for classes, key in ((("0", "1"), "category '[01]'"), (("cat", "Dog"), "category 'Dog'")):
+        paths = write(tmp_path, annotations, by_predict(results, classes), num_images=6)
+        way_out = r".*--classes A,B,C, .*\['cat', 'dog'\].*--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
+        with pytest.raises(ValueError, match=f"the annotations have no {key}; {way_out}"):
+            read(paths)
+    with pytest.raises(ValueError, match="the annotations have 2 category 'cat'"):
+        read(write(tmp_path, annotations, by_predict(results, ("cat", "cat")), ("cat", "cat"), 6))
+    named[3]["file_name"] = "x/other.png"
+    with pytest.raises(ValueError, match=r"the annotations have no file_name 'other\.png'"):
+        read(write(tmp_path, annotations, named, num_images=6))
+
+
+GOOD = [annotation(1, 0, 7, BOX)]
+CAT = {"id": 7, "name": "cat"}
+BAD_RESULTS = [
+    ([result(9, 7, BOX, 0.5)], "image_id 9 is not in the annotations"),
+    ([result(0, 1, BOX, 0.5)], "category_id 1 is not in the annotations"),
+    ([result(0, 7, [1, 2, 3], 0.5)], r"'bbox': \[1, 2, 3\]"),
+    ([result(0, 7, BOX, 0.5), result(0, 7, BOX, "high")], "'score': 'high'"),
+    ([{"image_id": 0, "category_id": 7, "bbox": BOX}], "KeyError: 'score'"),
+    ([result([], 7, BOX, 0.5)], "'image_id': "),
+    ([result(0, 7, [10**400, 0, 1, 1], 0.5)], "'bbox': "),
+    ([result(0, 7, BOX, 10**400)], "'score'"),
+    ({"images": []}, "swapped"),
+    ([3], "COCO has it: 3 "),
+]
+BAD_TRUTH = [
+    ("annotations", [annotation(1, 5, 7, BOX)]),
+    ("annotations", [annotation(1, 0, 99, BOX)]),
+    *(("annotations", [annotation(1, 0, 7, [0, 0, x, 1])]) for x in (float("nan"), float("inf"), 10**400)),
+    *(("annotations", wrong) for wrong in ([{"id": 1}], GOOD * 2, [{**GOOD[0], "area": None}])),
+    *(("annotations", [annotation(1, 0, 7, BOX, iscrowd=crowd)]) for crowd in (None, "x", 2)),
+    *(("categories", [CAT, {"id": wrong, "name": "dog"}]) for wrong in ("x", None, 7)),
+    ("categories", [CAT, {"id": 99, "name": None}]),
+    *(("images", [{"id": 0, "file_name": "x.png"}, {"id": wrong, "file_name": "x.png"}]) for wrong in ("x", 0)),
+    *(("images", wrong) for wrong in ([], None, [3])),
+]
+
+
+@pytest.mark.parametrize("results, message", BAD_RESULTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_results_are_named(tmp_path, results, message):
+    with pytest.raises(ValueError, match=f"found.json: .*{message}"):
+        read(write(tmp_path, GOOD, results))
+
+
+@pytest.mark.parametrize("section, entries", BAD_TRUTH, ids=str)
+def test_bad_annotations_are_named(tmp_path, section, entries):
+    found, truth = write(tmp_path, GOOD, [])
+    truth.write_text(json.dumps({**json.loads(truth.read_text()), section: entries}))
+    with pytest.raises(ValueError, match=r"truth.json: .*tools/check_dataset.py .*truth.json IMAGES says more"):
+        read((found, truth))

@@ -1,0 +1,161 @@
+"""Pictures, and the page that tools/eval_report.py makes of random predictions."""
+
+import importlib.util
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import annotation, random_case, result, write
+from headless import CHROMIUM, show
+from PIL import Image, ImageColor
+
+from focal_plugin.eval.coco import read_truth
+from focal_plugin.eval.drawing import SIDE, Method, choose_images, crop, draw_mosaic, open_image
+from focal_plugin.eval.page import markdown_text, write_eval_report
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "eval_report.py"
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "c\x1b[31m $x$ \u202egpj.exe \ud800")
+COLORS = {"truth": "#56B4E9", "correct": "#009E73", "wrong": "#E69F00", "image": "#204060"}
+COLORS = {name: ImageColor.getrgb(color) for name, color in COLORS.items()}
+BOX = [20.0, 20.0, 40.0, 40.0]
+
+
+class Tags(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.tags = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The page of a random case with pictures: its HTML, and what the function returned."""
+    for i in range(5):  # the sixth is not there
+        noise = np.random.default_rng(i).integers(0, 255, (150, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_bytes(b"no image")
+
+    def make(names=("a", "b", "c"), examples=9, **kwargs):
+        paths = write(tmp_path, *random_case(len(names)), names, 6)
+        line = write_eval_report(*paths, tmp_path / "page.html", images=tmp_path, examples=examples, **kwargs)
+        return (tmp_path / "page.html").read_text(encoding="utf-8"), line
+
+    return make
+
+
+def test_the_page_needs_nothing_else(page):
+    html, line = page(command="tools/eval_report.py a b")
+    assert line.startswith("AP ") and "objects are missed" in line
+    tags = Tags(html).tags
+    links = [attrs[key] for _, attrs in tags for key in ("src", "href") if key in attrs]
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert "script" not in {tag for tag, _ in tags}
+    images = [attrs for tag, attrs in tags if tag == "img"]
+    assert all(attrs["alt"].strip() for attrs in images) and html.count('src="data:image/jpeg') >= 9
+    assert "no picture: the image is not there, or cannot be read" in html
+    assert "tools/eval_report.py a b" in html and "<figcaption>Classification: “" in html
+    for examples in (0, 2):
+        html, _ = page(examples=examples)
+        assert html.count('<div class="none">') + html.count('src="data:image/jpeg') == 2 * examples
+
+
+def test_hostile_names_stay_text(page, tmp_path):
+    html, _ = page(names=HOSTILE)
+    assert "script" not in [tag for tag, _ in Tags(html).tags] and not set(html) & {"\x1b", "\u202e", "\ud800"}
+    assert not [attrs for _, attrs in Tags(html).tags if "onerror" in attrs]
+    found, truth = tmp_path / "found.json", tmp_path / "truth.json"
+    assert len(draw_mosaic(truth, tmp_path, [Method(HOSTILE[2], found)], tmp_path / "mosaic.jpg", num_images=3)) == 3
+    text = markdown_text("a\x1b[0m|<b>\n`c`\u202e")
+    assert text == "a\\x1b\\[0m\\|&lt;b> / 'c'\\u202e"
+
+
+def test_the_mosaic_shows_every_method_beside_the_truth(tmp_path):
+    box = [10, 10, 20, 20]
+    counts = (3, 0, 1, 5, 2, 0, 4)
+    annotations = [annotation(10 * i + k, i, 7, box) for i, n in enumerate(counts) for k in range(n)]
+    found, truth = write(tmp_path, annotations, [result(0, 7, box, 0.9), result(0, 8, box, 0.2)], num_images=7)
+    assert choose_images(read_truth(truth), 4) == [2, 0, 3, 1]  # 1, 3, 5 and 0 objects
+    assert choose_images(read_truth(truth), 20) == [2, 4, 0, 6, 3, 1]
+    Image.new("RGB", (200, 150), "#204060").save(tmp_path / "0.png")  # the others are not there
+    methods = [Method("a", found), Method("b", found)]
+    assert draw_mosaic(truth, tmp_path, methods, tmp_path / "m.png", num_images=4) == [2, 0, 3, 1]
+    shown = np.asarray(Image.open(tmp_path / "m.png").convert("RGB"))[:, : 3 * 250]
+    colors = [(shown[100:] == color).all(axis=2).any(axis=0).nonzero()[0] // 266 for color in COLORS.values()]
+    assert [sorted(set(columns)) for columns in colors] == [[0], [1, 2], [], [0, 1, 2]]
+
+
+def test_images_outside_of_their_folder_are_not_opened(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("out.png", "in/a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    assert open_image(tmp_path / "in", "a.png") is not None
+    assert open_image(tmp_path / "in", "link.png") is not None  # whoever made the folder made it
+    absolute = str(tmp_path / "out.png")
+    for name in ("../out.png", absolute, "a/../../out.png", "b.png", ".", None, 3, "a\0.png", "\ud800.png", "x" * 5000):
+        assert open_image(tmp_path / "in", name) is None, name
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    Image.new("RGB", (100, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path, "turned.jpg").size == (60, 100)
+
+
+@pytest.mark.parametrize("box", [[40, 20, 20, 20], [-50, -50, 500, 400], [5, 5, 0, 0], [1e9, 0, 1e9, 1e9]], ids=str)
+def test_crops_of_any_box(box):
+    image = Image.new("RGB", (100, 60), "#204060")
+    image.paste("#fff", (40, 20, 60, 40))
+    shown = np.asarray(crop(image, [(box, "#E69F00", ""), ([0, 0, 5, 5], "#56B4E9", "a")]))
+    assert shown.shape == (SIDE, SIDE, 3)
+    if box[0] == 40:  # in the middle, in its colour and its proportions, with the image around it
+        ys, xs = np.nonzero((shown > 250).all(axis=2))
+        assert abs(np.ptp(xs) - np.ptp(ys)) <= 1 and abs(xs.mean() - SIDE / 2) < 2 and abs(ys.mean() - SIDE / 2) < 2
+        assert all((shown == color).all(axis=2).any() for color in (COLORS["wrong"], COLORS["image"]))
+
+
+@pytest.mark.parametrize("case", ["no detection", "no object", "one class"])
+def test_the_ends_of_the_scale(tmp_path, case):
+    annotations, results = random_case(1)
+    annotations, results = ([] if case == "no object" else annotations), ([] if case == "no detection" else results)
+    line = write_eval_report(*write(tmp_path, annotations, results, ["cat"], 6), tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert ("There is not a single detection" in html) == (case == "no detection")
+    assert ("annotations have no objects" in html) == (case == "no object")
+    assert line.startswith({"no object": "AP –", "no detection": "AP 0.0", "one class": "AP "}[case])
+    assert "no pictures" in html and html.count("<img") == (case != "no object")
+
+
+def test_the_tool_says_what_is_wrong(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("tool_eval_report", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    found, truth = map(str, write(tmp_path, [annotation(1, 0, 7, BOX)], [result(0, 7, BOX, 0.5)]))
+    before, output = Path(found).read_text(), tmp_path / "new" / "page.html"
+    for words, message in (
+        ([found, truth, "--score-threshold", "nan"], "--score-threshold must be a number"),
+        ([found, truth, "--examples", "-1"], "--examples must be >= 0, got -1"),
+        ([found, truth, "--iou", "2"], "--iou must be in (0, 1]"),
+        ([found, truth, "--output", found], "give the page another name"),
+        ([truth, found], "Predictions go first"),
+        ([str(tmp_path / "a.json"), truth], "a.json"),
+        ([found, str(tmp_path / "b.json")], "b.json"),
+        ([found, truth, "--images", str(tmp_path / "c")], "there is no folder"),
+    ):
+        assert tool.main(["--output", str(output), *words]) == 2
+        assert message in capsys.readouterr().err and not output.exists()
+    assert Path(found).read_text() == before
+    assert tool.main([found, truth, "--output", str(output)]) == 0
+    assert "page.html" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_the_page_without_scrolling_sideways(page, tmp_path, width):
+    html, _ = page(names=("a", "a name that is much longer than there is room for on a phone" * 2, "c"))
+    shown = show(html, width, tmp_path)
+    assert shown.width == width and shown.page_width <= width
+    assert shown.images == shown.decoded == html.count("<img") > 12
+    assert shown.errors == 0 and "CONSOLE" not in shown.log
