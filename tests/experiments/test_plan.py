@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 
@@ -174,7 +175,7 @@ def test_a_dry_run_has_the_papers_numbers_and_no_time_that_nobody_measured(repro
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
     for row in TABLES["1d"]:
-        numbers = map(str, row.published[:3]) if row.published else "---"
+        numbers = map(str, astuple(row.published)[:3]) if row.published else "---"
         assert [*numbers, "90,000", "16", "to", "train"] == rows[row.key][-7:]
     assert "11 of 11 runs to train: 990,000 steps, 15,840,000 images" in text
     assert "About" not in text and "How long that takes is known once" in text
