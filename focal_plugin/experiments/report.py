@@ -208,8 +208,6 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     def note(lead: str, text: str, code: str = "") -> None:
         found.append({"lead": lead, "text": text, "code": code})
 
-    if not all(runs.status == "done"):
-        note("Incomplete.", f"{sum(runs.status == 'done')} of {len(runs)} runs are done.")
     for run in runs.itertuples():
         lead = f"{run.title}, seed {run.seed}: {run.status}."
         if run.status == "missing":
