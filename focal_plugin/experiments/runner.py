@@ -49,6 +49,7 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
     Raises:
         FileExistsError: a folder holds something else; see :func:`check_folder`.
+        OSError: a folder cannot be made.
     """
     if len({run.folder for run in runs}) != len(runs):
         raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
@@ -63,10 +64,11 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
     try:
         with _stopped_by_signals():
-            for run in runs if fresh else ():
+            for run in runs:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(run.folder / _LOCK):
-                    _forget(run.folder)
+                if fresh:
+                    with FileLock(run.folder / _LOCK):
+                        _forget(run.folder)
             return _work_off(runs, executor, jobs, say)
     except KeyboardInterrupt:
         kept = f"{sum(run.result().ended for run in runs)} of {len(runs)} runs have ended and are kept"
@@ -95,10 +97,8 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
         for run in [run for run, job in jobs.items() if job.done()]:
             error, result = jobs.pop(run).exception(), run.result()
             if error or result.status == "missing":
-                result.status, result.error = (
-                    "failed",
-                    f"{type(error).__name__}: {error}" if error else "left no result",
-                )
+                result.status = "failed"
+                result.error = f"{type(error).__name__}: {error}" if error else "left no result"
             results[run] = result
             say(f"{_name(run)}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
@@ -211,7 +211,6 @@ class _Training:
         self._result.parallel, self._result.threads = parallel, threads
         self._process: subprocess.Popen | None = None
         self._has_ended, self._begun = False, 0.0
-        run.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(run.folder / _LOCK)
 
     def exception(self) -> BaseException | None:
@@ -263,14 +262,9 @@ class _Training:
         self._begun = time.monotonic()
         with (folder / CONSOLE).open("wb") as console:
             # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _TIED, *self._run.command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
+            words = [sys.executable, "-c", _TIED, *self._run.command[1:]]
+            output = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": subprocess.STDOUT}
+            self._process = subprocess.Popen(words, **output, env=env, start_new_session=True)
 
     def _end(self, status: int, usage: Any) -> None:
         self._signal(signal.SIGKILL)  # to data workers that it has left behind
@@ -360,7 +354,6 @@ class SubmititExecutor:
         except FailedJobError as error:  # sbatch has refused
             raise ValueError(f"--executor {self._kind}: {error}") from error
         for run in new:
-            run.folder.mkdir(parents=True, exist_ok=True)
             _write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
         return [jobs[run] for run in runs]
 
