@@ -157,16 +157,19 @@ def _draw_boxes(image: Image.Image, boxes: Sequence[Box], scale: float, left: fl
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=4)
         draw.rectangle((x0, y0, x1, y1), outline=color, width=2)
         corners.insert(0, (x0, y0, x1, y1))
-    taken: list[tuple] = []
-    for (x0, y0, x1, y1), (_, color, label) in zip(corners, boxes):
-        if label:
-            width, height = (int(edge) + 4 for edge in draw.textbbox((0, 0), label, font)[2:])
-            places = [(x, y) for y in (y0 - height, y1) for x in (x0, x1 - width)] + [(x1, y0), (x0 - width, y0)]
-            places = np.clip(places, 0, (image.width - width, image.height - height)).tolist()
-            spots = [(x, y, x + width, y + height) for x, y in places]
-            taken.append(min(spots, key=lambda spot: sum(_common(spot, other) for other in corners + 9 * taken)))
-            draw.rectangle(taken[-1], fill=color)
-            draw.text((taken[-1][0] + 2, taken[-1][1] + 1), label, "black", font)
+    labels: list[tuple[tuple, Box]] = []
+    for (x0, y0, x1, y1), box in zip(corners, boxes):
+        if box[2]:
+            width, height = (int(edge) + 4 for edge in draw.textbbox((0, 0), box[2], font)[2:])
+            places = [(x, y) for y in (y0 - height, y1, y0 - 2 * height, y1 + height) for x in (x0, x1 - width)]
+            places = np.clip([*places, (x1, y0), (x0 - width, y0)], 0, (image.width - width, image.height - height))
+            spots = [(x, y, x + width, y + height) for x, y in places.tolist()]
+            taken = [(1, edges) for edges in corners] + [(9, spot) for spot, _ in labels]
+            hidden = [sum(weight * _common(spot, other) for weight, other in taken) for spot in spots]
+            labels.append((spots[hidden.index(min(hidden))], box))
+    for spot, (_, color, label) in reversed(labels):
+        draw.rectangle(spot, fill=color)
+        draw.text((spot[0] + 2, spot[1] + 1), label, "black", font)
 
 
 def _common(a: Sequence[float], b: Sequence[float]) -> float:

@@ -124,8 +124,8 @@ def write_eval_report(
         f"at IoU {iou:g}, of the {correct + num_false:,} detections with a score of at least {threshold:.3g}{why}, "
         f"{correct:,} are right and {num_false:,} false; {num_missed:,} of {num_objects:,} objects are missed"
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         html = render_html(
             {
                 "name": _safe(Path(predictions).name),

@@ -162,7 +162,7 @@ def _panel(rows: int = 0):
 
 
 def _name(axis, runs: pd.DataFrame, methods: Sequence[str]) -> None:
-    """Writes the methods' titles beside their rows."""
+    """Write the methods' titles beside their rows."""
     axis.set_yticks(range(len(methods)), lines_of(runs).title[methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)

@@ -25,13 +25,14 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 KINDS = ("FL", "OHEM", "CE", "SSD", "FL*")
 AP = "bbox/AP"
-METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
+PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
+METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
 _FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
@@ -214,7 +215,7 @@ class Study:
 
     @property
     def headline(self) -> str:
-        """Names the paper's network and size only where they are ours."""
+        """Return a title that names the paper's network and size only where they are ours."""
         name, _, subject = CAPTIONS[self.table].partition(": ")
         return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
 
@@ -298,7 +299,7 @@ def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
     paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
+    paper = paper.reindex(columns=list(PUBLISHED)).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -333,7 +334,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "title": printable(run.title, limit=120, quotes=False),
         "kind": next((word for word in run.title.split() if word in KINDS), "other"),  # what title_of begins with
         "paper_title": row.title,
-        "published": row.published and asdict(row.published),
+        "published": row.published and {name: getattr(row.published, name) for name in PUBLISHED},
         "command": shlex.join(run.command),
         "overrides": {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")},
         "config": config,
