@@ -26,7 +26,8 @@ from .runner import check_folder, format_duration
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN_NET = _PACKAGE.parent / "tools" / "train_net.py"
-_NOT_TRAINED = ("analysis", "deploy", "doctor.py", "eval", "experiments", "mmdet.py")  # what no training loads
+# What no training loads.
+_NOT_TRAINED = ("analysis/", "deploy/", "doctor.py", "eval/drawing.py", "eval/page.py", "experiments/", "mmdet.py")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_
 
 def training_sources() -> list[Path]:
     """Return the files whose code decides the outcome: a typo mended in a report costs no training."""
-    return [path for path in sorted(_PACKAGE.rglob("*.py")) if path.relative_to(_PACKAGE).parts[0] not in _NOT_TRAINED]
+    sources = sorted(_PACKAGE.rglob("*.py"))
+    return [path for path in sources if not path.relative_to(_PACKAGE).as_posix().startswith(_NOT_TRAINED)]
 
 
 def _digest_of_inputs(cfg: CfgNode) -> str:
