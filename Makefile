@@ -43,7 +43,7 @@ bench: setup ## measure the losses beside fvcore's and torchvision's, and a trai
 
 docs: setup ## build docs/ into site/, and check its links (puts mkdocs-material into VENV, if it is not there)
 	@$(RUN) -c "import material" 2>/dev/null || $(RUN) -m pip install -q -r requirements/docs.txt
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }
