@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .coco_json import complete_elements, read_lists
+from .dataset_check import complete_elements, read_lists
 from .dataset_report import DatasetReport
 
 _FORM = "--register name=annotations.json:image_dir"
