@@ -67,9 +67,7 @@ _OPTIONAL = ("iscrowd", "ignore")
 def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]]:
     """Return the lists of a COCO json by section, and the sections that it has no list of (here, an empty one).
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is no json in UTF-8.
+    An OSError says that the file cannot be read, a ValueError that it is no json in UTF-8.
     """
     if os.path.exists(json_file) and not os.path.isfile(json_file):
         raise ValueError("it is a folder, a pipe or a device")  # a pipe would be waited for
@@ -110,8 +108,7 @@ def check_coco(
     Without a fatal finding Detectron2's ``load_coco_json`` reads the file.
 
     Args:
-        json_file: the annotations.
-        image_root: folder that their file names start from.
+        json_file, image_root: as Detectron2's; the file names in the json start from the folder ``image_root``.
         cfg: a Detectron2 config, for the anchors and DATALOADER.FILTER_EMPTY_ANNOTATIONS; None leaves both out.
         images: "all" decodes every image; "sample" (the fast form) opens at most 64, evenly spaced; "none" opens none.
 
@@ -161,9 +158,7 @@ def check_coco(
 
 
 def _box_arrays(coco: Coco) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (A, 4) XYWH boxes in pixels, which may be NaN or infinite, and the (A, 2) widths and heights of their
-    images, NaN where there is no image; both float64.
-    """
+    """Return the boxes, (A, 4) XYWH, and widths and heights of their images, (A, 2), NaN where there is no image."""
     # NumPy takes no integer beyond 1e308.
     edges = [math.inf if abs(x) > sys.float_info.max else x for row in coco["annotations"] for x in row["bbox"]]
     by_image = {row["id"]: (row["width"], row["height"]) for row in coco["images"]}
@@ -175,11 +170,8 @@ def _count_classes(coco: Coco) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
     boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
     pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
-    images = Counter(category for category, _ in pairs)
-    return [
-        {"id": row["id"], "name": row["name"], "boxes": boxes[row["id"]], "images": images[row["id"]]}
-        for row in coco["categories"]
-    ]
+    images, classes = Counter(key for key, _ in pairs), [(row["id"], row["name"]) for row in coco["categories"]]
+    return [{"id": key, "name": name, "boxes": boxes[key], "images": images[key]} for key, name in classes]
 
 
 def _check_ids(report: DatasetReport, coco: Coco) -> None:
@@ -242,7 +234,7 @@ def _check_evaluation(report: DatasetReport, annotations: list) -> None:
     text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
     report.add_all("error", "bad_area", text, [f"{place} = {printable(area)}" for place, area in wrong], of=" times")
     if any(_is_number(row.get("id")) and row["id"] == 0 for row in rows.values()):
-        text = "an annotation has the id 0, whose object counts as missed in pycocotools; number from 1"
+        text = "the object of the annotation with id 0 counts as missed in pycocotools; number from 1"
         report.add("warning", "annotation_id_zero", text)
 
 
@@ -292,8 +284,9 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
             path.write_text(json.dumps(content))
             (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
     except Exception as problem:  # any, depending on what it stumbles over
-        text = f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}; leave out "
-        report.add("fatal", "not_loadable", text + '"segmentation" and "keypoints", which boxes alone do not need')
+        text = f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}"
+        hint = 'leave out "segmentation" and "keypoints", which training on boxes does not need'
+        report.add("fatal", "not_loadable", f"{text}; {hint}")
         return
     finally:
         logger.disabled = was_disabled
