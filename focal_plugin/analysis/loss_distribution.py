@@ -1,12 +1,8 @@
 """Count which windows carry the loss: the distribution behind Figure 4 of the focal loss paper, in bounded memory.
 
-The paper (Lin et al. 2017, section 5.1) does not say what a "window" is. Here a window is one entry of the sigmoid
-output, that of one anchor and one class: the positives are the entries of foreground anchors at their matched class,
-the negatives all other entries of the anchors that are not ignored. Ignored anchors are left out.
-
-Every window has a logit of being wrong, ``s`` (see :mod:`focal_plugin.losses.formulas`), and the focal loss grows with
-``s`` whatever gamma is. One histogram over ``s`` therefore sorts the windows by their loss for all gammas at once.
-Alpha is a constant factor within each group, which the normalized distributions do not see: the loss is without it.
+The paper does not say what a "window" is: :data:`WINDOW` says what it is here. Every window has a logit of being wrong,
+``s`` (see :mod:`focal_plugin.losses.formulas`), with which the focal loss grows whatever gamma is. One histogram over
+``s`` therefore sorts the windows by their loss for all gammas at once.
 """
 
 from __future__ import annotations
@@ -17,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.args import check_gamma, check_labels
+from ..losses.args import check_choice, check_gamma, check_labels
 from ..losses.formulas import softplus
 
 GROUPS = ("positive", "negative")
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
 """Those of Figure 4."""
+WINDOW = (
+    "A window is one entry of the sigmoid output: one anchor and one class. Positives are the entries of foreground "
+    "anchors at their matched class, negatives all other entries of anchors that are not ignored; ignored anchors are "
+    "left out. (The paper does not say what its windows are.) Labels are the model's own matcher's; images are resized "
+    "as for a test. Loss is without alpha, which cancels in every share."
+)
 
 # Bins of 1/64 between logits of -60 and 60, and one on either side for what is beyond. Within a bin the focal loss
 # changes by a factor of at most exp((1 + gamma) / 64), 5 % for gamma = 2.
@@ -36,14 +38,10 @@ class LossDistribution:
     """How the loss is spread over the windows, positives and negatives each, for several gammas of the same logits.
 
     The distributions are exact at the edges of the bins and linear in between; counts and totals are exact (float64).
-    The state has a fixed size: 2 groups of :data:`NUM_BINS` bins, each with a count and a sum of losses per gamma,
-    600 KB for four gammas.
+    The state does not grow: 2 groups of :data:`NUM_BINS` bins, 600 KB for four gammas.
 
     Args:
-        gammas: focusing parameters, >= 0; 0 is cross entropy.
-
-    Raises:
-        ValueError: there is none, one is given twice, or one is out of range.
+        gammas: one or more different numbers >= 0, or a ValueError; 0 is cross entropy.
     """
 
     def __init__(self, gammas: Iterable[float] = GAMMAS):
@@ -64,8 +62,8 @@ class LossDistribution:
             labels: (...) integers: a class in [0, K), K for background, -1 ignored.
 
         Raises:
-            ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a
-                logit that counts is not finite.
+            ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a logit
+                that counts is not finite.
         """
         num_classes = logits.shape[-1]
         check_labels(labels, logits.shape, logits.dim() - 1, num_classes)
@@ -83,7 +81,7 @@ class LossDistribution:
             self._add(1, block)
 
     def _add(self, group: int, s: Tensor) -> None:
-        """Add windows with these (M,) logits of being wrong, which may be overwritten, to a group."""
+        """Add windows of a group by their (M,) logits of being wrong, which may be overwritten."""
         s = s.double()
         if not s.isfinite().all():
             raise ValueError("a logit is NaN or infinite: the model has diverged, or its input is not finite")
@@ -121,14 +119,12 @@ class LossDistribution:
         filled = np.flatnonzero(counts)[::-1]
         total = max(counts.sum() if out_of is None else out_of, 1)
         fraction = np.concatenate([[0], counts[filled].cumsum() / total, [1]])
-        loss = np.append(0, sums[filled].cumsum())
-        loss = np.append(loss, loss[-1])
+        loss = np.concatenate([[0], sums[filled], [0]]).cumsum()
         return fraction, loss / loss[-1] if loss[-1] > 0 else np.full(len(loss), np.nan)
 
     def _of(self, group: str, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the counts of a group and its sums for a gamma, per bin."""
-        if group not in GROUPS:
-            raise ValueError(f"group must be one of {', '.join(GROUPS)}; got {group!r}")
+        """Counts and sums per bin."""
+        check_choice("group", group, GROUPS)
         if gamma not in self.gammas:
             raise ValueError(f"gamma {gamma} was not counted, only {list(self.gammas)}")
         i, g = GROUPS.index(group), self.gammas.index(gamma)

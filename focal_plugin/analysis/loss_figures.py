@@ -24,24 +24,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..eval.drawing import COLORS
 from ..files import atomic_write
 from ..heads import AnchorTargets, OHEMHead, per_level_views
 from ..losses.formulas import Focal
 from ..retinanet import FocalRetinaNet
-from .loss_distribution import GAMMAS, GROUPS, LossDistribution
+from .loss_distribution import GAMMAS, GROUPS, WINDOW, LossDistribution
 
 FIGURE1_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 FRACTIONS = (0.01, 0.1, 0.2)
 """Of the hardest windows, whose share of the loss is told."""
 
-# Okabe and Ito's palette for colour-blind readers, without its yellow, and without black, which OHEM's line has.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_WINDOW = (
-    "A window is one entry of the sigmoid output: one anchor and one class. Positives are the entries of foreground "
-    "anchors at their matched class, negatives all other entries of anchors that are not ignored; ignored anchors are "
-    "left out. (The paper does not say what its windows are.) Labels are the model's own matcher's; images are resized "
-    "as for a test. Loss is without alpha, which cancels in every share."
-)
+_COLORS = [color for color in COLORS if color != "#000000"]  # which OHEM's line has
 _OHEM = (
     "OHEM is applied to the same logits: anchors scored by their cross entropy, then NMS, batch size and ratio of "
     "`MODEL.OHEM`. Its rows above give every window that it drops a loss of 0. *hardest* are as many anchors of "
@@ -51,18 +45,13 @@ _OHEM = (
 
 @dataclass
 class Counted:
-    """What :func:`collect` counted: the windows of how many images, some of which have no object.
+    """What :func:`collect` counted."""
 
-    Attributes:
-        losses: of all windows.
-        ohem: "OHEM", the windows of the anchors that OHEM keeps, and "hardest", those of as many anchors of each image,
-            but the hardest: what it would keep without NMS and ratio. Empty: without OHEM.
-    """
-
-    losses: LossDistribution
+    losses: LossDistribution  # of all windows
+    # Of the anchors that "OHEM" keeps, and of as many of each image, but the "hardest"; empty: without OHEM.
     ohem: dict[str, LossDistribution]
     images: int = 0
-    empty_images: int = 0
+    empty_images: int = 0  # without an object
 
 
 def build_loader(cfg: CfgNode, num_images: int | None = None) -> DataLoader:
@@ -107,10 +96,10 @@ def collect(
     """Count the loss of every window of the images that a loader gives, and of those that OHEM would keep.
 
     Args:
-        model: in whatever mode; it is run in that of inference, and given back as it was.
+        model: it is run in the mode of inference, and given back in its own.
         data_loader: batches of Detectron2's input dicts, with "instances" (:func:`build_loader`).
         gammas: see LossDistribution; with ``ohem``, cross entropy (0), by which it ranks, is added.
-        ohem: the head that samples, as from :func:`build_ohem_head`; None: no OHEM.
+        ohem: the head that samples, from :func:`build_ohem_head`.
 
     Raises:
         ValueError: a model with a softmax, or what LossDistribution raises.
@@ -162,12 +151,12 @@ def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
     def totals(of: LossDistribution) -> pd.DataFrame:
         return pd.DataFrame({f"{group}s": [of.total(group, g) for g in gammas.values()] for group in GROUPS}, gammas)
 
-    rows = {name: (losses, gamma) for name, gamma in gammas.items()}
-    rows |= {"OHEM": (counted.ohem["OHEM"], 0.0)} if counted.ohem else {}
+    rows = [(name, losses, gamma) for name, gamma in gammas.items()]
+    rows += [("OHEM", counted.ohem["OHEM"], 0.0)] if counted.ohem else []
     hardest = {
         f"{group}, {name}": np.interp(FRACTIONS, *of.curve(group, gamma, out_of=losses.count(group)))
         for group in GROUPS
-        for name, (of, gamma) in rows.items()
+        for name, of, gamma in rows
     }
     total = totals(losses)
     ratio = total["negatives"] / total["positives"].replace(0, math.nan)
@@ -183,8 +172,7 @@ def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
     parts = [
         "{images:,} images, {empty_images:,} of them without an object; {anchors[positive]:,} foreground and "
         "{anchors[negative]:,} background anchors; {windows[positive]:,} positive and {windows[negative]:,} negative "
-        "windows.".format(**numbers),
-        "Share of the loss that the hardest windows carry:",
+        "windows.\n\nShare of the loss that the hardest windows carry:".format(**numbers),
         _table("windows", 100 * numbers["hardest_share"], "{:.1f} %"),
         "All of the loss, and negatives for each unit of positives:",
         _table("loss", numbers["total_loss"], "{:,.4g}"),
@@ -211,7 +199,7 @@ def write_report(
     numbers: dict[str, Any], tables: str, environment: dict[str, Any], figures: list[Path], folder: Path
 ) -> list[Path]:
     """Write what :func:`summarize` returns to loss_distribution.md and loss_distribution.json; return their paths."""
-    explained = [_WINDOW, _OHEM] if "ohem" in numbers else [_WINDOW]
+    explained = [WINDOW, _OHEM] if "ohem" in numbers else [WINDOW]
     pictures = [f"![{p.stem}]({p.name})" for p in figures if p.suffix == ".png"]
     versions = ", ".join(" ".join(pair) for pair in environment.get("versions", {}).items())
     made = "\n".join(f"- {name}: {value}" for name, value in {**environment, "versions": versions}.items())
