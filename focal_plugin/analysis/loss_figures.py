@@ -57,10 +57,8 @@ class Counted:
 def build_loader(cfg: CfgNode, num_images: int | None = None) -> DataLoader:
     """Load the annotated images of ``DATASETS.TEST``, or a random choice of so many, resized as for a test.
 
-    A batch is one image; with ``MODEL.OHEM.SCOPE batch``, which mines a whole batch, it is that of training.
-
-    Raises:
-        ValueError: ``DATASETS.TEST`` is empty, or no image has an object.
+    A batch is one image; with ``MODEL.OHEM.SCOPE batch``, which mines a whole batch, it is that of training. No data
+    set, or none with an object, is a ValueError.
     """
     names = list(cfg.DATASETS.TEST)
     if not names:
@@ -110,8 +108,8 @@ def collect(
             "sigmoid, of which it has none"
         )
     gammas = sorted({0.0, *map(float, gammas)}) if ohem else list(gammas)
-    by_name = {name: LossDistribution(gammas) for name in ("OHEM", "hardest")} if ohem else {}
-    counted = Counted(LossDistribution(gammas), by_name)
+    names = ("OHEM", "hardest") if ohem else ()
+    counted = Counted(LossDistribution(gammas), {name: LossDistribution(gammas) for name in names})
     with inference_context(model):
         for batch in data_loader:
             logits, targets = _predict(model, batch)
@@ -232,8 +230,7 @@ def draw_figure1(gammas: Iterable[float], folder: Path) -> list[Path]:
 def draw_figure4(counted: Counted, folder: Path, title: str = "") -> list[Path]:
     """Draw which share of the loss which part of the windows carries; return figure4.png and figure4.svg.
 
-    The upper panels are the paper's: the cumulative distribution of the loss, windows sorted from easy to hard. The
-    lower panels show their right ends, the hardest windows, on a logarithmic scale.
+    The upper panels are the paper's, from easy windows to hard ones; the lower show their right ends, logarithmically.
     """
     figure = Figure(figsize=(10.4, 8.4), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # between the tick labels of neighbours
@@ -252,18 +249,14 @@ def draw_figure4(counted: Counted, folder: Path, title: str = "") -> list[Path]:
         for axis, left in ((upper, 0), (lower, max(1e-6, min(0.1, 1 / max(number, 1))))):  # one window, or a millionth
             axis.set(xlim=(left, 1), ylim=(0, 1))
             axis.grid(alpha=0.3)
-            axis.yaxis.set_major_formatter(_percent)
-        lower.xaxis.set_major_formatter(_percent)
+        for ticks in (upper.yaxis, lower.yaxis, lower.xaxis):
+            ticks.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes[0, 0].set_ylabel("cumulative share of the loss")
     axes[1, 0].set_ylabel("share of the loss in the hardest windows")
     # The lines of the background, of which there always is some.
     axes[0, 0].legend(handles=axes[0, 1].get_legend_handles_labels()[0], fontsize=9, loc="upper left")
     figure.suptitle(title, fontsize=11)
     return _save(figure, folder / "figure4")
-
-
-def _percent(value: float, _: int) -> str:
-    return f"{100 * value:g} %"
 
 
 def _styles(gammas: Iterable[float]) -> Iterator[tuple[float, dict[str, Any]]]:

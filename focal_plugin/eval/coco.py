@@ -233,7 +233,7 @@ def find_errors(truth: COCO, predictions: Sequence[Mapping], iou: float, score_t
 
 
 def _error(entry: dict, others: list[dict], kinds: Sequence[tuple[str, list[bool], float]], otherwise: str) -> Error:
-    """The first kind of which another, of one of the classes (True: the same), overlaps by enough; ``other`` does most."""
+    """Of the first kind of which another, of its classes (True: the entry's own), overlaps the entry by enough."""
     overlaps = box_iou([entry["bbox"]], [o["bbox"] for o in others], [0] * len(others))[0] if others else np.zeros(0)
     is_same = np.array([o["category_id"] == entry["category_id"] for o in others])
     for kind, classes, least in kinds:
