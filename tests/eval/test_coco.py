@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from cases import annotation, random_case, result, write
+from cases import BOX, annotation, random_case, result, write
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -22,15 +22,13 @@ from focal_plugin.eval.coco import (
     read_truth,
 )
 
-BOX = [20.0, 20.0, 40.0, 40.0]
-
 
 def read(paths):
     truth = read_truth(paths[1])
     return truth, read_predictions(paths[0], truth)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 5])
+@pytest.mark.parametrize("num_classes", [1, 5])
 def test_numbers_are_those_that_pycocotools_prints(tmp_path, num_classes):
     annotations, results = random_case(num_classes)
     names = [f"class {k}" for k in range(num_classes + 1)]  # the last one has no object
@@ -144,20 +142,19 @@ def test_results_of_predict_are_matched_by_name(tmp_path):
     named = by_predict(results, ("cat", "dog"))
     got, _ = evaluate(*read(write(tmp_path, annotations, named, num_images=6)))
     assert got.equals(want) and want.AP[0] > 5
-    for classes, key in ((("0", "1"), "category '[01]'"), (("cat", "Dog"), "category 'Dog'")):
-        paths = write(tmp_path, annotations, by_predict(results, classes), num_images=6)
-        way_out = r".*--classes A,B,C, .*\['cat', 'dog'\].*--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
-        with pytest.raises(ValueError, match=f"the annotations have no {key}; {way_out}"):
-            read(paths)
-    with pytest.raises(ValueError, match="the annotations have 2 category 'cat'"):
-        read(write(tmp_path, annotations, by_predict(results, ("cat", "cat")), ("cat", "cat"), 6))
-    named[3]["file_name"] = "x/other.png"
-    with pytest.raises(ValueError, match=r"the annotations have no file_name 'other\.png'"):
-        read(write(tmp_path, annotations, named, num_images=6))
+    way_out = r"; .*--classes A,B,C, .*\['cat', 'dog'\].*--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
+    for given, names, message in (
+        (by_predict(results, ("0", "1")), ("cat", "dog"), f"no category '[01]'{way_out}"),
+        (by_predict(results, ("cat", "Dog")), ("cat", "dog"), f"no category 'Dog'{way_out}"),
+        (by_predict(results, ("cat", "cat")), ("cat", "cat"), "2 category 'cat'"),
+        ([{**named[3], "file_name": "x/other.png"}], ("cat", "dog"), r"no file_name 'other\.png'"),
+    ):
+        with pytest.raises(ValueError, match=f"the annotations have {message}"):
+            read(write(tmp_path, annotations, given, names, num_images=6))
 
 
 GOOD = [annotation(1, 0, 7, BOX)]
-CAT = {"id": 7, "name": "cat"}
+CAT, IMAGE = {"id": 7, "name": "cat"}, {"id": 0, "file_name": "x.png"}
 BAD_RESULTS = [
     ([result(9, 7, BOX, 0.5)], "image_id 9 is not in the annotations"),
     ([result(0, 1, BOX, 0.5)], "category_id 1 is not in the annotations"),
@@ -170,28 +167,25 @@ BAD_RESULTS = [
     ({"images": []}, "swapped"),
     ([3], "COCO has it: 3 "),
 ]
-BAD_TRUTH = [
-    ("annotations", [annotation(1, 5, 7, BOX)]),
-    ("annotations", [annotation(1, 0, 99, BOX)]),
-    *(("annotations", [annotation(1, 0, 7, [0, 0, x, 1])]) for x in (float("nan"), float("inf"), 10**400)),
-    *(("annotations", wrong) for wrong in ([{"id": 1}], GOOD * 2, [{**GOOD[0], "area": None}])),
-    *(("annotations", [annotation(1, 0, 7, BOX, iscrowd=crowd)]) for crowd in (None, "x", 2)),
-    *(("categories", [CAT, {"id": wrong, "name": "dog"}]) for wrong in ("x", None, 7)),
-    ("categories", [CAT, {"id": 99, "name": None}]),
-    *(("images", [{"id": 0, "file_name": "x.png"}, {"id": wrong, "file_name": "x.png"}]) for wrong in ("x", 0)),
-    *(("images", wrong) for wrong in ([], None, [3])),
-]
+BAD_TRUTH = {
+    "annotations": [
+        *([annotation(1, 5, 7, BOX)], [annotation(1, 0, 99, BOX)], [{"id": 1}], GOOD * 2, [{**GOOD[0], "area": None}]),
+        *([annotation(1, 0, 7, [0, 0, x, 1])] for x in (float("nan"), float("inf"), 10**400)),
+        *([annotation(1, 0, 7, BOX, iscrowd=crowd)] for crowd in (None, "x", 2)),
+    ],
+    "categories": [[CAT, {"id": 99, "name": None}], *([CAT, {"id": wrong, "name": "dog"}] for wrong in ("x", None, 7))],
+    "images": [[], None, [3], *([IMAGE, {**IMAGE, "id": wrong}] for wrong in ("x", 0))],
+}
 
 
-@pytest.mark.parametrize("results, message", BAD_RESULTS, ids=lambda x: x if isinstance(x, str) else "")
-def test_bad_results_are_named(tmp_path, results, message):
-    with pytest.raises(ValueError, match=f"found.json: .*{message}"):
-        read(write(tmp_path, GOOD, results))
-
-
-@pytest.mark.parametrize("section, entries", BAD_TRUTH, ids=str)
-def test_bad_annotations_are_named(tmp_path, section, entries):
+def test_bad_files_are_named(tmp_path):
+    for results, message in BAD_RESULTS:
+        with pytest.raises(ValueError, match=f"found.json: .*{message}"):
+            read(write(tmp_path, GOOD, results))
     found, truth = write(tmp_path, GOOD, [])
-    truth.write_text(json.dumps({**json.loads(truth.read_text()), section: entries}))
-    with pytest.raises(ValueError, match=r"truth.json: .*tools/check_dataset.py .*truth.json IMAGES says more"):
-        read((found, truth))
+    content = json.loads(truth.read_text())
+    broken = [json.dumps({**content, section: wrong}) for section, cases in BAD_TRUTH.items() for wrong in cases]
+    for text in (*broken, "", "[" * 100_000, "\xff", "[]"):
+        truth.write_bytes(text.encode("latin1"))
+        with pytest.raises(ValueError, match=r"truth.json: .*tools/check_dataset.py .*truth.json IMAGES says more"):
+            read((found, truth))
