@@ -18,11 +18,11 @@ def test_both_train_in_turns(tmp_path, capsys, monkeypatch, restore_catalogs):
     original = step.Run.measure
 
     def measure(run, num_steps):
-        done = run._done
+        done = run.done
         milliseconds = original(run, num_steps)
-        name = f"{type(run._trainer).__name__}, {type(run._trainer.model).__name__}"
-        trained.append((name, run._done - done, milliseconds))
-        folders.add(Path(run._trainer.cfg.OUTPUT_DIR))
+        name = f"{type(run.trainer).__name__}, {type(run.trainer.model).__name__}"
+        trained.append((name, run.done - done, milliseconds))
+        folders.add(Path(run.trainer.cfg.OUTPUT_DIR))
         return milliseconds
 
     monkeypatch.setattr(step.Run, "measure", measure)
