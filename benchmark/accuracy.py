@@ -79,10 +79,9 @@ def _measure(function: LossFunction, dtype: torch.dtype, device: torch.device) -
             error = ((value.double() - true) / true)[is_finite & (true.abs() >= least[kind])].abs()
             errors[kind] += [(error.max().item(), gamma)] if len(error) else []
             non_finite[kind][gamma] = int((~is_finite).sum())
-    row = {}
+    row, counts = {}, non_finite["gradient"]
     for kind in least:
         row[f"{kind}_error"], row[f"{kind}_gamma"] = max(errors[kind], default=(None, None))
-    counts = non_finite["gradient"]
     row |= {"non_finite_losses": sum(non_finite["loss"].values()), "non_finite_gradients": sum(counts.values())}
-    row["non_finite_gammas"] = [gamma for gamma, count in counts.items() if count]
-    return {**row, "values": logits.numel() * len(GAMMAS)}
+    gammas = [gamma for gamma, count in counts.items() if count]
+    return {**row, "non_finite_gammas": gammas, "values": logits.numel() * len(GAMMAS)}

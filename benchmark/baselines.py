@@ -148,10 +148,9 @@ def stock_loss(batch: Batch) -> Tensor:
 def function_candidates(batch: Batch) -> list[Candidate]:
     """Return the functions alone, at their best: (N * R, K) logits and dense targets of their dtype are there."""
     num_classes = batch.case.num_classes
-    with torch.no_grad():
-        logits = cat([permute_to_N_HWA_K(x, num_classes) for x in batch.logits], dim=1).flatten(0, 1).contiguous()
-        # Ignored anchors train as if they were of class 0: the functions know none.
-        target = F.one_hot(batch.labels.flatten().clamp(min=0), num_classes + 1)[:, :-1].to(logits.dtype).contiguous()
+    logits = cat([permute_to_N_HWA_K(x.detach(), num_classes) for x in batch.logits], dim=1).flatten(0, 1).contiguous()
+    # Ignored anchors train as if they were of class 0: the functions know none.
+    target = F.one_hot(batch.labels.flatten().clamp(min=0), num_classes + 1)[:, :-1].to(logits.dtype).contiguous()
     logits.requires_grad_()
     return [
         Candidate(name, lambda f=function: f(logits, target, ALPHA, GAMMA, "sum"), [logits])

@@ -59,8 +59,8 @@ def describe_environment(device: torch.device, command: str) -> dict:
     made["versions"] |= {d.name: d.version for d in metadata.distributions() if d.name in ("fvcore", "triton")}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     advice = " (other programs ran just now: if they still do, do not trust the times)" if load > 0.5 * cores else ""
-    threads = torch.get_num_threads()
-    return {**made, "device": str(device), "threads used": threads, "load before": f"{load:.1f}{advice}"}
+    used = {"device": str(device), "threads used": torch.get_num_threads()}
+    return {**made, **used, "load before": f"{load:.1f}{advice}"}
 
 
 def measure(candidates: Sequence[Candidate], num_bytes: int, device: torch.device, rounds: int) -> list[dict]:
