@@ -51,13 +51,13 @@ class Run:
 
     def measure(self, num_steps: int) -> float:
         """Train ``num_steps`` steps, hooks included, as ``train()`` does; return the CPU milliseconds of one."""
-        with self.trainer.storage:
-            start = time.process_time()
-            for self.trainer.iter in range(self.done, self.done + num_steps):
-                self.trainer.before_step()
-                self.trainer.run_step()
-                self.trainer.after_step()
-            seconds = time.process_time() - start
+        trainer, start = self.trainer, time.process_time()
+        with trainer.storage:
+            for trainer.iter in range(self.done, self.done + num_steps):
+                trainer.before_step()
+                trainer.run_step()
+                trainer.after_step()
+        seconds = time.process_time() - start
         self.done += num_steps
         return 1000 * seconds / num_steps
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..losses.args import check_choice, check_gamma, check_labels
-from ..losses.formulas import softplus
+from ..losses.formulas import Focal
 
 GROUPS = ("positive", "negative")
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
@@ -50,8 +50,8 @@ class LossDistribution:
             raise ValueError(f"gammas must be one or more different numbers, got {list(self.gammas)}")
         for gamma in self.gammas:
             check_gamma(gamma)
-        self._counts = torch.zeros(len(GROUPS), NUM_BINS, dtype=torch.int64)
-        self._sums = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
+        # Of each group and bin the count, then the sum for each gamma.
+        self._bins = torch.zeros(len(GROUPS), 1 + len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -69,7 +69,7 @@ class LossDistribution:
         check_labels(labels, logits.shape, logits.dim() - 1, num_classes)
         if logits.numel() == 0:
             return
-        self._counts, self._sums = self._counts.to(logits.device), self._sums.to(logits.device)
+        self._bins = self._bins.to(logits.device)
         x, y = logits.flatten(0, -2), labels.flatten()
         is_foreground = (y >= 0) & (y < num_classes)
         foreground = x[is_foreground]
@@ -81,19 +81,14 @@ class LossDistribution:
             self._add(1, block)
 
     def _add(self, group: int, s: Tensor) -> None:
-        """Add windows of a group by their (M,) logits of being wrong, which may be overwritten."""
+        """Add windows of a group by their (M,) logits of being wrong."""
         s = s.double()
         if not s.isfinite().all():
             raise ValueError("a logit is NaN or infinite: the model has diverged, or its input is not finite")
         bins = torch.add(_LIMIT * _PER_UNIT + 1, s, alpha=_PER_UNIT).floor_().clamp_(0, NUM_BINS - 1).long()
-        self._counts[group] += torch.bincount(bins, minlength=NUM_BINS)
-        # formulas.Focal, whose two costly terms are the same for every gamma.
-        cross_entropy = softplus(s, out=torch.empty_like(s))
-        log_wrong = torch.sub(s, cross_entropy, out=s)
-        loss = torch.empty_like(s)
-        for i, gamma in enumerate(self.gammas):
-            torch.mul(log_wrong, gamma, out=loss).exp_().mul_(cross_entropy)
-            self._sums[group, i] += torch.bincount(bins, weights=loss, minlength=NUM_BINS)
+        self._bins[group, 0] += torch.bincount(bins, minlength=NUM_BINS)
+        for sums, gamma in zip(self._bins[group, 1:], self.gammas):
+            sums += torch.bincount(bins, weights=Focal(gamma).value(s), minlength=NUM_BINS)
 
     def count(self, group: str) -> int:
         """Return the number of windows of ``"positive"`` or ``"negative"``."""
@@ -106,10 +101,7 @@ class LossDistribution:
     def curve(self, group: str, gamma: float, out_of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return which share of the loss of a group a fraction of its windows carries, the hardest ones first.
 
-        Args:
-            group: "positive" or "negative".
-            gamma: one of :attr:`gammas`.
-            out_of: the number of windows to relate to, if more than were counted: the others have no loss.
+        ``out_of`` is the number of windows to relate to, if more than were counted: the others have no loss.
 
         Returns:
             Fractions and shares at the edges of all bins that are not empty, from (0, 0) to (1, 1); between them they
@@ -127,5 +119,5 @@ class LossDistribution:
         check_choice("group", group, GROUPS)
         if gamma not in self.gammas:
             raise ValueError(f"gamma {gamma} was not counted, only {list(self.gammas)}")
-        i, g = GROUPS.index(group), self.gammas.index(gamma)
-        return self._counts[i].cpu().numpy(), self._sums[i, g].cpu().numpy()
+        bins = self._bins[GROUPS.index(group)].cpu().numpy()
+        return bins[0], bins[1 + self.gammas.index(gamma)]

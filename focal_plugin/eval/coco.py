@@ -7,7 +7,6 @@ found an object. Readers raise OSError or ValueError; the message names the file
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -40,10 +39,9 @@ _SWAPPED = "Are the two files swapped? Predictions go first."
 
 
 class PrecisionRecall(NamedTuple):
-    """COCO's interpolated precision at 101 recalls, and its mean: the AP at one IoU. All in 0..1."""
+    """COCO's interpolated precision at the recalls 0, .01 to 1, and its mean: the AP at one IoU. All in 0..1."""
 
     iou: float
-    recall: np.ndarray
     precision: np.ndarray
     ap: float
 
@@ -75,7 +73,7 @@ def read_truth(path: str | os.PathLike) -> COCO:
             if annotation.setdefault("iscrowd", 0) not in (0, 1) or not known:
                 raise ValueError(f"iscrowd, category_id or image_id of {printable(annotation, 200)}")
         truth.dataset = {"info": {}, **content}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(None):
             truth.createIndex()
     except _MALFORMED as e:
         hint = f"{_SWAPPED} " * isinstance(content, list) + f"tools/check_dataset.py {path} IMAGES says more"
@@ -156,9 +154,9 @@ def precision_recall_curves(
     """Return, for each IoU, the mean curve over all classes that have objects, as COCO's AP at it is computed."""
     truth = read_truth(coco_gt_json)
     # All areas, 100 detections: the others take most of the time.
-    evaluation, precision = _evaluate(truth, read_predictions(results_json, truth), ious, 100)
+    _, precision = _evaluate(truth, read_predictions(results_json, truth), ious, 100)
     curves = _with_mean(precision[..., 0])[..., 0]
-    return [PrecisionRecall(iou, evaluation.params.recThrs, c, float(c.mean())) for iou, c in zip(ious, curves)]
+    return [PrecisionRecall(iou, curve, float(curve.mean())) for iou, curve in zip(ious, curves)]
 
 
 def _evaluate(truth: COCO, predictions: Sequence[Mapping], ious: Sequence[float] = (), most: int = 0) -> tuple:
@@ -166,7 +164,7 @@ def _evaluate(truth: COCO, predictions: Sequence[Mapping], ious: Sequence[float]
 
     With ``ious`` it is of these, of objects of all sizes, and of ``most`` detections of an image.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         found = truth.loadRes([dict(p) for p in predictions]) if predictions else COCO()
         evaluation = COCOeval(truth, found, "bbox")
         if ious:

@@ -10,16 +10,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
+from focal_plugin.analysis import loss_figures
 from focal_plugin.analysis.loss_distribution import GROUPS, LossDistribution
-from focal_plugin.analysis.loss_figures import (
-    Counted,
-    build_loader,
-    build_ohem_head,
-    collect,
-    draw_figure4,
-    summarize,
-    write_report,
-)
+from focal_plugin.analysis.loss_figures import Counted, build_loader, build_ohem_head, collect, summarize
 from focal_plugin.data import make_digits, register_coco_json
 from focal_plugin.engine.checkpoint import build_trained_model
 from focal_plugin.mining import mine_hard_examples
@@ -100,21 +93,15 @@ def test_counts_what_the_model_trains_on_and_what_mining_by_hand_keeps(make_mode
     assert list(numbers["ohem"]["anchors_per_image"].values()) == [positive, (positive + negative) / 3 - positive]
 
 
-@pytest.mark.parametrize(
-    "opts, kept",
-    [
-        ("MODEL.OHEM.RANK_BY cls+box", 32),
-        ("MODEL.OHEM.NMS_BOXES predicted", 32),
-        ("MODEL.OHEM.SCOPE batch", 16),
-        ("MODEL.OHEM.BATCH_SIZE 100000 MODEL.OHEM.NMS_THRESH 0.0", None),  # all that there are
-    ],
-)
-def test_every_setting_of_ohem_runs(make_model, make_batch, opts, kept):
-    cfg, model = make_model(*OHEM, *opts.split())
-    counted = collect(model, [make_batch([2, 1])], ohem=build_ohem_head(cfg))
-    numbers, _ = summarize(counted, cfg)
-    assert 2 * sum(numbers["ohem"]["anchors_per_image"].values()) == (kept or sum(numbers["anchors"].values()))
-    assert all(same(of, counted.losses) == (kept is None) for of in counted.ohem.values())
+def test_every_setting_of_ohem_runs(make_model, tiny_config, make_batch):
+    _, model = make_model()
+    everything = "BATCH_SIZE 100000 MODEL.OHEM.NMS_THRESH 0.0", None
+    for opts, kept in (("RANK_BY cls+box", 32), ("NMS_BOXES predicted", 32), ("SCOPE batch", 16), everything):
+        cfg = tiny_config(*OHEM, *f"MODEL.OHEM.{opts}".split())
+        counted = collect(model, [make_batch([2, 1])], ohem=build_ohem_head(cfg))
+        numbers, _ = summarize(counted, cfg)
+        assert 2 * sum(numbers["ohem"]["anchors_per_image"].values()) == (kept or sum(numbers["anchors"].values()))
+        assert all(same(of, counted.losses) == (kept is None) for of in counted.ohem.values())
 
 
 def test_what_cannot_be_analyzed(make_model, make_batch, tiny_config, restore_catalogs, tmp_path):
@@ -188,14 +175,11 @@ def test_a_model_on_a_data_set(tool, make_model):
     assert sum(numbers["ohem"]["anchors_per_image"].values()) == pytest.approx(32)
 
 
-@pytest.mark.parametrize("words", [[], ["--figure", "1", "--gammas", "0", "3"]])
-def test_figure_1_needs_no_model(tool, words):
-    code, _, error = tool(*words, "--output", "out")
-    assert (code, error) == (0, "")
-    assert {path.name for path in Path("out").iterdir()} == {"figure1.png", "figure1.svg"}
-
-
-def test_bad_input_is_one_message(tool):
+def test_figure_1_needs_no_model_and_bad_input_is_one_message(tool):
+    for words, folder in (((), "a"), (("--figure", "1", "--gammas", "0", "3"), "b")):
+        code, _, error = tool(*words, "--output", folder)
+        assert (code, error) == (0, "")
+        assert {path.name for path in Path(folder).iterdir()} == {"figure1.png", "figure1.svg"}
     torch.save({"model": {"weight": torch.zeros(3)}}, "foreign.pth")
     Path("damaged.pth").write_bytes(b"no checkpoint")
     for words, message in (
@@ -223,7 +207,8 @@ def test_the_ratio_with_the_configs_alpha_and_a_report_without_a_positive(tiny_c
     numbers, tables = summarize(counted, tiny_config())
     (row,) = [row for row in tables.splitlines() if row.startswith("| positive, γ 2")]
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["-", "-", "-"]
-    _, path = write_report(numbers, tables, {"command": "this"}, draw_figure4(counted, tmp_path), tmp_path)
+    figures = loss_figures.draw_figure4(counted, tmp_path)
+    _, path = loss_figures.write_report(numbers, tables, {"command": "this"}, figures, tmp_path)
     assert json.loads(path.read_text(), parse_constant=pytest.fail)["total_loss"]["γ 0"]["ratio"] is None
 
     counted.losses.update(torch.randn(30, 3), torch.arange(30) % 4)

@@ -34,7 +34,9 @@ def test_both_train_in_turns(tmp_path, capsys, monkeypatch, restore_catalogs):
     assert names == (ours, stock, ours, stock, stock, ours) and set(steps) == {2}
     result, (a, b, c, d) = json.loads(path.read_text()), milliseconds[2:]
     assert result["milliseconds"] == {"focal_plugin": [a, d], "stock": [b, c]} and min(a, b, c, d) > 0
-    assert result["ratios"] == [a / b, d / c] and f"{sum(result['ratios']) / 2:.3f}, quartiles" in capsys.readouterr().out
+    assert (
+        result["ratios"] == [a / b, d / c] and f"{sum(result['ratios']) / 2:.3f}, quartiles" in capsys.readouterr().out
+    )
     # Nothing is left behind.
     assert not folders[0].exists() and (logger.handlers, logger.level) == before
 
