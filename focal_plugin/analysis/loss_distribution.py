@@ -17,8 +17,7 @@ from ..losses.args import check_choice, check_gamma, check_labels
 from ..losses.formulas import Focal
 
 GROUPS = ("positive", "negative")
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
-"""Those of Figure 4."""
+GAMMAS = (0.0, 0.5, 1.0, 2.0)  # of Figure 4
 WINDOW = (
     "A window is one entry of the sigmoid output: one anchor and one class. Positives are the entries of foreground "
     "anchors at their matched class, negatives all other entries of anchors that are not ignored; ignored anchors are "
@@ -62,8 +61,8 @@ class LossDistribution:
             labels: (...) integers: a class in [0, K), K for background, -1 ignored.
 
         Raises:
-            ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a logit
-                that counts is not finite.
+            ValueError: shapes that do not agree, a label out of range (on a GPU: a device-side assertion), or a logit
+                that counts and is not finite.
         """
         num_classes = logits.shape[-1]
         check_labels(labels, logits.shape, logits.dim() - 1, num_classes)

@@ -32,9 +32,7 @@ from ..retinanet import FocalRetinaNet
 from .loss_distribution import GAMMAS, GROUPS, WINDOW, LossDistribution
 
 FIGURE1_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
-FRACTIONS = (0.01, 0.1, 0.2)
-"""Of the hardest windows, whose share of the loss is told."""
-
+FRACTIONS = (0.01, 0.1, 0.2)  # of the hardest windows, whose share of the loss is told
 _COLORS = [color for color in COLORS if color != "#000000"]  # which OHEM's line has
 _OHEM = (
     "OHEM is applied to the same logits: anchors scored by their cross entropy, then NMS, batch size and ratio of "
@@ -104,8 +102,7 @@ def collect(
     """
     if getattr(model.head, "num_outputs", model.num_classes) != model.num_classes:
         raise ValueError(
-            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over classes and background; a window is one "
-            "sigmoid, of which it has none"
+            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax; a window is one sigmoid: it has none"
         )
     gammas = sorted({0.0, *map(float, gammas)}) if ohem else list(gammas)
     names = ("OHEM", "hardest") if ohem else ()
@@ -130,11 +127,10 @@ def _predict(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], An
     """Return the logits per level, (N, A * K, Hi, Wi), and what the model would tell its head in training."""
     features = model.backbone(model.preprocess_image(batch).tensor)
     features = [features[name] for name in model.head_in_features]
-    logits, deltas = model.head(features)
-    anchors = model.anchor_generator(features)
+    (logits, deltas), anchors = model.head(features), model.anchor_generator(features)
     labels, boxes = model.label_anchors(anchors, [image["instances"].to(model.device) for image in batch])
-    anchors, deltas = Boxes.cat(anchors).tensor, model.flatten_deltas(deltas)
-    return logits, model.anchor_targets(anchors, deltas, torch.stack(labels), torch.stack(boxes))
+    targets = Boxes.cat(anchors).tensor, model.flatten_deltas(deltas), torch.stack(labels), torch.stack(boxes)
+    return logits, model.anchor_targets(*targets)
 
 
 def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
@@ -199,8 +195,8 @@ def write_report(
     """Write what :func:`summarize` returns to loss_distribution.md and loss_distribution.json; return their paths."""
     explained = [WINDOW, _OHEM] if "ohem" in numbers else [WINDOW]
     pictures = [f"![{p.stem}]({p.name})" for p in figures if p.suffix == ".png"]
-    versions = ", ".join(" ".join(pair) for pair in environment.get("versions", {}).items())
-    made = "\n".join(f"- {name}: {value}" for name, value in {**environment, "versions": versions}.items())
+    made = {**environment, "versions": ", ".join(map(" ".join, environment.get("versions", {}).items()))}
+    made = "\n".join(f"- {name}: {value}" for name, value in made.items())
     text = "\n\n".join(["# Which windows carry the loss", tables, *explained, *pictures, "## How", made])
     frames = {"default": lambda frame: json.loads(frame.to_json(orient="index", double_precision=15))}  # NaN to null
     plain = json.dumps({"environment": environment, **numbers}, **frames, indent=1)
@@ -244,13 +240,13 @@ def draw_figure4(counted: Counted, folder: Path, title: str = "") -> list[Path]:
             hardest, share = distribution.curve(group, gamma, out_of=number)
             upper.plot(1 - hardest, 1 - share, **style)
             lower.plot(hardest, share, **style)
+        left = max(1e-6, min(0.1, 1 / max(number, 1)))  # one window, or a millionth
         upper.set(title=f"{name}: {number:,} windows", xlabel=f"fraction of {name} windows, from easy to hard")
-        lower.set(xlabel=f"hardest {name} windows (log scale)", xscale="log")
-        for axis, left in ((upper, 0), (lower, max(1e-6, min(0.1, 1 / max(number, 1))))):  # one window, or a millionth
-            axis.set(xlim=(left, 1), ylim=(0, 1))
-            axis.grid(alpha=0.3)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
+        lower.set(xlabel=f"hardest {name} windows (log scale)", xscale="log", xlim=(left, 1), ylim=(0, 1))
         for ticks in (upper.yaxis, lower.yaxis, lower.xaxis):
             ticks.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            ticks.axes.grid(alpha=0.3)
     axes[0, 0].set_ylabel("cumulative share of the loss")
     axes[1, 0].set_ylabel("share of the loss in the hardest windows")
     # The lines of the background, of which there always is some.

@@ -130,9 +130,8 @@ def evaluate(truth: COCO, predictions: Sequence[Mapping]) -> tuple[pd.DataFrame,
     """Evaluate as COCO does.
 
     Returns:
-        One row for all K classes together, over which COCO means, and one for each: name, objects (without crowds),
-        detections, and :data:`METRICS` in percent, NaN where there is no object of that kind; and by name of
-        :data:`CURVES`, (1 + K, 101) precisions at COCO's recalls, NaN without objects.
+        A row for the mean over all K classes and one for each: name, objects (without crowds), detections, and
+        :data:`METRICS` in percent; by name of :data:`CURVES`, (1 + K, 101) precisions. Without objects they are NaN.
     """
     precision = _evaluate(truth, predictions)[1]
     every = precision[..., 0]

@@ -25,14 +25,14 @@ _CELL, _GAP = 260, 6  # pixels of a column of the mosaic, and between two
 _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
+Box = tuple[Sequence[float], str, str]  # XYWH in pixels of the image, colour, label
+
+
 class Method(NamedTuple):
     """A column of the mosaic."""
 
     title: str
     detections: str | os.PathLike  # in COCO's result format
-
-
-Box = tuple[Sequence[float], str, str]  # XYWH in pixels of the image, colour, label
 
 
 def save_svg(figure: Figure, path: str | os.PathLike) -> None:
@@ -49,9 +49,8 @@ def draw_curves(curves: Mapping[str, np.ndarray], small: bool = False) -> Figure
         axis.plot(np.linspace(0, 1, len(curve)), curve, style, color=color, linewidth=1.8, label=name)
     axis.set(xlim=(0, 1), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
-    if small:
-        axis.tick_params(labelsize=7)
-    else:
+    axis.tick_params(labelsize=7 if small else 10)
+    if not small:
         axis.set(xlabel="recall", ylabel="precision, mean over classes")
         figure.legend(loc="outside upper left", ncols=len(curves), fontsize=8, frameon=False)
     return figure
