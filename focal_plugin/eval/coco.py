@@ -26,14 +26,6 @@ from ..files import printable
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CURVES = ("IoU .5", "IoU .75", "mean of IoU .5 to .95")
 BACKGROUND_IOU = 0.1  # what overlaps less has nothing to do with an object
-KINDS = {  # of error, as Bolya et al. call them, "TIDE", ECCV 2020
-    "Localization": "of an object of this class, but not closely enough",
-    "Classification": "of an object of another class",
-    "Both": "beside an object of another class",
-    "Duplicate": "of an object that a detection of higher score has found",
-    "Background": "where there is no object",
-    "Missed": "an object that no detection is right about, whatever lies on it",
-}
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _SWAPPED = "Are the two files swapped? Predictions go first."
 
@@ -47,9 +39,9 @@ class PrecisionRecall(NamedTuple):
 
 
 class Error(NamedTuple):
-    """A false detection or a missed object."""
+    """A false detection or a missed object, of a kind as Bolya et al. call it ("TIDE", ECCV 2020)."""
 
-    kind: str  # of KINDS
+    kind: str  # Localization, Classification, Both, Duplicate, Background or Missed
     entry: dict  # the detection or object, in COCO's format
     other: dict | None = None  # the object, or of a missed object the detection, that it overlaps most
     overlap: float = 0.0  # IoU with it
@@ -101,10 +93,8 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
         f"run tools/predict.py with --classes A,B,C, which are the annotations' {printable([*classes.values()], 200)} "
         "in the order of the model, or with --register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
     )
-    for key, name_key, names, hint in (
-        ("image_id", "file_name", files, "are the predictions of other images?"),
-        ("category_id", "category", classes, way_out),
-    ):
+    for key, name_key, names in (("image_id", "file_name", files), ("category_id", "category", classes)):
+        hint = way_out if names is classes else "are the predictions of other images?"
         counts = Counter(names.values())
         ids = {name: id_ for id_, name in names.items() if counts[name] == 1}
         for result in results:

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from ..files import atomic_write, origin, printable
 from ..losses.args import check
-from .coco import KINDS, METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
+from .coco import METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
 from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
 
 NONE = "–"
@@ -80,7 +80,7 @@ def write_eval_report(
     """Write one HTML file that needs nothing else; return the result in one line.
 
     Args:
-        predictions, annotations: in COCO's format, the first as ``coco_instances_results.json`` of an evaluation.
+        predictions, annotations: in COCO's format; the first are ``coco_instances_results.json`` of an evaluation.
         images: the folder that the file names of the annotations start from; None: no pictures.
         iou: from which on a detection has found an object, for errors and pictures.
         score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
@@ -103,28 +103,26 @@ def write_eval_report(
     threshold = best_threshold(truth, found, iou) if score_threshold is None else score_threshold
     errors = find_errors(truth, found, iou, threshold)
     kinds = Counter(error.kind for error in errors)
-    num_missed, num_objects = kinds["Missed"], int(table.objects[0])
-    correct, num_false = num_objects - num_missed, len(errors) - num_missed
+    num_objects, num_false = int(table.objects[0]), len(errors) - kinds["Missed"]
+    correct = num_objects - kinds["Missed"]
     why = ", from which on F1 is the highest" if score_threshold is None and threshold else ""
     summary = (
         f"at IoU {iou:g}, of the {correct + num_false:,} detections with a score of at least {threshold:.3g}{why}, "
-        f"{correct:,} are right and {num_false:,} false; {num_missed:,} of {num_objects:,} objects are missed"
+        f"{correct:,} are right and {num_false:,} false; {kinds['Missed']:,} of {num_objects:,} objects are missed"
     )
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         context = {
             "name": _safe(Path(predictions).name),
             "total": table.iloc[0],
-            "num_images": len(truth.imgs),
+            "truth": truth,
             "num_seen": len({p["image_id"] for p in found}),
-            "names": {id_: category["name"] for id_, category in truth.cats.items()},
             "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
             "curves": _draw_curves(table, curves, Path(folder)),
             "summary": summary,
-            "kinds": [(kind, kinds[kind], meaning) for kind, meaning in KINDS.items()],
+            "kinds": kinds,
             "threshold": threshold,
             "wrong": errors[:num_false][:examples],
             "misses": errors[num_false:][:examples],
-            "images": truth.imgs,
             "draw": lambda error: _draw_error(error, truth, images, Path(folder)),
             "has_images": images is not None,
             "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED},
@@ -154,8 +152,8 @@ def _draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: 
 
 def _draw_error(error: Error, truth: COCO, images: str | os.PathLike | None, folder: Path) -> str:
     """Draw an error; return the picture's name in the folder, "" if the image cannot be read."""
-    image = open_image(images, truth.imgs[error.entry["image_id"]].get("file_name")) if images is not None else None
-    if image is None:
+    image = images is not None and open_image(images, truth.imgs[error.entry["image_id"]].get("file_name"))
+    if not image:
         return ""
     colors, file = (MISSED, WRONG) if error.kind == "Missed" else (WRONG, TRUTH), f"{error.kind}{error.entry['id']}.jpg"
     boxes = [(entry["bbox"], color, "") for entry, color in zip((error.entry, error.other), colors) if entry]
