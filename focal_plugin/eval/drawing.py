@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
@@ -41,19 +42,25 @@ def save_svg(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
-def draw_curves(curves: Mapping[str, np.ndarray], small: bool = False) -> Figure:
-    """Draw precisions, (101,) each, over recall."""
-    figure = Figure(figsize=(2.6, 2.0) if small else (4.4, 3.2), layout="constrained")
-    axis = figure.subplots()
-    for (name, curve), color, style in zip(curves.items(), COLORS, ("-", "--", "-.")):
-        axis.plot(np.linspace(0, 1, len(curve)), curve, style, color=color, linewidth=1.8, label=name)
-    axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    axis.tick_params(labelsize=7 if small else 10)
-    if not small:
-        axis.set(xlabel="recall", ylabel="precision, mean over classes")
-        figure.legend(loc="outside upper left", ncols=len(curves), fontsize=8, frameon=False)
-    return figure
+def draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, str]]:
+    """Draw what ``evaluate`` returns: all classes and, the worst first, each, if there are several; name the files."""
+    panels = []
+    rows = table.index[table.AP.notna()][: 1 if len(table) == 2 else None]
+    for row in sorted(rows, key=lambda row: (row > 0, table.AP[row])):
+        figure = Figure(figsize=(2.6, 2.0) if row else (4.4, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for (name, values), color, style in zip(curves.items(), COLORS, ("-", "--", "-.")):
+            axis.plot(np.linspace(0, 1, 101), values[row], style, color=color, linewidth=1.8, label=name)
+        axis.set(xlim=(0, 1), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7 if row else 10)
+        if row == 0:
+            axis.set(xlabel="recall", ylabel="precision, mean over classes")
+            figure.legend(loc="outside upper left", ncols=len(curves), fontsize=8, frameon=False)
+        areas = ", ".join(f"{name}: {100 * values[row].mean():.1f}" for name, values in curves.items())
+        panels.append({"file": f"curve{row}.svg", "name": table.name[row], "areas": areas})
+        save_svg(figure, folder / panels[-1]["file"])
+    return panels
 
 
 def open_image(folder: str | os.PathLike, file_name: object) -> Image.Image | None:

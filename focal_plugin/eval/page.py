@@ -8,19 +8,17 @@ import mimetypes
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pycocotools.coco import COCO
 
 from ..files import atomic_write, origin, printable
 from ..losses.args import check
 from .coco import METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
-from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
+from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image
 
 NONE = "–"
 _MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "`": "'", "[": "\\["})
@@ -117,7 +115,7 @@ def write_eval_report(
             "truth": truth,
             "num_seen": len({p["image_id"] for p in found}),
             "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
-            "curves": _draw_curves(table, curves, Path(folder)),
+            "curves": draw_curves(table, curves, Path(folder)),
             "summary": summary,
             "kinds": kinds,
             "threshold": threshold,
@@ -136,18 +134,6 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return NONE if math.isnan(value) else f"{value:.1f}"
     return value if isinstance(value, str) else f"{value:,}"
-
-
-def _draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, str]]:
-    """Draw a panel for all classes and, the worst first, one for each, if there are several."""
-    panels = []
-    rows = table.index[table.AP.notna()][: 1 if len(table) == 2 else None]
-    for row in sorted(rows, key=lambda row: (row > 0, table.AP[row])):
-        own = {name: values[row] for name, values in curves.items()}
-        areas = ", ".join(f"{name}: {100 * curve.mean():.1f}" for name, curve in own.items())
-        panels.append({"file": f"curve{row}.svg", "name": table.name[row], "areas": areas})
-        save_svg(draw_curves(own, small=row > 0), folder / panels[-1]["file"])
-    return panels
 
 
 def _draw_error(error: Error, truth: COCO, images: str | os.PathLike | None, folder: Path) -> str:
