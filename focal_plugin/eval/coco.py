@@ -149,10 +149,7 @@ def precision_recall_curves(
 
 
 def _evaluate(truth: COCO, predictions: Sequence[Mapping], ious: Sequence[float] = (), most: int = 0) -> tuple:
-    """COCO's evaluation and its precision, (IoU, recall, class, area), masked where there is no object.
-
-    With ``ious`` it is of these, of objects of all sizes, and of ``most`` detections of an image.
-    """
+    """COCO's evaluation and its masked precision, (IoU, recall, class, area); with ``ious``, only of all sizes."""
     with contextlib.redirect_stdout(None):
         found = truth.loadRes([dict(p) for p in predictions]) if predictions else COCO()
         evaluation = COCOeval(truth, found, "bbox")
@@ -170,11 +167,7 @@ def _with_mean(values: np.ma.MaskedArray) -> np.ndarray:
 
 
 def match(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> dict[int, tuple[list, list, list]]:
-    """Match all detections with the objects of all sizes at one IoU, as COCO does.
-
-    Returns:
-        By image id, correct detections, false ones and missed objects; crowds, and detections in them, in no list.
-    """
+    """Match as COCO does; return, by image, correct and false detections and missed objects, all without crowds."""
     most = max(Counter(p["image_id"] for p in predictions).values(), default=1)
     evaluation, _ = _evaluate(truth, predictions, [iou], most)
     images: dict[int, tuple[list, list, list]] = {image_id: ([], [], []) for image_id in truth.imgs}

@@ -174,8 +174,8 @@ def _draw_boxes(
 def _sheet(key: Mapping[str, str], titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """The cells in rows, under the titles of the columns and what the colours say."""
     font, step = ImageFont.truetype(_FONT, 16), _CELL + _GAP
-    lines = [[printable(part, 60, quotes=False) for part in title.splitlines()] for title in titles]
-    titles = ["\n".join(textwrap.fill(part, 27) for part in parts) for parts in lines]
+    titles = [[printable(line, 60, quotes=False) for line in title.splitlines()] for title in titles]
+    titles = ["\n".join(textwrap.fill(line, 27) for line in lines) for lines in titles]
     top = 26 * len(key) + 20 * max(title.count("\n") + 1 for title in titles) + 16
     sheet = Image.new("RGB", (len(titles) * step, top + sum(row[0].height + _GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)

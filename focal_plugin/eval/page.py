@@ -82,7 +82,7 @@ def write_eval_report(
         images: the folder that the file names of the annotations start from; None: no pictures.
         iou: from which on a detection has found an object, for errors and pictures.
         score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
-        examples: so many pictures of each kind of error at most.
+        examples: so many pictures, at most, of false detections and of missed objects.
         command: what a person typed.
 
     Raises:

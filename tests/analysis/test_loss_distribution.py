@@ -51,18 +51,20 @@ def level(memory_format):
     return x.view(2, 3, 8, 61, 83).permute(0, 3, 4, 1, 2), make(2, 61, 83, 3, num_classes=8)[1]
 
 
-@pytest.mark.parametrize(
-    "logits, labels",
-    [
-        *((make(40, 30)[0].to(dtype), make(40, 30)[1]) for dtype in (torch.float64, torch.bfloat16)),
-        make(40, 30, num_classes=1),
-        [x[::2, 1::3] for x in make(40, 30)],
-        *map(level, (torch.contiguous_format, torch.channels_last)),
-        # Losses far below what float32 holds, and in the bins whose end is open.
-        *((sign * (make(40, 30)[0].abs() + 195), make(40, 30)[1]) for sign in (1, -1)),
-        (50 * make(40, 30)[0], make(40, 30)[1]),
-    ],
+# The third and fourth: losses far below what float32 holds, and, as the second's, in the bins whose end is open.
+CHANGES = (
+    torch.Tensor.double,
+    lambda x: 50 * x,
+    lambda x: -x.abs() - 195,
+    lambda x: x.abs() + 195,
+    torch.Tensor.bfloat16,
 )
+CASES = [(change(make(40, 30)[0]), make(40, 30)[1]) for change in CHANGES]
+CASES += [make(40, 30, num_classes=1), [x[::2, 1::3] for x in make(40, 30)]]
+CASES += map(level, (torch.contiguous_format, torch.channels_last))
+
+
+@pytest.mark.parametrize("logits, labels", CASES)
 def test_equals_a_sort_of_all_losses(logits, labels):
     before = logits.clone()
     distribution = counted(logits, labels)
@@ -88,12 +90,12 @@ def test_hardest_share_between_the_edges(gamma):
         assert shares[:-1] == exact and shares[-1] == 1
 
 
-@pytest.mark.parametrize("num, label", [(0, K), (30, -1), (30, K)])
-def test_no_windows_have_no_distribution(num, label):
-    distribution = counted(torch.randn(num, K), torch.full((num,), label))
-    assert distribution.count("negative") == (K * num if label == K else 0)
-    assert distribution.count("positive") == distribution.total("positive", 2) == 0
-    assert np.isnan(distribution.curve("positive", 2)[1]).all()
+def test_no_windows_have_no_distribution():
+    for num, label, negatives in ((0, K, 0), (30, -1, 0), (30, K, 30 * K)):
+        distribution = counted(torch.randn(num, K), torch.full((num,), label))
+        assert distribution.count("negative") == negatives
+        assert distribution.count("positive") == distribution.total("positive", 2) == 0
+        assert np.isnan(distribution.curve("positive", 2)[1]).all()
 
 
 def test_the_images_add_up_in_a_state_that_does_not_grow():
@@ -106,22 +108,19 @@ def test_the_images_add_up_in_a_state_that_does_not_grow():
     assert sum(x.numel() * x.element_size() for x in state) == 2 * NUM_BINS * (1 + 4) * 8 < 620_000
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda d: LossDistribution([]), "gammas must be one or more"),
-        (lambda d: LossDistribution([1, 1.0]), "different numbers"),
-        (lambda d: LossDistribution([-1]), "gamma must be a finite number >= 0"),
-        (lambda d: d.count("foreground"), "group must be one of positive, negative"),
-        (lambda d: d.total("positive", 7), "gamma 7 was not counted"),
-        (lambda d: d.update(torch.zeros(3, K), torch.zeros(4, dtype=torch.long)), "targets must be"),
-        (lambda d: d.update(torch.zeros(3, K), torch.full((3,), K + 1)), "labels must be in"),
-        *(
-            (lambda d, x=x, y=y: d.update(torch.full((3, K), x), torch.full((3,), y)), "NaN or infinite")
-            for x, y in ((torch.nan, K), (-torch.inf, K), (torch.inf, 0))
-        ),
-    ],
-)
-def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(LossDistribution())
+def test_errors():
+    full, update = torch.full, LossDistribution().update
+    for call, message in (
+        (lambda: LossDistribution([]), "gammas must be one or more"),
+        (lambda: LossDistribution([1, 1.0]), "different numbers"),
+        (lambda: LossDistribution([-1]), "gamma must be a finite number >= 0"),
+        (lambda: LossDistribution().count("foreground"), "group must be one of positive, negative"),
+        (lambda: LossDistribution().total("positive", 7), "gamma 7 was not counted"),
+        (lambda: update(torch.zeros(3, K), torch.zeros(4, dtype=torch.long)), "targets must be"),
+        (lambda: update(torch.zeros(3, K), full((3,), K + 1)), "labels must be in"),
+        (lambda: update(full((3, K), torch.nan), full((3,), K)), "NaN or infinite"),
+        (lambda: update(full((3, K), -torch.inf), full((3,), K)), "NaN or infinite"),
+        (lambda: update(full((3, K), torch.inf), full((3,), 0)), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -77,19 +77,17 @@ def test_the_mosaic_shows_every_method_beside_the_truth(tmp_path):
 
 
 def test_images_outside_of_their_folder_are_not_opened(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("out.png", "in/a.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
-    assert open_image(tmp_path / "in", "a.png") is not None
-    assert open_image(tmp_path / "in", "link.png") is not None  # whoever made the folder made it
-    absolute = str(tmp_path / "out.png")
-    for name in ("../out.png", absolute, "a/../../out.png", "b.png", ".", None, 3, "a\0.png", "\ud800.png", "x" * 5000):
-        assert open_image(tmp_path / "in", name) is None, name
+    folder = tmp_path / "in"
+    folder.mkdir()
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
-    Image.new("RGB", (100, 60)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path, "turned.jpg").size == (60, 100)
+    for name in ("out.png", "in/a.png"):
+        Image.new("RGB", (100, 60)).save(tmp_path / name, exif=exif)
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    assert open_image(folder, "a.png").size == open_image(folder, "link.png").size == (60, 100)
+    outside = "../out.png", str(tmp_path / "out.png"), "a/../../out.png"
+    for name in (*outside, "b.png", ".", None, 3, "a\0.png", "\ud800.png", "x" * 5000):
+        assert open_image(folder, name) is None, name
 
 
 @pytest.mark.parametrize("box", [[40, 20, 20, 20], [-50, -50, 500, 400], [5, 5, 0, 0], [1e9, 0, 1e9, 1e9]], ids=str)
@@ -137,10 +135,10 @@ def test_the_tool_says_what_is_wrong(tmp_path, call_tool):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [360, 1280])
-def test_a_browser_shows_the_page_without_scrolling_sideways(page, tmp_path, width):
+def test_a_browser_shows_the_page_without_scrolling_sideways(page, tmp_path):
     html, _ = page(names=("a", "a name that is much longer than there is room for on a phone" * 2, "c"))
-    shown = show(html, width, tmp_path)
-    assert shown.width == width and shown.page_width <= width
-    assert shown.images == shown.decoded == html.count("<img") > 12
-    assert shown.errors == 0 and "CONSOLE" not in shown.log
+    for width in (360, 1280):
+        shown = show(html, width, tmp_path)
+        assert shown.width == width and shown.page_width <= width
+        assert shown.images == shown.decoded == html.count("<img") > 12
+        assert shown.errors == 0 and "CONSOLE" not in shown.log
