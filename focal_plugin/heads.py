@@ -36,11 +36,7 @@ a :class:`HeadLosses`. Called as ``head(cfg, input_shape)`` with the list of the
 
 
 def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNetHead:
-    """Build the head that ``MODEL.FOCAL.HEAD`` names.
-
-    Raises:
-        ValueError: no head of that name is registered.
-    """
+    """Build the head that ``MODEL.FOCAL.HEAD`` names; a ValueError lists those that there are."""
     name = cfg.MODEL.FOCAL.HEAD
     check_choice("MODEL.FOCAL.HEAD", name, [k for k, _ in RETINANET_HEAD_REGISTRY])
     return RETINANET_HEAD_REGISTRY.get(name)(cfg, input_shape)
@@ -157,10 +153,9 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         super().__init__(num_classes=num_outputs, **kwargs)
         self.num_classes, self.num_outputs = num_classes, num_outputs
         self.loss, self.alpha, self.gamma, self.star_beta = loss, alpha, gamma, star_beta
+        per_class = torch.tensor(class_alpha, dtype=torch.float32) if len(class_alpha) else None
         # Not persistent: a stock checkpoint must load key for key.
-        self.register_buffer(
-            "class_alpha", torch.tensor(class_alpha, dtype=torch.float32) if len(class_alpha) else None, False
-        )
+        self.register_buffer("class_alpha", per_class, persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
@@ -247,10 +242,8 @@ class HardExampleHead(FocalHead):
         check(0 <= neg_pos_ratio < math.inf, "MODEL.OHEM.NEG_POS_RATIO", "a finite number >= 0", neg_pos_ratio)
         super().__init__(gamma=gamma, alpha=alpha, **kwargs)
         if gamma > 0:
-            logger.warning(
-                f"{type(self).__name__} mines on a focal loss with gamma = {gamma}. The paper's OHEM uses cross "
-                "entropy: set MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.0 unless both at once is what you want."
-            )
+            hint = "set MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.0, as in the paper, unless both at once is what you want"
+            logger.warning(f"{type(self).__name__} mines on a focal loss with gamma = {gamma}: {hint}")
         self.scope, self.rank_by, self.nms_boxes = scope, rank_by, nms_boxes
         self.normalizer, self.box_loss_on = normalizer, box_loss_on
         self._mine = partial(

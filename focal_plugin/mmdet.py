@@ -31,11 +31,9 @@ except ModuleNotFoundError as e:
 class FocalPluginLoss(nn.Module):
     """The focal losses of :mod:`focal_plugin.losses` behind the interface of mmdet's ``FocalLoss``.
 
-    Finite, with finite gradients, for every gamma >= 0; no one-hot target is made of labels. What has weight 0 has loss
-    0 and gradient 0 whatever its logit is, NaN and infinity included, where mmdet's has 0 * NaN.
-
-    As for all losses of mmdet, give ``use_sigmoid`` in the config: its heads read it there, not here, to choose between
-    C and C + 1 outputs for C classes, and their default is softmax.
+    Finite, with finite gradients, for every gamma >= 0. What has weight 0 has loss 0 and gradient 0 whatever its logit
+    is, NaN and infinity included. Give ``use_sigmoid`` in the config, where mmdet's heads read it: their default is
+    softmax.
 
     Args:
         use_sigmoid: one sigmoid a class; else a softmax over the classes and background, which is the last.
@@ -44,7 +42,7 @@ class FocalPluginLoss(nn.Module):
             of the C classes (softmax: C + 1 weights, that of background last).
         reduction: "none", "mean" or "sum".
         loss_weight: a factor for the result.
-        activated: refused: of probabilities the logits, and with them finite gradients, cannot be had back.
+        activated: refused, as logits cannot be had back of probabilities.
         loss: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
         beta: that of FL*.
 

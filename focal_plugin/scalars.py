@@ -12,10 +12,9 @@ _PENDING: "WeakSet[DeferredScalars]" = WeakSet()
 class DeferredScalars:
     """Scalars that are handed to the event storage when they can be read without waiting.
 
-    The storage takes Python numbers. To read one off a GPU in the middle of a step would make the host wait until
-    everything before it has been computed. Copied in the background, it is there when the step is over and
-    :func:`flush_scalars` is called, as ``FocalTrainer`` does; without that it is handed on by the next step, under its
-    own iteration. On the CPU nothing is put off.
+    The storage takes Python numbers, and to read one off a GPU makes the host wait for all before it. Copied in the
+    background it is there when the step is over and :func:`flush_scalars` is called, or else in the next step, which
+    hands it on under its own iteration. On the CPU nothing is put off.
     """
 
     def __init__(self):

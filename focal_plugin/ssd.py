@@ -20,9 +20,8 @@ from .losses.softmax import SoftmaxLoss, softmax_weights
 class SSDHead(HardExampleHead):
     """Softmax cross entropy over K + 1 outputs an anchor, of all positives and the hardest negatives of each image.
 
-    "We sort [the negatives] using the highest confidence loss for each default box and pick the top ones so that the
-    ratio between the negatives and positives is at most 3:1". Both losses are divided by the positives, by the model's
-    normalizer. An image without a positive trains on the negatives of one; SSD leaves it out.
+    Both losses are divided by the positives, by the model's normalizer. An image without a positive trains on the
+    negatives of one; SSD leaves it out.
 
     Smooth L1, the other half of SSD's loss, is ``MODEL.RETINANET.SMOOTH_L1_LOSS_BETA 1.0`` with ``BBOX_REG_WEIGHTS
     (10.0, 10.0, 5.0, 5.0)``, the inverse of the variances in its authors' code. No prior is in the biases at the start:

@@ -56,18 +56,10 @@ def test_equals_naive_for_every_option(num_classes, tied, size):
     generator = torch.Generator().manual_seed(size + num_classes + tied)
     losses, boxes, labels = examples(size, num_classes, generator, tied)
     for batch_size, nms_thresh, ratio, per_label in OPTIONS:
-        got = mine_hard_examples(
-            losses,
-            boxes,
-            labels,
-            num_classes=num_classes,
-            batch_size=batch_size,
-            nms_thresh=nms_thresh,
-            neg_pos_ratio=ratio,
-            per_label=per_label,
-        )
-        want = naive(losses, boxes, labels, num_classes, batch_size, nms_thresh, ratio, per_label)
-        assert got.tolist() == want, (batch_size, nms_thresh, ratio, per_label)
+        options = {"num_classes": num_classes, "batch_size": batch_size, "nms_thresh": nms_thresh}
+        options |= {"neg_pos_ratio": ratio, "per_label": per_label}
+        got = mine_hard_examples(losses, boxes, labels, **options)
+        assert got.tolist() == naive(losses, boxes, labels, **options), options
 
 
 @pytest.mark.parametrize("per_label", [True, False])
@@ -76,10 +68,8 @@ def test_equals_naive_over_many_blocks(per_label, ratio):
     """Enough examples, and enough of them suppressed, that several blocks of every size are gone through."""
     generator = torch.Generator().manual_seed(7)
     losses, boxes, labels = examples(9000, 3, generator, tied=False, background=0.99)
-    options = {"num_classes": 3, "batch_size": 512, "nms_thresh": 0.3}
-    got = mine_hard_examples(losses, boxes, labels, **options, neg_pos_ratio=ratio, per_label=per_label)
-    want = naive(losses, boxes, labels, 3, 512, 0.3, ratio, per_label)
-    assert got.tolist() == want
+    options = {"num_classes": 3, "batch_size": 512, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
+    assert mine_hard_examples(losses, boxes, labels, **options).tolist() == naive(losses, boxes, labels, **options)
 
 
 @pytest.mark.parametrize("per_label", [True, False])
@@ -90,7 +80,7 @@ def test_groups_do_not_suppress_each_other(per_label, ratio):
     groups = torch.randint(0, 4, (300,), generator=generator)
     options = {"num_classes": 2, "batch_size": 100, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
     got = mine_hard_examples(losses, boxes, labels, groups=groups, **options)
-    assert got.tolist() == naive(losses, boxes, labels, *options.values(), groups)
+    assert got.tolist() == naive(losses, boxes, labels, **options, groups=groups)
 
 
 def test_no_matrix_of_all_pairs(monkeypatch):
@@ -113,18 +103,11 @@ def test_no_matrix_of_all_pairs(monkeypatch):
     assert sum(sizes) < 10**6  # of 10**10 pairs
 
 
-def test_takes_no_part_in_the_graph():
-    losses = torch.rand(10, requires_grad=True)
-    boxes = torch.rand(10, 4, requires_grad=True)
-    labels = torch.zeros(10, dtype=torch.long)
-    kept = mine_hard_examples(losses, boxes, labels, num_classes=1, batch_size=5, nms_thresh=0.0)
+def test_takes_no_part_in_the_graph_and_all_ignored_keeps_nothing():
+    losses, boxes, labels = torch.rand(10, requires_grad=True), torch.rand(10, 4, requires_grad=True), torch.arange(10)
+    kept = mine_hard_examples(losses, boxes, labels, num_classes=10, batch_size=5, nms_thresh=0.0)
     assert kept.tolist() == losses.detach().argsort(descending=True)[:5].tolist()
-
-
-def test_all_ignored_keeps_nothing():
-    kept = mine_hard_examples(
-        torch.rand(6), torch.rand(6, 4), torch.full((6,), -1), num_classes=2, batch_size=4, nms_thresh=0.5
-    )
+    kept = mine_hard_examples(losses, boxes, torch.full((10,), -1), num_classes=2, batch_size=4, nms_thresh=0.5)
     assert kept.shape == (0,) and kept.dtype == torch.int64
 
 

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,23 +12,16 @@ import torch.nn.functional as F
 from focal_plugin.config import config_dir
 from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
+CONFIG = config_dir() / "mmdet" / "retinanet_focal_plugin.py"
 N, C = 12, 3
 LOGITS, LABELS, ONES = torch.zeros(N, C), torch.zeros(N).long(), torch.ones(N)
-
-
-class NoOperators(ModuleType):
-    """mmcv's compiled operators where there are none, as in mmcv-lite: to be imported, not to be called."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
 
 
 @pytest.fixture(scope="module")
 def registry():
     pytest.importorskip("mmdet")
     if importlib.util.find_spec("mmcv._ext") is None:
-        sys.modules["mmcv._ext"] = NoOperators("mmcv._ext")
+        sys.modules["mmcv._ext"] = MagicMock()  # mmcv-lite has no operators: to be imported, not to be called
     importlib.import_module("focal_plugin.mmdet")
     importlib.import_module("mmdet.models")
     return importlib.import_module("mmdet.registry").MODELS
@@ -62,20 +55,18 @@ def value_and_grad(loss, pred, *args, **kwargs):
 
 
 @pytest.mark.parametrize("shape", [None, (N,), (N, 1), (N, C), (N * C,)], ids=str)
-@pytest.mark.parametrize("targets", ["labels", "one-hot", "integers"])
-def test_equals_mmdets(ours, theirs, targets, shape):
+def test_equals_mmdets(ours, theirs, shape):
     pred, labels = make_case()
     one_hot = F.one_hot(labels, C + 1)[:, :C]
-    target = {"labels": labels, "one-hot": one_hot.double(), "integers": one_hot}[targets]
-    reference = labels if targets == "labels" else one_hot.double()
     options = {"gamma": 2.0, "alpha": 0.3, "loss_weight": 1.7}
     weight = None if shape is None else make_weight(*shape)
     for reduction, factor in (("mean", None), ("mean", 0.0), ("mean", torch.tensor(5.0)), ("sum", None), ("none", 5.0)):
-        expected = value_and_grad(theirs(**options, reduction=reduction), pred, reference, weight, factor)
-        # Once as the constructor's reduction, once as the call's.
-        for loss, override in ((ours(**options, reduction=reduction), None), (ours(**options), reduction)):
-            actual = value_and_grad(loss, pred, target, weight, factor, reduction_override=override)
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0 if factor == 0 else 1e-14)
+        for target, reference in ((labels, labels), (one_hot.double(), one_hot.double()), (one_hot, one_hot.double())):
+            expected = value_and_grad(theirs(**options, reduction=reduction), pred, reference, weight, factor)
+            # Once as the constructor's reduction, once as the call's.
+            for loss, override in ((ours(**options, reduction=reduction), None), (ours(**options), reduction)):
+                actual = value_and_grad(loss, pred, target, weight, factor, reduction_override=override)
+                torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0 if factor == 0 else 1e-14)
 
 
 def test_finite_and_refusing_where_mmdets_is(ours, theirs):
@@ -87,36 +78,30 @@ def test_finite_and_refusing_where_mmdets_is(ours, theirs):
             loss(pred, target, None, 5.0, "sum")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "targets, shape",
     [("labels", (N,)), ("labels", (N, C)), ("dense", (N, 1)), ("dense", (N * C,)), ("softmax", (N,))],
 )
-def test_weight_0_ignores_whatever_the_logit_is(ours, targets, shape, bad):
+def test_weight_0_ignores_whatever_the_logit_is(ours, targets, shape):
     use_sigmoid = targets != "softmax"
     pred, target = make_case(channels=C if use_sigmoid else C + 1)
     weight = make_weight(*shape)
     weight.view(N, -1)[0] = 0  # a whole row, for every kind of weight
     gone = (weight.view(N, -1) == 0).expand_as(pred)
     assert gone.any() and not gone.all()
-    poisoned = pred.detach().masked_fill(gone, bad).requires_grad_()
     labels = target.masked_fill(gone.all(dim=1), 255)  # neither does it matter what the label is
     if targets == "dense":
         target = labels = F.one_hot(target, C + 1)[:, :C].double()
-    for reduction in ("mean", "none"):
-        loss = ours(use_sigmoid, reduction=reduction)
+    for reduction, bad in (("mean", float("nan")), ("none", float("inf"))):
+        loss, poisoned = ours(use_sigmoid, reduction=reduction), pred.detach().masked_fill(gone, bad).requires_grad_()
         expected, actual = value_and_grad(loss, pred, target, weight), value_and_grad(loss, poisoned, labels, weight)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         assert actual[1][gone].eq(0).all() and actual[1][~gone].ne(0).all()
-
-
-def test_label_minus_1_is_ignored_as_weight_0_is(ours):
-    pred, target = make_case()
-    weight = make_weight(N)
-    expected = value_and_grad(ours(), pred, target, (weight > 0).double())
-    actual = value_and_grad(ours(), pred, target.masked_fill(weight == 0, -1))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert ours()(pred, target.to(torch.uint8), weight, 3.0) == ours()(pred, target, weight, 3.0)
+    if shape == (N,) and use_sigmoid:  # as does the label -1
+        weight = (weight > 0).double()
+        expected = value_and_grad(ours(), pred, target.to(torch.uint8), weight)
+        actual = value_and_grad(ours(), pred, target.masked_fill(weight == 0, -1))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +129,10 @@ def test_what_mmdet_has_not_is_the_plugins_function(ours, function, arguments, o
     assert actual[1].dtype == dtype and actual[0].dtype == weight.dtype
 
 
-@pytest.mark.parametrize("avg_factor", [None, 0.0])
-@pytest.mark.parametrize("weight", [None, torch.zeros(0), torch.zeros(0, C)])
-def test_nothing_is_0_and_connected(ours, weight, avg_factor):
-    loss, grad = value_and_grad(ours(), *make_case(n=0), weight, avg_factor)
-    assert loss == 0 and grad.shape == (0, C)
+def test_nothing_is_0_and_connected(ours):
+    for weight, avg_factor in ((None, None), (None, 0.0), (torch.zeros(0), 0.0), (torch.zeros(0, C), None)):
+        loss, grad = value_and_grad(ours(), *make_case(n=0), weight, avg_factor)
+        assert loss == 0 and grad.shape == (0, C)
 
 
 @pytest.mark.parametrize(
@@ -158,19 +142,13 @@ def test_nothing_is_0_and_connected(ours, weight, avg_factor):
         ({"loss": "ohem"}, (), "focal, focal_star; got 'ohem'"),
         ({"loss": "focal_star", "use_sigmoid": False}, (), "focal_star.*needs use_sigmoid=True"),
         ({"loss": "focal_star", "gamma": 0}, (), "gamma must be .* > 0"),
-        ({"gamma": -1}, (), "gamma must be .*>= 0, got -1"),
-        ({"alpha": 1.5}, (), "alpha .* got 1.5"),
         ({"reduction": "avg"}, (), "reduction must be .*'avg'"),
         ({}, (LOGITS, LABELS, None, None, "avg"), "reduction must be .*'avg'"),
-        ({"alpha": (0.1, 0.5)}, (LOGITS, LABELS), "one value a class.*3"),
         ({}, (torch.zeros(N), torch.zeros(N)), r"pred must be logits \(N, C\)"),
-        ({}, (LOGITS, torch.zeros(N)), "integer labels .* got .*float32"),
         ({}, (LOGITS, torch.zeros(N, dtype=torch.bool)), "target of torch.bool"),
         ({}, (LOGITS, LABELS[1:]), r"shape \(11,\)"),
-        ({"use_sigmoid": False}, (LOGITS, LOGITS), "integer labels .* for a sigmoid, dense"),
         ({}, (LOGITS, LABELS, torch.ones(5)), r"12 values.*36 entries of pred.*, got shape \(5,\)"),
         ({"use_sigmoid": False}, (LOGITS, LABELS, torch.ones(N, C)), "weight must have 12 values"),
-        ({}, (LOGITS, LABELS + C + 1), r"labels must be in \[-1, 3\].*4"),
         ({}, (LOGITS, LABELS - 2, ONES), r"labels must be in \[-1, 3\].*-2"),
         ({"use_sigmoid": False}, (LOGITS, LABELS + C, ONES), r"labels must be in \[-1, 2\]"),
     ],
@@ -181,54 +159,43 @@ def test_bad_values_are_named(ours, options, arguments, message):
         loss(*arguments)
 
 
-@pytest.mark.parametrize(
-    "missing, error, message", [("mmdet", ImportError, "mim install"), ("mmengine", None, "mmengine")]
-)
-def test_without_mmdet(missing, error, message, monkeypatch):
+@pytest.mark.parametrize("missing, message", [("mmdet", "mim install"), ("mmengine", "mmengine")])
+def test_without_mmdet(missing, message, monkeypatch):
     if missing != "mmdet":
         pytest.importorskip("mmdet")
     for name in [n for n in sys.modules if n.split(".")[0] == "mmdet" or n == "focal_plugin.mmdet"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(error or ModuleNotFoundError, match=message):
+    with pytest.raises(ImportError, match=message):
         importlib.import_module("focal_plugin.mmdet")
 
 
 @pytest.fixture
-def config(registry):
-    from mmengine.config import Config
-
-    return Config.fromfile(config_dir() / "mmdet" / "retinanet_focal_plugin.py")
+def load_config(registry):
+    return importlib.import_module("mmengine.config").Config.fromfile
 
 
-def test_config_is_mmdets_but_for_the_loss(config, ours, tmp_path):
-    from mmengine.config import Config
-
+def test_config_is_mmdets_but_for_the_loss(load_config, ours, tmp_path):
     (tmp_path / "stock.py").write_text('_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"')
-    stock = Config.fromfile(tmp_path / "stock.py")
-    mine = config.to_dict()
+    stock, mine = load_config(tmp_path / "stock.py"), load_config(CONFIG).to_dict()
     assert mine.pop("custom_imports")["imports"] == ["focal_plugin.mmdet"]
-    loss = mine["model"]["bbox_head"].pop("loss_cls")
-    theirs = stock.to_dict()
-    of_stock = theirs["model"]["bbox_head"].pop("loss_cls")
-    assert mine == theirs
-    assert loss == {**of_stock, "type": "FocalPluginLoss", "loss": "focal"}
+    loss, expected = mine["model"]["bbox_head"]["loss_cls"], stock.to_dict()
+    expected["model"]["bbox_head"]["loss_cls"].update(type="FocalPluginLoss", loss="focal")
+    assert mine == expected
     loss.pop("type")
     assert isinstance(ours(**loss), torch.nn.Module)
 
 
 @pytest.mark.parametrize("use_sigmoid", [True, False])
-def test_retina_head(config, registry, use_sigmoid):
+def test_retina_head(load_config, registry, use_sigmoid):
     from mmdet.structures.bbox import HorizontalBoxes  # noqa: F401, registers the type
     from mmengine.structures import InstanceData
 
-    head = config.model.bbox_head
-    head.update(num_classes=C, in_channels=8, feat_channels=8, stacked_convs=1, train_cfg=config.model.train_cfg)
-    boxes = torch.tensor([[4.0, 4, 40, 50], [20, 10, 90, 60]])
-    instances = [
-        InstanceData(bboxes=boxes, labels=torch.tensor([0, 2])),
-        InstanceData(bboxes=boxes[:0], labels=torch.zeros(0).long()),  # an image without objects
-    ]
+    model = load_config(CONFIG).model
+    head = model.bbox_head
+    head.update(num_classes=C, in_channels=8, feat_channels=8, stacked_convs=1, train_cfg=model.train_cfg)
+    boxes, labels = torch.tensor([[4.0, 4, 40, 50], [20, 10, 90, 60]]), torch.tensor([0, 2])
+    instances = [InstanceData(bboxes=boxes[:n], labels=labels[:n]) for n in (2, 0)]  # one image has no objects
     metas = [{"img_shape": (64, 96), "pad_shape": (64, 96)}] * 2
     g = torch.Generator().manual_seed(0)
     features = [torch.randn(2, 8, 64 // s, 96 // s, generator=g) for s in (8, 16, 32)]

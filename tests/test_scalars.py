@@ -10,20 +10,12 @@ from detectron2.utils.events import EventStorage
 from focal_plugin.scalars import DeferredScalars, flush_scalars
 
 
-def put(scalars, storage, value, device="cpu"):
-    scalars.put({"a": torch.tensor(value, device=device), "b": torch.tensor(2 * value, device=device)})
-    storage.step()
-
-
 def test_on_the_cpu_nothing_is_put_off():
     scalars = DeferredScalars()
+    scalars.put({"a": torch.tensor(1.0)})  # outside a training loop nothing happens
     with EventStorage(7) as storage:
-        put(scalars, storage, 1)
+        scalars.put({"a": torch.tensor(1), "b": torch.tensor(2)})
         assert storage.latest() == {"a": (1.0, 7), "b": (2.0, 7)}
-
-
-def test_outside_a_training_loop_nothing_happens():
-    DeferredScalars().put({"a": torch.tensor(1.0)})
 
 
 class OnGPU(DeferredScalars):
@@ -61,7 +53,8 @@ def test_copies_and_pickles_start_empty():
 def test_on_a_gpu_a_step_is_read_by_the_next_and_nothing_waits():
     scalars = DeferredScalars()
     with EventStorage(7) as storage:
-        put(scalars, storage, 1, "cuda")
+        scalars.put({"a": torch.tensor(1, device="cuda"), "b": torch.tensor(2, device="cuda")})
+        storage.step()
         assert storage.latest() == {}
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

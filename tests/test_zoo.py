@@ -65,28 +65,23 @@ def server(tmp_path, monkeypatch):
     return files, fetched
 
 
-@pytest.fixture
-def stock():
-    """stock(name): upstream's RetinaNet of that name, narrow, with weights as if trained."""
-
-    def make(name):
-        torch.manual_seed(0)
-        model = build_model(upstream(name, NARROW)).eval()
-        for key, value in model.state_dict().items():
-            if "norm" in key and key.endswith(("weight", "running_var")):
-                # What is added at each of 33 blocks is kept small, as training does: not every score is to be 1.
-                value.uniform_(0.5, 1.5).mul_(0.2 if "conv3.norm.weight" in key else 1)
-            elif key.endswith(("bias", "running_mean")):
-                value.normal_(std=0.1)  # the prior's bias as well: there is something to detect
-        return model
-
-    return make
+def stock(name):
+    """Upstream's RetinaNet of that name, narrow, with weights as if trained."""
+    torch.manual_seed(0)
+    model = build_model(upstream(name, NARROW)).eval()
+    for key, value in model.state_dict().items():
+        if "norm" in key and key.endswith(("weight", "running_var")):
+            # What is added at each of 33 blocks is kept small, as training does: not every score is to be 1.
+            value.uniform_(0.5, 1.5).mul_(0.2 if "conv3.norm.weight" in key else 1)
+        elif key.endswith(("bias", "running_mean")):
+            value.normal_(std=0.1)  # the prior's bias as well: there is something to detect
+    return model
 
 
-def zoo_file(model, more=None, protocol=4):
+def zoo_file(model, more=()):
     """What Detectron2's zoo has of a model: names to arrays, pickled."""
-    arrays = {name: value.numpy() for name, value in {**model.state_dict(), **(more or {})}.items()}
-    return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol)
+    arrays = {name: value.numpy() for name, value in {**model.state_dict(), **dict(more)}.items()}
+    return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, 4)
 
 
 # ------------------------------ the configs
@@ -133,7 +128,7 @@ def test_names_and_shapes_are_upstreams(name):
 
 @pytest.mark.parametrize("more", [{}, {"anchor_generator.cell_anchors.0": torch.zeros(9, 4)}], ids=["now", "2020"])
 @pytest.mark.parametrize("name", ZOO)
-def test_a_checkpoint_is_fetched_when_it_is_loaded_and_gives_upstreams_detections(name, more, stock, server, caplog):
+def test_a_checkpoint_is_fetched_when_it_is_loaded_and_gives_upstreams_detections(name, more, server, caplog):
     files, fetched = server
     theirs = stock(name)
     cfg = ours(name, NARROW)
@@ -165,7 +160,7 @@ def test_a_checkpoint_is_fetched_when_it_is_loaded_and_gives_upstreams_detection
     assert len(fetched) == 1  # it is in upstream's cache
 
 
-def test_what_is_not_in_the_file_is_told(stock, server):
+def test_what_is_not_in_the_file_is_told(server):
     files, _ = server
     cfg = ours(ZOO[0], [*NARROW, "MODEL.RETINANET.NUM_CLASSES", "3"])
     files[url(cfg)] = zoo_file(stock(ZOO[0]))

@@ -38,9 +38,7 @@ def anchor_generator(cfg: CfgNode) -> DefaultAnchorGenerator:
 
 
 def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
-    """Return image sizes, (N, 2) widths and heights in pixels, as training's ResizeShortestEdge makes them.
-
-    Of INPUT.MIN_SIZE_TRAIN the median is taken. Returns float64, at least 1.
+    """Return (N, 2) widths and heights in pixels, float64, as training's resizing to its median size makes them.
 
     Raises:
         ValueError: INPUT.MIN_SIZE_TRAIN is empty.
@@ -56,16 +54,11 @@ def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
     return sizes.astype(np.float64)
 
 
-def best_ious(
-    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, factor: float = 1.0
-) -> np.ndarray:
+def best_ious(boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, factor: float = 1) -> np.ndarray:
     """Return each box's IoU with its best anchor, over all levels, shapes and positions: float64, (N,).
 
-    Args:
-        boxes: float64, (N, 4), XYXY inside their images.
-        sizes: (N, 2), width and height of the box's image before padding.
-        generator: makes the anchors.
-        factor: of all their sizes.
+    ``boxes`` are float64, (N, 4), XYXY inside their images, whose widths and heights before padding are the (N, 2)
+    ``sizes``; all anchors are ``factor`` times as large as the generator's.
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     areas = (high - low).prod(axis=1)
@@ -95,9 +88,9 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
         max_boxes: look at that many evenly spaced boxes only; None for all.
 
     Returns:
-        A dict of numbers, strings and lists: ``boxes`` looked at, ``unmatched`` of them, their ``share``,
-        ``mean_best_iou``, ``unmatched_sizes`` (10 %, 50 % and 90 % quantiles of sqrt(w * h), pixels of the resized
-        image), ``hints`` in words, and ``sizes`` to set MODEL.ANCHOR_GENERATOR.SIZES to, or None.
+        What json can hold: ``boxes`` looked at, ``unmatched`` of them, their ``share``, ``mean_best_iou``,
+        ``unmatched_sizes`` (10 %, 50 % and 90 % quantiles of sqrt(w * h), pixels of the resized image), ``hints`` in
+        words, and ``sizes`` to set MODEL.ANCHOR_GENERATOR.SIZES to, or None.
 
     Raises:
         ValueError: see :func:`anchor_generator` and :func:`resized_sizes`.
@@ -117,7 +110,7 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
     ious = best_ious(boxes, sizes, generator)
     unmatched = boxes[ious < MATCH_IOU]
     result = {"boxes": len(boxes), "unmatched": len(unmatched), "share": len(unmatched) / len(boxes)}
-    result.update(mean_best_iou=float(ious.mean()), unmatched_sizes=None, hints=[], sizes=None)
+    result |= {"mean_best_iou": float(ious.mean()), "unmatched_sizes": None, "hints": [], "sizes": None}
     if len(unmatched):
         sides = np.sqrt((unmatched[:, 2:] - unmatched[:, :2]).prod(axis=1))
         result["unmatched_sizes"] = np.quantile(sides, (0.1, 0.5, 0.9)).tolist()
@@ -130,9 +123,7 @@ def _evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
     return np.linspace(0, num_rows - 1, min(num_rows, max_rows)).astype(int)
 
 
-def _suggest_sizes(
-    boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, cfg: CfgNode
-) -> dict[str, list]:
+def _suggest_sizes(boxes: np.ndarray, sizes: np.ndarray, generator: DefaultAnchorGenerator, cfg: CfgNode) -> dict:
     """Return ``sizes`` and a hint about them, or nothing if no factor of all sizes helps enough."""
     shares = {factor: (best_ious(boxes, sizes, generator, factor) < MATCH_IOU).mean() for factor in FACTORS}
     best, now = min(FACTORS, key=lambda factor: (shares[factor], abs(np.log(factor)))), shares[1.0]
@@ -141,8 +132,5 @@ def _suggest_sizes(
     levels = list(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
     levels = levels if isinstance(levels[0], (list, tuple)) else [levels]
     sizes = [[round(float(size) * best, 2) for size in level] for level in levels]
-    hint = (
-        f"anchors {best:g} times the size would leave {shares[best]:.1%} unmatched instead of {now:.1%}: "
-        f'MODEL.ANCHOR_GENERATOR.SIZES "{sizes}"'
-    )
-    return {"sizes": sizes, "hints": [hint]}
+    gain = f"anchors {best:g} times the size would leave {shares[best]:.1%} unmatched instead of {now:.1%}"
+    return {"sizes": sizes, "hints": [f'{gain}: MODEL.ANCHOR_GENERATOR.SIZES "{sizes}"']}

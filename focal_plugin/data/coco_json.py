@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,7 @@ def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]
     """
     if os.path.exists(json_file) and not os.path.isfile(json_file):
         raise ValueError("it is a folder, a pipe or a device")  # a pipe would be waited for
-    with open(json_file, encoding="utf-8") as file:
-        text = file.read()
+    text = Path(json_file).read_text(encoding="utf-8")
     if text.startswith("\ufeff"):
         raise ValueError("byte order mark at character 0: save the file as UTF-8 without one")
     try:
@@ -86,22 +86,16 @@ def complete_elements(report: DatasetReport, section: str, elements: list) -> li
         wrong = {index: row[key] for index, row in objects.items() if key in row and not is_valid(row[key])}
         faults.append(("missing_key", f'{section} without "{key}"', missing))
         faults.append(("wrong_type", f'"{key}" of {section} {problem}', wrong))
-
-    def example(item: tuple[int, Any]) -> str:
-        return f"{section}[{item[0]}] = {printable(item[1])}"
-
-    incomplete = set()
     for code, text, values in faults:
-        report.add_all("fatal", code, text, list(values.items()), example, " times")
-        incomplete.update(values)
-    return [row for index, row in objects.items() if index not in incomplete]
+        found = [(f"{section}[{index}]", value) for index, value in values.items()]
+        report.add_all("fatal", code, text, found, lambda at: f"{at[0]} = {printable(at[1])}", " times")
+        objects = {index: row for index, row in objects.items() if index not in values}
+    return list(objects.values())
 
 
 def box_arrays(annotations: list[dict], images: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes of complete annotations and the sizes of their images.
-
-    Boxes: float64, (A, 4), XYWH in pixels; may be NaN or infinite. Sizes: float64, (A, 2), width and height in pixels;
-    NaN where there is no image.
+    """Return the boxes of complete annotations, (A, 4) XYWH in pixels, which may be NaN or infinite, and their images'
+    sizes, (A, 2) widths and heights in pixels, NaN where there is no image; both float64.
     """
     # NumPy takes no integer beyond 1e308.
     edges = [math.inf if abs(edge) > sys.float_info.max else edge for row in annotations for edge in row["bbox"]]

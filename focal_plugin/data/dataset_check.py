@@ -1,7 +1,4 @@
-"""Check a data set in COCO format before it costs a training: its json, its images, and the anchors that it needs.
-
-The json is read as training reads it, and each check picks the elements that have a fault.
-"""
+"""Check a data set in COCO format before it costs a training: its json, its images, and the anchors that it needs."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from .coco_json import SECTIONS, box_arrays, complete_elements, is_number, read_
 from .dataset_report import SEVERITIES, DatasetReport
 from .image_check import SAMPLE_SIZE, check_images
 
+Coco = dict[str, list[dict]]  # complete elements by section
 MODES = ("all", "sample", "none")
 _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
@@ -37,7 +35,6 @@ def check_coco(
     cfg: CfgNode | None = None,
     *,
     images: str = "all",
-    max_workers: int | None = None,
 ) -> DatasetReport:
     """Check a data set in COCO format. Whatever is wrong with the files becomes a finding, never an exception.
 
@@ -47,9 +44,8 @@ def check_coco(
         json_file: the annotations.
         image_root: folder that their file names start from.
         cfg: a Detectron2 config, for the anchors and DATALOADER.FILTER_EMPTY_ANNOTATIONS; None leaves both out.
-        images: "all" opens and decodes every image, with a progress bar where stderr is a terminal; "sample" (the
-            fast form, for the start of a training) the headers of at most 64, evenly spaced; "none" opens none.
-        max_workers: threads that read images; None for one per CPU, at most 8.
+        images: "all" decodes every image; "sample" (the fast form, for the start of a training) opens at most 64,
+            evenly spaced; "none" opens none.
 
     Raises:
         ValueError: ``images`` is none of the three.
@@ -66,7 +62,8 @@ def check_coco(
         report.add("fatal", "not_json", f"the file cannot be read as json: {problem}")
     is_coco = not report.findings
     coco = {section: complete_elements(report, section, lists[section]) for section in SECTIONS}
-    objects = [row for row in coco["annotations"] if not row.get("iscrowd")]  # as Detectron2 counts them
+    is_object = np.array([not row.get("iscrowd") for row in coco["annotations"]], bool)  # as Detectron2 counts them
+    objects = [row for row, counts in zip(coco["annotations"], is_object) if counts]
     with_objects = {row["image_id"] for row in objects}
     report.summary = {
         "json_file": json_file,
@@ -89,16 +86,13 @@ def check_coco(
         _check_objects(report, coco, objects, cfg)
         if not report.fatal:
             _ask_detectron2(report, coco["annotations"])
-        workers = max_workers or min(8, os.cpu_count() or 1)
-        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images, workers)
-        is_object = np.array([not row.get("iscrowd") for row in coco["annotations"]], bool)
-        max_boxes = None if images == "all" else _MAX_BOXES_FAST
-        _check_sizes(report, boxes[is_object], sizes[is_object], cfg, max_boxes)
+        report.summary["images_looked_at"] = check_images(report, coco["images"], image_root, images)
+        _check_sizes(report, boxes[is_object], sizes[is_object], cfg)
     report.findings.sort(key=lambda finding: (not finding.fatal, SEVERITIES.index(finding.severity)))
     return report
 
 
-def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
+def _count_classes(coco: Coco) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
     boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
     pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
@@ -109,7 +103,7 @@ def _count_classes(coco: dict[str, list[dict]]) -> list[dict]:
     ]
 
 
-def _check_ids(report: DatasetReport, coco: dict[str, list[dict]]) -> None:
+def _check_ids(report: DatasetReport, coco: Coco) -> None:
     """Report empty lists, duplicate ids, and ids of nothing."""
     for section, what in zip(SECTIONS, ("image", "annotation", "category")):
         count, times = report.summary[section], Counter(row["id"] for row in coco[section])
@@ -132,55 +126,48 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
     """Report boxes that are no numbers, have no size, or are not where their image is."""
     (x, y, w, h), (widths, heights) = boxes.T, sizes.T
     finite = np.isfinite(boxes).all(axis=1)
-    has_size = finite & (boxes[:, 2:] > _EMPTY_SIDE).all(axis=1)
-    negative = finite & (boxes[:, 2:] < 0).any(axis=1)
+    has_size, negative = finite & (w > _EMPTY_SIDE) & (h > _EMPTY_SIDE), finite & ((w < 0) | (h < 0))
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
-    dropped = "(Detectron2 drops them without a word)"
-    turned_over = "boxes of negative width or height (Detectron2 trains on the box turned over, beside its corner)"
-    cut_off = "boxes that leave their image by more than a pixel (Detectron2 cuts them off)"
     for level, code, text, mask in (
-        ("fatal", "nonfinite_boxes", "boxes that are not finite (the loss becomes NaN)", ~finite),
-        ("error", "negative_boxes", turned_over, negative),
-        ("error", "zero_boxes", f"boxes without width or height {dropped}", finite & ~has_size & ~negative),
-        ("error", "boxes_outside", f"boxes entirely outside their image {dropped}", has_size & outside),
-        ("warning", "boxes_leave_image", cut_off, has_size & leaving & ~outside),
+        ("fatal", "nonfinite_boxes", "that are not finite (the loss becomes NaN)", ~finite),
+        ("error", "negative_boxes", "of negative width or height (Detectron2 turns them over)", negative),
+        ("error", "zero_boxes", "without width or height (Detectron2 drops them)", finite & ~has_size & ~negative),
+        ("error", "boxes_outside", "entirely outside their image (Detectron2 drops them)", has_size & outside),
+        (
+            "warning",
+            "boxes_leave_image",
+            "that leave their image (Detectron2 cuts them)",
+            has_size & leaving & ~outside,
+        ),
     ):
         found = [annotations[index] for index in np.flatnonzero(mask)]
-        report.add_all(level, code, text, found, _box_text, f" of {len(mask):,}")
+        report.add_all(level, code, f"boxes {text}", found, _box_text, f" of {len(mask):,}")
     fits_as_xyxy = (x >= -_SLACK) & (y >= -_SLACK) & (w > x) & (h > y)
     fits_as_xyxy &= (w <= widths + _SLACK) & (h <= heights + _SLACK)
     num_finite = max(int(finite.sum()), 1)
     share = leaving[finite].sum() / num_finite
     if share >= _XYXY_MIN_LEAVING and fits_as_xyxy[finite].sum() / num_finite >= _XYXY_MIN_VALID:
-        text = (
-            f"the boxes look like [x1, y1, x2, y2], while COCO's are [x, y, width, height]: {share:.0%} leave their "
-            "image as they are, and as corners nearly all would fit. Write [x1, y1, x2 - x1, y2 - y1]"
-        )
-        report.add("error", "xyxy_suspected", text, num_finite)
+        text = f"as [x, y, width, height] {share:.0%} of the boxes leave their image, as corners nearly all would fit"
+        report.add("error", "xyxy_suspected", f"{text}. Write [x1, y1, x2 - x1, y2 - y1]", num_finite)
 
 
 def _check_evaluation(report: DatasetReport, annotations: list) -> None:
     """Report what training does not mind, but pycocotools' evaluation; of incomplete annotations as well."""
     rows = {f"annotations[{index}]": row for index, row in enumerate(annotations) if type(row) is dict}
-    lacking = {key: [place for place, row in rows.items() if key not in row] for key in ("area", "iscrowd")}
-    text = 'annotations without "area" (pycocotools stops with a KeyError when it evaluates)'
-    report.add_all("error", "missing_area", text, lacking["area"], of=" times")
-    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
+    for level, key, hint in (
+        ("error", "area", "pycocotools stops with a KeyError when it evaluates"),
+        ("warning", "iscrowd", "pycocotools stops with a KeyError where Detectron2's compiled part is absent; write 0"),
+    ):
+        lacking = [place for place, row in rows.items() if key not in row]
+        report.add_all(level, f"missing_{key}", f'annotations without "{key}" ({hint})', lacking, of=" times")
     areas = {place: row["area"] for place, row in rows.items() if "area" in row}
     wrong = [(place, area) for place, area in areas.items() if not (is_number(area) and 0 <= area < math.inf)]
+    text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
     report.add_all("error", "bad_area", text, [f"{place} = {printable(area)}" for place, area in wrong], of=" times")
-    text = (
-        'annotations without "iscrowd" (pycocotools, which evaluates where Detectron2\'s compiled part is absent, '
-        "stops with a KeyError; write 0)"
-    )
-    report.add_all("warning", "missing_iscrowd", text, lacking["iscrowd"], of=" times")
     if any(is_number(row.get("id")) and row["id"] == 0 for row in rows.values()):
-        text = (
-            "an annotation has the id 0: in pycocotools a match with 0 counts as none, so its detection is counted as "
-            "wrong and its object as missed; number from 1"
-        )
+        text = "an annotation has the id 0, whose object counts as missed in pycocotools; number from 1"
         report.add("warning", "annotation_id_zero", text)
 
 
@@ -188,9 +175,7 @@ def _box_text(row: dict) -> str:
     return f"annotation {row['id']} (image {row['image_id']}): {printable(row['bbox'])}"
 
 
-def _check_objects(
-    report: DatasetReport, coco: dict[str, list[dict]], objects: list[dict], cfg: CfgNode | None
-) -> None:
+def _check_objects(report: DatasetReport, coco: Coco, objects: list[dict], cfg: CfgNode | None) -> None:
     """Report classes without boxes or with the same name, and images without objects."""
     used, names = {row["category_id"] for row in objects}, [row["name"] for row in coco["categories"]]
     if coco["annotations"]:
@@ -234,26 +219,19 @@ def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
             path.write_text(json.dumps(content))
             (record,) = load_coco_json(str(path), "", extra_annotation_keys=["id"])
     except Exception as problem:  # any, depending on what it stumbles over
-        text = (
-            f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}. As all else "
-            'is in order, look at "segmentation" and "keypoints": training on boxes needs neither, leave them out'
-        )
-        report.add("fatal", "not_loadable", text)
+        text = f"Detectron2 cannot load the file: {type(problem).__name__}: {printable(str(problem), 200)}"
+        hint = 'leave out "segmentation" and "keypoints", which training on boxes does not need'
+        report.add("fatal", "not_loadable", f"{text}; {hint}")
         return
     finally:
         logger.disabled = was_disabled
     kept = {annotation["id"] for annotation in record["annotations"]}
     dropped = [annotations[row["id"]] for row in asked if row["id"] not in kept]
-    text = (
-        "annotations whose segmentation has no polygon of three points, which Detectron2 drops with their boxes when "
-        "it loads the file (leave the segmentation out instead)"
-    )
+    text = "annotations that Detectron2 drops, as no polygon has three points (leave the segmentation out instead)"
     report.add_all("warning", "dropped_by_polygons", text, dropped, _box_text, " times")
 
 
-def _check_sizes(
-    report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None, max_boxes: int | None
-) -> None:
+def _check_sizes(report: DatasetReport, boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode | None) -> None:
     """Sum up the sizes of the boxes that training would use as they are, and report what no anchor matches."""
     usable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1) & np.isfinite(sizes[:, 0])
     boxes, sizes = boxes[usable], sizes[usable]
@@ -265,13 +243,11 @@ def _check_sizes(
     if cfg is None:
         return
     try:
+        max_boxes = None if report.summary["images_checked"] == "all" else _MAX_BOXES_FAST
         coverage = report.summary["anchors"] = check_coverage(boxes, sizes, cfg, max_boxes)
     except ValueError as error:
         report.add("note", "anchors_not_checked", f"the anchors were not checked: {error}")
         return
     if coverage.get("share", 0) >= _UNMATCHED_SHARE:
-        text = (
-            f"{coverage['share']:.1%} of the boxes have an IoU < .5 with every anchor: they are trained through their "
-            f"one best anchor at most. {'; '.join(coverage['hints'])}"
-        )
-        report.add("warning", "unmatched_boxes", text.strip(), coverage["unmatched"])
+        text = f"{coverage['share']:.1%} of the boxes have an IoU < .5 with every anchor, and one at most to train on"
+        report.add("warning", "unmatched_boxes", ". ".join([text, *coverage["hints"]]), coverage["unmatched"])

@@ -89,10 +89,11 @@ class DatasetReport:
         anchors = summary["anchors"]
         if anchors and anchors["boxes"]:  # the hints are in a finding
             text = "Anchors: of {boxes:,} boxes, {unmatched:,} ({share:.1%}) have an IoU < .5 with their best anchor; "
-            parts.append((text + "mean best IoU {mean_best_iou:.2f}").format(**anchors))
-            if sizes := anchors["unmatched_sizes"]:
-                text = "\n  size of those in the resized image: median {1:.0f} pixels, 10 % to 90 %: {0:.0f} to {2:.0f}"
-                parts[-1] += text.format(*sizes)
+            text += "mean best IoU {mean_best_iou:.2f}"
+            if anchors["unmatched_sizes"]:
+                text += "\n  size of those in the resized image: median {unmatched_sizes[1]:.0f} pixels, "
+                text += "10 % to 90 %: {unmatched_sizes[0]:.0f} to {unmatched_sizes[2]:.0f}"
+            parts.append(text.format(**anchors))
         parts.append("\n".join(finding.to_text() for finding in self.findings))
         kinds = Counter(finding.severity for finding in self.findings)
         texts = (f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())

@@ -2,8 +2,7 @@
 
 The ink is real handwriting, the 1,797 images of 8x8 pixels that scikit-learn ships; everything around it is drawn.
 The scenes keep what makes one-stage detection hard: small objects, mostly background, classes with a long tail, images
-without any object, and hard negatives made of the same ink. Only NumPy and Pillow draw, and pixels are integers: a seed
-gives the same scenes whatever the number of threads or the hash seed.
+without any object, and hard negatives made of the same ink. Pixels are integers: a seed gives the same scenes anywhere.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ def _load_handwriting():
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        message = "the digits data set is made from scikit-learn's handwriting: pip install scikit-learn"
-        raise ImportError(message) from error
+        raise ImportError("the digits are made from scikit-learn's handwriting: pip install scikit-learn") from error
     digits = load_digits()
     return (digits.images * 255 // 16).astype(np.uint8), digits.target
 
@@ -63,8 +61,7 @@ def _load_handwriting():
 def source_indices(split: str) -> list[np.ndarray]:
     """Return the indices into `load_digits()` that a split draws from, an array per class; the splits share none.
 
-    Every class is cut once, in the source's order and for all seeds. A random cut would make the task easier:
-    neighbors in that order look alike (a nearest neighbor errs on 4 % of `val`, or on none).
+    Every class is cut once, in the source's order: neighbors in it look alike, and a random cut would be easier.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -138,8 +135,8 @@ def draw_scene(
             placed.append((box, label))
     grain = int(rng.integers(2, 9))
     image += rng.integers(-grain, grain + 1, image.shape, dtype=np.int8)
-    digits = [(box, label) for box, label in placed if label is not None]
-    return np.clip(image, 0, 255).astype(np.uint8), [box for box, _ in digits], [label for _, label in digits]
+    boxes = [box for box, label in placed if label is not None]
+    return np.clip(image, 0, 255).astype(np.uint8), boxes, [label for _, label in placed if label is not None]
 
 
 def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
@@ -179,7 +176,7 @@ def _draw_background(rng, size):
 
 def _draw_clutter(rng, pen, kind, start, color):
     """Draw clutter of a kind from a point, in half pixels."""
-    if kind == "line":  # longer than any digit: a short straight stroke would be a "1" without a label
+    if kind == "line":  # longer than any digit: a short one would be a "1" without a label
         angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(90, 260)
         end = start + length * np.array([math.cos(angle), math.sin(angle)])
         pen.line([*start.tolist(), *end.tolist()], fill=color, width=int(rng.integers(2, 7)))
@@ -225,8 +222,8 @@ def make_digits(
 ) -> Path:
     """Write the data set in COCO format, unless it is there already.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. So a run that dies leaves
-    nothing that a later one would trust, and of several at once one draws while the others wait.
+    The folder appears whole or not at all: it is written beside its place and then renamed. Of several processes at
+    once one draws while the others wait.
 
     Args:
         root: folder that holds the data sets; created when missing.
@@ -242,10 +239,8 @@ def make_digits(
         ValueError: a number is out of its range.
     """
     if num_train < 1 or num_val < 1 or image_size < MIN_IMAGE_SIZE or seed < 0:
-        raise ValueError(
-            f"make_digits needs num_train >= 1, num_val >= 1, image_size >= {MIN_IMAGE_SIZE} and seed >= 0, "
-            f"not {num_train}, {num_val}, {image_size} and {seed}"
-        )
+        needs = f"num_train >= 1, num_val >= 1, image_size >= {MIN_IMAGE_SIZE} and seed >= 0"
+        raise ValueError(f"make_digits needs {needs}, not {num_train}, {num_val}, {image_size} and {seed}")
     counts, folder = {"train": num_train, "val": num_val}, _folder(root, num_train, num_val, image_size, seed)
     if _is_complete(folder, counts):  # asked first without the lock: the data may lie where nothing can be written
         return folder
@@ -291,13 +286,7 @@ def _write_split(folder, split, count, image_size, seed):
             area = float(box[2] * box[3])
             annotations.append({**ids, "bbox": [float(edge) for edge in box], "area": area, "iscrowd": 0})
     content = {
-        "info": {
-            "description": f"focal_plugin digits, {split}: handwriting in cluttered scenes",
-            "version": str(FORMAT_VERSION),
-            "recipe": {"split": split, "images": count, "image_size": image_size, "seed": seed},
-            "source": _SOURCE,
-        },
-        "licenses": [{"id": 1, "name": "CC BY 4.0", "url": "https://creativecommons.org/licenses/by/4.0/"}],
+        "info": {"description": f"digits in cluttered scenes, {split}", "version": FORMAT_VERSION, "source": _SOURCE},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)],
@@ -309,8 +298,7 @@ def register_digits() -> None:
     """Register `digits_train` and `digits_val`, and `digits_192px_train` and so on for larger scenes.
 
     They are drawn on first use and live in `$DETECTRON2_DATASETS/digits` ("datasets/digits" without the variable), as
-    Detectron2's own data sets do. Neither this nor the import of the module touches the disk. Calling it again is
-    harmless and follows a variable that has changed since, as does loading a data set.
+    Detectron2's own data sets do. Calling it again is harmless and follows a variable that has changed since.
     """
     for size, split in itertools.product(REGISTERED_SIZES, SPLITS):
         name = f"digits_{split}" if size == REGISTERED_SIZES[0] else f"digits_{size}px_{split}"

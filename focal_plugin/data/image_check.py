@@ -11,7 +11,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import PurePath
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ..files import printable
@@ -19,49 +19,40 @@ from .dataset_report import DatasetReport
 
 SAMPLE_SIZE = 64  # images that the fast form looks at
 _CHUNK = 32  # images that a thread takes at a time
-_EXIF_ORIENTATION = 274
-_SWAPS_SIDES = (5, 6, 7, 8)
-_REPLACED = "training replaces as many as DATALOADER.MAX_BAD_IMAGES allows, an evaluation stops; save them again"
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_MIS_SIZED = "(save upright what EXIF turns, or swap width, height and boxes in the json)"
+_REPLACED = "(training replaces DATALOADER.MAX_BAD_IMAGES at most, an evaluation stops; save them again)"
 _FILE_FINDINGS = (
     ("fatal", "missing_images", "images that are not in the image folder"),
-    (
-        "fatal",
-        "mis_sized_images",
-        "images of another size than the json gives, so that its boxes are elsewhere (save upright what EXIF turns, or "
-        "swap width, height and boxes in the json)",
-    ),
-    ("error", "unreadable_images", f"images that cannot be opened ({_REPLACED})"),
-    ("error", "truncated_images", f"images that cannot be decoded to their end ({_REPLACED})"),
+    ("fatal", "mis_sized_images", f"images of another size than the json gives {_MIS_SIZED}"),
+    ("error", "unreadable_images", f"images that cannot be opened {_REPLACED}"),
+    ("error", "truncated_images", f"images that cannot be decoded to their end {_REPLACED}"),
     ("note", "symlinked_images", "images that are symbolic links"),
 )
 
 
-def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str, max_workers: int) -> int:
-    """Look at all file names and, as :func:`~focal_plugin.data.check_coco` says, at image files; return at how many.
+def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str) -> int:
+    """Look at the names of ``images``, complete elements of the json, and at their files; return at how many.
 
-    Args:
-        report: takes the findings.
-        images: complete elements of the json's "images".
-        image_root, mode, max_workers: as ``check_coco``'s; ``mode`` is its ``images``.
+    ``mode`` is what :func:`~focal_plugin.data.check_coco` calls ``images``.
     """
     names = [image["file_name"] for image in images]
-    text = "images with the file of an earlier image (objects of one are background in the other)"
     repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
-    report.add_all("warning", "repeated_file_names", text, repeated, printable)
-    text, absolute = "absolute file names (the image folder is not used for them)", list(filter(os.path.isabs, names))
-    report.add_all("note", "absolute_file_names", text, absolute, printable)
     upward = [name for name in names if ".." in PurePath(name).parts and not os.path.isabs(name)]
     escaping = [name for name in upward if _escapes(image_root, name)]
-    report.add_all(
-        "fatal", "escaping_file_names", "file names that leave the image folder by '..'", escaping, printable
-    )
+    for level, code, text, found in (
+        ("warning", "repeated_file_names", "images with the file of an earlier image (merge the two)", repeated),
+        ("note", "absolute_file_names", "absolute file names (not in the image folder)", filter(os.path.isabs, names)),
+        ("fatal", "escaping_file_names", "file names that leave the image folder by '..'", escaping),
+    ):
+        report.add_all(level, code, text, list(found), printable)
     never_opened = set(names if mode == "none" else upward)
     files = [image for image in images if image["file_name"] not in never_opened]
     if mode == "sample" and len(files) > SAMPLE_SIZE:
         files = [files[index] for index in np.linspace(0, len(files) - 1, SAMPLE_SIZE).astype(int)]
     faults = defaultdict(list)  # code -> examples in words
     hidden = mode != "all" or not sys.stderr.isatty()
-    with warnings.catch_warnings(), ThreadPool(max_workers) as pool:
+    with warnings.catch_warnings(), ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and huge images
         found = pool.imap(lambda image: list(_inspect(image_root, image, mode == "all")), files, _CHUNK)
         for of_image in tqdm(found, total=len(files), unit="image", file=sys.stderr, disable=hidden):
@@ -99,7 +90,7 @@ def _inspect(image_root: str, row: dict, decode: bool) -> Iterator[tuple[str, st
         return
     with image:
         try:
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         except Exception:  # to Detectron2's `read_image`, then it is not turned
             turned = False
         width, height = image.size[::-1] if turned else image.size

@@ -1,8 +1,7 @@
 """Training data as a stream in which the n-th image, augmentation included, depends on the seed and on n alone.
 
-Detectron2's samplers have no start, and its data workers draw random numbers in the order in which they are asked: a
-resumed run sees the beginning of the data again, augmented differently. This stream can begin at any batch, with any
-number of data workers, and gives the images that an uninterrupted run would have seen.
+A run of Detectron2's that is resumed sees the beginning of the data again, augmented differently. This stream can begin
+at any batch, with any number of data workers, and gives the images that an uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ SKIPPED = "skipped"  # key of an image's dict: the files that it replaces
 class TrainingStream(Sampler):
     """Choose the images that this process trains on, batch after batch, from any batch on.
 
-    Yields (index, position): an image, and its place in the stream that all processes share. Images are grouped by
-    aspect ratio here, from the annotations, and not after loading as in Detectron2: images before the first batch can
-    then be passed over without reading them.
+    Yields (index, position): an image, and its place in the stream that all processes share. Images are grouped here,
+    from the annotations, and not after loading as in Detectron2: those before the first batch need not be read.
 
     Args:
         make_sampler: returns one of Detectron2's training samplers for a seed; the sampler gives this process's share
@@ -61,15 +59,12 @@ class TrainingStream(Sampler):
         self._sampler = self._make_sampler(seed)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        samples = zip(self._sampler, itertools.count(self._rank, self._world_size))
-        if self._groups is not None:
-            samples = self._grouped(samples)
-        return itertools.islice(samples, self.batch * self.batch_size, None)
+        return itertools.islice(self._grouped(), self.batch * self.batch_size, None)
 
-    def _grouped(self, samples: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    def _grouped(self) -> Iterator[tuple[int, int]]:
         buckets: dict[int, list] = {}
-        for sample in samples:
-            bucket = buckets.setdefault(self._groups[sample[0]], [])
+        for sample in zip(self._sampler, itertools.count(self._rank, self._world_size)):
+            bucket = buckets.setdefault(0 if self._groups is None else self._groups[sample[0]], [])
             bucket.append(sample)
             if len(bucket) == self.batch_size:
                 yield from bucket
@@ -100,7 +95,7 @@ class SeededDataset(Dataset):
         return len(self._dataset)
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> list[dict]:
-        """Return a batch, as torch's loader asks for one: the generators' states are kept once for all its images."""
+        """Return a batch, as torch's loader asks for one."""
         with seeded():  # without data workers, the model draws from the same generators
             return [self[sample] for sample in samples]
 
@@ -116,7 +111,7 @@ class SeededDataset(Dataset):
             _seed(seed, position)
             image, reason = _read(self._mapper, self._dataset[index])
             if reason:
-                skipped.append((printable(image["file_name"], 500, quotes=False), reason))
+                skipped.append((_name(image), reason))
                 if len(skipped) > self._max_bad_images:
                     raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
             elif image is not None:  # a mapper returns None to ask for another image
@@ -137,12 +132,13 @@ class NamingMapper:
     def __call__(self, image: dict) -> dict:
         image, reason = _read(self._mapper, image)
         if reason:
-            name = printable(image["file_name"], 500, quotes=False)
-            raise ValueError(
-                f"{name} cannot be read ({reason}), and an evaluation needs every image: mend it or take "
-                "it out of the annotations (tools/check_dataset.py lists all such images)"
-            )
+            hint = "mend it or take it out of the annotations (tools/check_dataset.py lists all such images)"
+            raise ValueError(f"{_name(image)} cannot be read ({reason}), and an evaluation needs every image: {hint}")
         return image
+
+
+def _name(image: dict) -> str:
+    return printable(image["file_name"], 500, quotes=False)
 
 
 def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
@@ -183,10 +179,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     try:
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     except AssertionError as error:  # Detectron2's, where nothing is left
-        raise ValueError(
-            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} Images without an object are dropped unless "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
-        ) from error
+        hint = "Images without an object are dropped unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        raise ValueError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {error} {hint}") from error
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         try:
@@ -223,11 +217,7 @@ def stream_of(loader: Iterable[list[dict]]) -> TrainingStream | None:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Start Python's, NumPy's and torch's CPU generators from ``entropy`` inside, and put them back after.
-
-    Args:
-        entropy: non-negative integers, any number of them; others give unrelated random numbers.
-    """
+    """Start Python's, NumPy's and torch's CPU generators from non-negative integers inside, and put them back after."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         _seed(*entropy)

@@ -29,13 +29,11 @@ def register_from_args(
     """Register every data set of a repeatable `--register` flag, and return the class names by data set name.
 
     Args:
-        args: list of "name=annotations.json:image_dir", split at the first "=" and at the last ":"; or None if the
-            flag was not given.
+        args: list of "name=annotations.json:image_dir", split at the first "=" and at the last ":"; None for none.
         known: what an earlier call returned, perhaps in another process: spares reading the annotations again.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`register_coco_json`; or a part is missing, or there is white space in
-            the name.
+        FileNotFoundError, ValueError: as :func:`register_coco_json`; or a part is missing, or a name has white space.
     """
     thing_classes = {}
     for text in args or ():
@@ -70,8 +68,7 @@ def register_coco_json(
     """
     argument, form = f"--register {name}={json_file}:{image_root}", f"the form is {_FORM}"
     # Detectron2 writes files called after the data set, such as OUTPUT_DIR/inference/NAME_coco_format.json.
-    bad = [repr(part) for part in ("/", "\\", "..", "\0") if part in name] + ["'-' in front"] * name.startswith("-")
-    if bad:
+    if bad := [repr(p) for p in ("/", "\\", "..", "\0") if p in name] + ["'-' in front"] * name.startswith("-"):
         problem = f"the name {name!r} becomes part of file names, so it cannot have {' or '.join(bad)}"
         raise ValueError(f"{argument!r}: {problem}; {form}")
     # os.path's functions and not Path's, which raise for an unknown "~user" and for names that are too long.
@@ -81,14 +78,11 @@ def register_coco_json(
     if name in DatasetCatalog and [meta.get("json_file"), meta.get("image_root")] == [json_file, image_root]:
         return
     if name in DatasetCatalog or meta.keys() > {"name"}:
-        raise ValueError(
-            f"{argument}: '{name}' is the name of another data set, Detectron2's own or registered before; "
-            f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
-        )
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{argument}: there is no file {json_file}; {form}")
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{argument}: there is no directory {image_root}; {form}")
+        hint = f"choose a new one, such as my_{name}, here and in DATASETS.TRAIN or DATASETS.TEST"
+        raise ValueError(f"{argument}: '{name}' is the name of another data set; {hint}")
+    for exists, kind, path in ((os.path.isfile, "file", json_file), (os.path.isdir, "directory", image_root)):
+        if not exists(path):
+            raise FileNotFoundError(f"{argument}: there is no {kind} {path}; {form}")
     try:
         metadata = {"thing_classes": thing_classes} if thing_classes else _read_classes(json_file)
     except ValueError as error:
@@ -105,14 +99,13 @@ def _read_classes(json_file: str) -> dict:
     if missing:
         raise ValueError(f"is no COCO json: it lacks a list of {' and of '.join(missing)}")
     report = DatasetReport()  # asked for its first example only
-    categories = complete_elements(report, "categories", lists["categories"])
+    names = [(row["id"], row["name"]) for row in complete_elements(report, "categories", lists["categories"])]
     if report.findings:
         wrong = report.findings[0].examples[0]
         raise ValueError(f"has a category without a whole number as id or without a name: {wrong}")
-    names = {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
     if not names:
         raise ValueError("has no categories: there is nothing to learn")
-    if len(names) < len(categories):
+    ids = {category: index for index, (category, _) in enumerate(sorted(names))}
+    if len(ids) < len(names):
         raise ValueError("has two categories with the same id")
-    ids = {category: index for index, category in enumerate(names)}
-    return {"thing_classes": list(names.values()), "thing_dataset_id_to_contiguous_id": ids}
+    return {"thing_classes": [name for _, name in sorted(names)], "thing_dataset_id_to_contiguous_id": ids}

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from ..eval.drawing import COLORS, Method, draw_mosaic, save_svg
-from .results import AP, Comparison, Study, compare, lines_of, reference
+from .results import AP, KINDS, Comparison, Study, compare, lines_of, reference
 
-KIND_COLORS = {"FL": COLORS[0], "OHEM": COLORS[1], "CE": COLORS[2], "SSD": COLORS[4], "FL*": COLORS[6]}
+KIND_COLORS = dict(zip(KINDS, (*COLORS[:3], COLORS[4], COLORS[6])))
 LINE_STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 _CURVES, _COLUMNS, _IMAGES = 7, 5, 6  # curves that can be told apart; columns and rows of the mosaic
 _SHORT = 24  # letters of a label that fits beside another
@@ -162,7 +162,7 @@ def _panel(rows: int = 0):
 
 
 def _name(axis, runs: pd.DataFrame, methods: Sequence[str]) -> None:
-    """Writes the methods' titles beside their rows."""
+    """Write the methods' titles beside their rows."""
     axis.set_yticks(range(len(methods)), lines_of(runs).title[methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)

@@ -72,31 +72,24 @@ class PaperRow:
         return values
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return `OHEM`, `SSD`, `CE`, `FL*` or `FL`, by what a configuration does."""
-    model = config["MODEL"]
-    if model["FOCAL"]["HEAD"] in ("SSDHead", "OHEMHead"):
-        return model["FOCAL"]["HEAD"].removesuffix("Head")
-    if model["FOCAL"]["LOSS"] == "focal_star":
-        return "FL*"
-    return "FL" if model["RETINANET"]["FOCAL_LOSS_GAMMA"] else "CE"
-
-
 def title_of(config: Mapping[str, Any]) -> str:
-    """Return the method with its settings, such as `FL (γ 2, α .25)` or `OHEM 1:3 128/.5` (examples / NMS)."""
-    model, kind = config["MODEL"], kind_of(config)
-    retinanet, ohem = model["RETINANET"], model["OHEM"]
+    """Return what a config trains, by its kind and settings: `FL (γ 2, α .25)`, `OHEM 1:3 128/.5` (examples / NMS).
+
+    The kind, its first word, is FL, FL*, CE, OHEM or SSD.
+    """
+    model = config["MODEL"]
+    focal, retinanet, ohem = model["FOCAL"], model["RETINANET"], model["OHEM"]
     weight = f"α {_short(retinanet['FOCAL_LOSS_ALPHA'])}" if retinanet["FOCAL_LOSS_ALPHA"] >= 0 else "no α"
     gamma = f"γ {retinanet['FOCAL_LOSS_GAMMA']:g}"
-    if kind == "SSD":
+    if focal["HEAD"] == "SSDHead":
         title = f"SSD (softmax, 1:{model['SSD']['NEG_POS_RATIO']:g})"
-    elif kind == "OHEM":
+    elif focal["HEAD"] == "OHEMHead":
         ratio = f" 1:{ohem['NEG_POS_RATIO']:g}" if ohem["NEG_POS_RATIO"] else ""
         title = f"OHEM{ratio} {ohem['BATCH_SIZE']}/{_short(ohem['NMS_THRESH']) if ohem['NMS_THRESH'] > 0 else 'no NMS'}"
-    elif kind == "FL*":
-        title = f"FL* ({gamma}, β {model['FOCAL']['STAR_BETA']:g})"
+    elif focal["LOSS"] == "focal_star":
+        title = f"FL* ({gamma}, β {focal['STAR_BETA']:g})"
     else:
-        title = f"CE ({weight})" if kind == "CE" else f"FL ({gamma}, {weight})"
+        title = f"FL ({gamma}, {weight})" if retinanet["FOCAL_LOSS_GAMMA"] else f"CE ({weight})"
     box_loss = retinanet.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
     return title if box_loss == "smooth_l1" else f"{title}, {_BOX_LOSSES.get(box_loss, box_loss)}"
 

@@ -26,7 +26,8 @@ from .runner import check_folder, format_duration
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN_NET = _PACKAGE.parent / "tools" / "train_net.py"
-_NOT_TRAINED = ("analysis", "deploy", "doctor.py", "eval", "experiments", "mmdet.py")  # what no training loads
+# What no training loads.
+_NOT_TRAINED = ("analysis/", "deploy/", "doctor.py", "eval/drawing.py", "eval/page.py", "experiments/", "mmdet.py")
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,12 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
     return [row for row in TABLES[table] if not keys or row.key in keys]
 
 
-def method_key(row: PaperRow, profile: Profile) -> str:
-    """Return what a row's runs are called: on COCO rows with one method can differ in backbone and image size."""
-    return row.recipe if profile.is_coco else row.method
-
-
 def make_runs(
     rows: Sequence[PaperRow], profile: Profile, seeds: Sequence[int], output: Path, num_gpus: int = 1
 ) -> list[Run]:
     """Return one run a row and seed, in the order of the seeds: each seed's table is complete before the next begins.
 
-    A run lies in ``output/<method key>/seed<seed>``, so tables that share a row share its run.
+    A run lies in ``output/METHOD/seedN``, so tables that share a row share its run.
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
@@ -121,7 +117,7 @@ def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_
     cfg = load_config(config_file, overrides)
     solver = scale_to_workers(cfg, num_gpus).SOLVER
     title = f"{row.network} {title_of(cfg)}" if row.table == "1e" else title_of(cfg)
-    method = method_key(row, profile)
+    method = row.recipe if profile.is_coco else row.method  # on COCO, rows of one method differ in network
     folder = Path(output) / method / f"seed{seed}"
     flags = ["--config-file", typed(config_file), "--resume", *(["--num-gpus", str(num_gpus)] if num_gpus > 1 else [])]
     flags += [word for text in profile.register for word in ("--register", text)]
@@ -143,7 +139,8 @@ def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_
 
 def training_sources() -> list[Path]:
     """Return the files whose code decides the outcome: a typo mended in a report costs no training."""
-    return [path for path in sorted(_PACKAGE.rglob("*.py")) if path.relative_to(_PACKAGE).parts[0] not in _NOT_TRAINED]
+    sources = sorted(_PACKAGE.rglob("*.py"))
+    return [path for path in sources if not path.relative_to(_PACKAGE).as_posix().startswith(_NOT_TRAINED)]
 
 
 def _digest_of_inputs(cfg: CfgNode) -> str:
@@ -163,23 +160,22 @@ def _digest_of_inputs(cfg: CfgNode) -> str:
 
 def describe_plan(runs: Sequence[Run], parallel: int) -> str:
     """Return a table of the runs with the paper's numbers, and what is left to train; the time if one is measured."""
-    lines, refused, left, times = [], "", {}, []
+    lines, left, times, refused = [], {}, [], ""
     for run in runs:
-        result, state, done = run.result(), "to train", run.max_iter
+        result, record, done = run.result(), None, 0
         try:
-            attempts = check_folder(run)
-            if attempts and (record := result.last_step()):
-                times.append(record["time"])
-            if not result.ended:
-                names = run.folder.glob("model_[0-9]*.pth") if attempts else ()
-                done = max((int(path.stem.removeprefix("model_")) + 1 for path in names), default=0)
+            if check_folder(run):
+                record = result.last_step()
+                names = [path.stem.removeprefix("model_") for path in run.folder.glob("model_[0-9]*.pth")]
+                done = max((int(name) + 1 for name in names), default=0)
+            state = result.status if result.ended else f"goes on at {done:,}" if done else "to train"
         except FileExistsError as error:
-            state, done, refused = "refused", 0, refused or f"\n{error}"
-        state = result.status if result.ended else f"goes on at {done:,}" if done else state
+            state, refused = "refused", refused or f"\n{error}"
+        times += [record["time"]] if record and "time" in record else []
         if not result.ended:
             left[run] = run.max_iter - done
         paper = run.row.published
-        numbers = (paper.AP, paper.AP50, paper.AP75) if paper else ("-", "-", "-")
+        numbers = (paper.AP, paper.AP50, paper.AP75) if paper else "---"
         lines.append([run.row.key, run.seed, run.title, *numbers, f"{run.max_iter:,}", run.images_per_step, state])
     headers = ["row", "seed", "trained here", "paper's AP", "AP50", "AP75", "steps", "images / step", "state"]
     steps, images = sum(left.values()), sum(steps * run.images_per_step for run, steps in left.items())

@@ -1,4 +1,4 @@
-"""Writes a comparison down: a page to read, Markdown, and the numbers for machines."""
+"""Write a comparison down: a page to read, Markdown, and the numbers for machines."""
 
 from __future__ import annotations
 
@@ -67,42 +67,38 @@ def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -
 def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
     """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = runs[runs.status == "done"]
-    words, remarks = verdict(study, runs), notes(study, runs)
-    lines = [_line_record(own) for _, own in runs.groupby("method", sort=False)]
+    remarks = notes(study, runs)
+    not_of_run = [*OF_LINE, "detections", "loss_cls", *(name for name in runs if "/" in name)]
+    record = {
+        **made,
+        "notes": [" ".join(filter(None, note.values())) for note in remarks],
+        "verdict": verdict(study, runs),
+        **{name: getattr(study, name) for name in ("table", "profile", "is_coco", "seeds", "left_out")},
+        "caption": CAPTIONS[study.table],
+        "objects": objects.to_dict("index"),
+        "lines": [_line_record(own) for _, own in runs.groupby("method", sort=False)],
+        "comparisons": [asdict(comparison) for comparison in compare_focal(runs)],
+        "runs": runs.assign(seconds=runs.seconds.round(1)).drop(columns=not_of_run, errors="ignore").to_dict("records"),
+    }
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a title is a dollar sign
         pictures = draw(study, runs, folder)
     context = {
+        **record,
         "study": study,
-        "verdict": words,
         "notes": remarks,
         "pictures": pictures,
         "table": comparison_table(study, runs),
         "reference": next(iter(runs.title[runs.method == reference(runs)]), ""),
         "parts": [table for table in (size_table(runs), class_table(runs, objects)) if table],
         "cost": cost_table(runs),
-        "settings": sorted({(run.parallel, run.threads) for run in done.itertuples()}),
-        "lines": [{**line, "yaml": yaml.safe_dump(line["config"]) if line["config"] else ""} for line in lines],
-        "commands": list(runs.command),
+        "settings": sorted({(run.parallel, run.threads) for run in runs[runs.status == "done"].itertuples()}),
+        "configs": [yaml.safe_dump(line["config"]) if line["config"] else "" for line in record["lines"]],
         "markdown": to_markdown,
-        **made,
-    }
-    not_of_run = [*OF_LINE, "detections", "loss_cls", *(name for name in runs if "/" in name)]
-    record = {
-        **made,
-        "notes": [" ".join(filter(None, note.values())) for note in remarks],
-        "verdict": words,
-        **{name: getattr(study, name) for name in ("table", "profile", "is_coco", "seeds", "left_out")},
-        "caption": CAPTIONS[study.table],
-        "objects": objects.to_dict("index"),
-        "lines": lines,
-        "comparisons": [asdict(comparison) for comparison in compare_focal(runs)],
-        "runs": runs.assign(seconds=runs.seconds.round(1)).drop(columns=not_of_run, errors="ignore").to_dict("records"),
     }
     # None for what is no number: JSON has no NaN.
-    record = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
+    clean = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
     texts = {
-        "results.json": json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.json": json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(context),
         "index.html": render_html(context, folder, "report.html"),
     }
@@ -212,8 +208,6 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     def note(lead: str, text: str, code: str = "") -> None:
         found.append({"lead": lead, "text": text, "code": code})
 
-    if not all(runs.status == "done"):
-        note("Incomplete.", f"{sum(runs.status == 'done')} of {len(runs)} runs are done.")
     for run in runs.itertuples():
         lead = f"{run.title}, seed {run.seed}: {run.status}."
         if run.status == "missing":
@@ -249,7 +243,7 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
-    """Our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
+    """Return our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
     anchor, lines = reference(runs), lines_of(runs)
     alone = anchor is not None and (lines.kind == lines.kind[anchor]).sum() == 1
     to = f"to {lines.kind[anchor] if alone else lines.title[anchor]}" if anchor else "to FL"
@@ -276,7 +270,7 @@ def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def size_table(runs: pd.DataFrame) -> dict[str, Any] | None:
-    """AP of small, medium and large objects; the paper gives them, and its time per image, in Table 1e only."""
+    """Return AP of small, medium and large objects; the paper gives them, and its time per image, in Table 1e only."""
     sizes, rows = {"APs": "small", "APm": "medium", "APl": "large"}, []
     for _, own in runs.groupby("method", sort=False):
         line = own.iloc[0]
@@ -287,7 +281,7 @@ def size_table(runs: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def class_table(runs: pd.DataFrame, objects: pd.DataFrame) -> dict[str, Any] | None:
-    """AP of each class beside the number of its objects."""
+    """Return AP of each class beside the number of its objects."""
     means = runs.groupby("title", sort=False)[[name for name in runs if name.startswith("bbox/AP-")]].mean()
     rows = [
         {("", "class"): name}
@@ -299,7 +293,7 @@ def class_table(runs: pd.DataFrame, objects: pd.DataFrame) -> dict[str, Any] | N
 
 
 def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
-    """Time, memory, and how many examples each method is trained on; means over the runs that are done."""
+    """Return time, memory, and how many examples each method is trained on: means over the runs that are done."""
     done = runs[runs.status == "done"]
     memory = " or ".join(sorted(done.peak_memory_of[done.peak_memory.notna()].unique()))
     rows = []
@@ -348,7 +342,7 @@ def spread(values: pd.Series, form: str = ".1f") -> str:
 
 
 def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], marked: Sequence[int] = ()) -> dict | None:
-    """The template's table, of rows that are cells by group and column; without columns of dashes, if any is left."""
+    """Return a table for the template: rows of cells by group and column, but no columns of dashes; or None."""
     columns = [key for key in (rows[0] if rows else ()) if any(row[key] != NONE for row in rows)]
     if len(columns) < 2:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,12 +25,14 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow, Published, kind_of
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
+KINDS = ("FL", "OHEM", "CE", "SSD", "FL*")
 AP = "bbox/AP"
-METRICS = tuple(f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))  # in percent, as COCO's
+PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
+METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
 _FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
@@ -212,7 +215,7 @@ class Study:
 
     @property
     def headline(self) -> str:
-        """Names the paper's network and size only where they are ours."""
+        """Return a title that names the paper's network and size only where they are ours."""
         name, _, subject = CAPTIONS[self.table].partition(": ")
         return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
 
@@ -296,7 +299,7 @@ def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
     paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=[f.name for f in fields(Published)]).add_prefix("paper/")
+    paper = paper.reindex(columns=list(PUBLISHED)).add_prefix("paper/")
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -323,15 +326,17 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         """What the run says under the first of these names that it has."""
         return next((found for name in names if (found := [r[name] for r in history if name in r])), [math.nan])
 
+    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+    words = list(itertools.dropwhile(lambda word: not key.fullmatch(word), run.command))
     steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
     return {
         **{f.name: getattr(run, f.name) for f in fields(run)},
         "title": printable(run.title, limit=120, quotes=False),
-        "kind": _kind(run.method, config),
+        "kind": next((word for word in run.title.split() if word in KINDS), "other"),  # what title_of begins with
         "paper_title": row.title,
-        "published": row.published and asdict(row.published),
+        "published": row.published and {name: getattr(row.published, name) for name in PUBLISHED},
         "command": shlex.join(run.command),
-        "overrides": _overrides(run.command),
+        "overrides": {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")},
         "config": config,
         "folder": str(run.folder),
         "detections": run.detections,
@@ -345,18 +350,3 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
         "background_per_image": statistics.fmean(recorded("num_neg_anchors")),
         "loss_cls": {r["iteration"] + 1: r["loss_cls"] for r in history if math.isfinite(r.get("loss_cls", math.nan))},
     }
-
-
-def _overrides(command: Sequence[str]) -> dict[str, str]:
-    """The keys and values at the end of a train_net command, but for what differs from run to run."""
-    key = re.compile(r"SEED|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
-    words = command[next((i for i, word in enumerate(command) if key.fullmatch(word)), len(command)) :]
-    return {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")}
-
-
-def _kind(method: str, config: dict[str, Any]) -> str:
-    """By what was trained; of a run that never started, by its name."""
-    if lookup(config, "MODEL.FOCAL.HEAD"):
-        return kind_of(config)
-    kinds = {"ohem": "OHEM", "ohem1to3": "OHEM", "ssd": "SSD", "flstar": "FL*", "fl": "FL", "ce": "CE"}
-    return next((kinds[word] for word in method.split("_") if word in kinds), "other")

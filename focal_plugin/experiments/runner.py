@@ -48,7 +48,7 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
         fresh: first empty the folders of earlier runs.
 
     Raises:
-        FileExistsError: a folder holds something else; see :func:`check_folder`.
+        OSError: a folder cannot be made, or holds something else; see :func:`check_folder`.
     """
     if len({run.folder for run in runs}) != len(runs):
         raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
@@ -63,10 +63,12 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
     try:
         with _stopped_by_signals():
-            for run in runs if fresh else ():
+            for run in runs:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(run.folder / _LOCK):
+                if fresh:
+                    _take(lock := FileLock(run.folder / _LOCK), timeout=-1)
                     _forget(run.folder)
+                    lock.release()
             return _work_off(runs, executor, jobs, say)
     except KeyboardInterrupt:
         kept = f"{sum(run.result().ended for run in runs)} of {len(runs)} runs have ended and are kept"
@@ -95,10 +97,8 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
         for run in [run for run, job in jobs.items() if job.done()]:
             error, result = jobs.pop(run).exception(), run.result()
             if error or result.status == "missing":
-                result.status, result.error = (
-                    "failed",
-                    f"{type(error).__name__}: {error}" if error else "left no result",
-                )
+                result.status = "failed"
+                result.error = f"{type(error).__name__}: {error}" if error else "left no result"
             results[run] = result
             say(f"{_name(run)}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
@@ -156,11 +156,12 @@ def _stopped_by_signals() -> Iterator[None]:
     What is ignored stays so (nohup has SIGHUP ignored, a shell the SIGINT of a job in the background). But torch ends
     the workers of a dead training by SIGINT, and submitit its jobs: a handler that does nothing is not inherited.
     """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
             is_ignored = signal.getsignal(number) is signal.SIG_IGN
-            handler = (lambda *_: None) if is_ignored else signal.default_int_handler
-            if threading.current_thread() is threading.main_thread() and not (is_ignored and number == signal.SIGHUP):
+            if not is_ignored or number != signal.SIGHUP:
+                handler = (lambda *_: None) if is_ignored else signal.default_int_handler
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
@@ -203,6 +204,17 @@ def _forget(folder: Path) -> None:
     (folder / _RUN).unlink(missing_ok=True)
 
 
+def _take(lock: FileLock, timeout: float) -> bool:
+    """Return whether a lock could be had in time. Some network file systems have none: then it is up to the person."""
+    try:
+        lock.acquire(timeout)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError):
+        pass
+    return True
+
+
 class _Training:
     """A run in a process of its own, which starts when no other process trains in the folder: a job of run_all."""
 
@@ -211,7 +223,6 @@ class _Training:
         self._result.parallel, self._result.threads = parallel, threads
         self._process: subprocess.Popen | None = None
         self._has_ended, self._begun = False, 0.0
-        run.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(run.folder / _LOCK)
 
     def exception(self) -> BaseException | None:
@@ -220,19 +231,16 @@ class _Training:
 
     def done(self) -> bool:
         """Return whether it has ended, and is written down; start it once the folder is free."""
-        if self._has_ended:
-            return True
+        if self._has_ended or not (self._process or _take(self._lock, timeout=0)):
+            return self._has_ended
         try:
             if self._process is None:
-                self._lock.acquire(timeout=0)
                 self._has_ended = self._run.result().ended  # in the hands of another
                 if not self._has_ended:
                     self._start()
             elif (ended := os.wait4(self._process.pid, os.WNOHANG))[0]:
                 self._has_ended = True
                 self._end(*ended[1:])
-        except Timeout:
-            return False
         except OSError as error:
             self._error, self._has_ended = error, True
         if self._has_ended:
@@ -263,14 +271,9 @@ class _Training:
         self._begun = time.monotonic()
         with (folder / CONSOLE).open("wb") as console:
             # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _TIED, *self._run.command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
+            words = [sys.executable, "-c", _TIED, *self._run.command[1:]]
+            output = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": subprocess.STDOUT}
+            self._process = subprocess.Popen(words, **output, env=env, start_new_session=True)
 
     def _end(self, status: int, usage: Any) -> None:
         self._signal(signal.SIGKILL)  # to data workers that it has left behind
@@ -291,16 +294,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 class InlineExecutor:
-    """Children of this process; they end with it."""
+    """Children of this process, ``parallel`` at a time, with so many threads each on a CPU; they end with it."""
 
     outlives_driver = False
 
     def __init__(self, parallel: int, threads: int):
-        """
-        Args:
-            parallel: runs at the same time.
-            threads: of each on a CPU.
-        """
         self.slots = self.parallel = parallel
         self._threads = threads
 
@@ -353,14 +351,13 @@ class SubmititExecutor:
         """Hand runs in as one array, but for those that an earlier call has left in the queue."""
         from submitit.core.utils import FailedJobError
 
-        jobs = {run: job for run in runs if (job := self._queued(run))}
-        new = [run for run in runs if run not in jobs]
-        try:
-            jobs.update(zip(new, self._executor.map_array(_Task(self.parallel, self._threads), new) if new else ()))
-        except FailedJobError as error:  # sbatch has refused
-            raise ValueError(f"--executor {self._kind}: {error}") from error
+        jobs = {run: job for run in runs if self._kind == "slurm" and (job := self._queued(run))}
+        if new := [run for run in runs if run not in jobs]:
+            try:
+                jobs.update(zip(new, self._executor.map_array(_Task(self.parallel, self._threads), new)))
+            except FailedJobError as error:  # sbatch has refused
+                raise ValueError(f"--executor {self._kind}: {error}") from error
         for run in new:
-            run.folder.mkdir(parents=True, exist_ok=True)
             _write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
         return [jobs[run] for run in runs]
 
@@ -370,9 +367,9 @@ class SubmititExecutor:
 
         with suppress(OSError, ValueError):
             job_id, fingerprint = json.loads((run.folder / _JOB).read_text(encoding="utf-8"))
-            if self._kind == "slurm" and fingerprint == run.fingerprint:
-                job = SlurmJob(self._folder, job_id)
-                return None if job.done(force_check=True) else job
+            job = SlurmJob(self._folder, job_id)
+            if fingerprint == run.fingerprint and not job.done(force_check=True):
+                return job
         return None
 
     def cancel(self, jobs: Sequence[Any]) -> None:
@@ -383,25 +380,21 @@ class SubmititExecutor:
             job.wait()
 
 
-class _Task:
+class _Task(InlineExecutor):
     """A training as submitit's job, which goes on where it was after a preemption or the end of its time."""
 
-    def __init__(self, parallel: int, threads: int):
-        self._settings = (parallel, threads)
-
     def __call__(self, run: Run) -> None:
-        self._executor = InlineExecutor(*self._settings)
-        self._jobs = self._executor.submit([run])
+        (job,) = self._jobs = self.submit([run])
         try:
-            while not self._jobs[0].done():
+            while not job.done():
                 time.sleep(_POLL)
         finally:
-            self._executor.cancel(self._jobs)
-        if self._jobs[0].exception():
-            raise self._jobs[0].exception()
+            self.cancel(self._jobs)
+        if job.exception():
+            raise job.exception()
 
     def checkpoint(self, run: Run) -> Any:
         from submitit.helpers import DelayedSubmission
 
-        self._executor.cancel(self._jobs)
-        return DelayedSubmission(_Task(*self._settings), run)
+        self.cancel(self._jobs)
+        return DelayedSubmission(_Task(self.parallel, self._threads), run)

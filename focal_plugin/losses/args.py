@@ -31,16 +31,7 @@ def float_dtype(logits: Tensor) -> torch.dtype:
 
 
 def alpha_weights(alpha: Alpha, num_classes: int, like: Tensor) -> Weights:
-    """Return (alpha, 1 - alpha), or (1, 1) for a negative number.
-
-    Args:
-        alpha: a number, or K of them as a sequence or tensor.
-        num_classes: K.
-        like: the logits, which give dtype and device.
-
-    Raises:
-        ValueError: as :func:`check_alpha`.
-    """
+    """Return (alpha, 1 - alpha), or (1, 1) for a negative number, for the logits ``like``; checks alpha."""
     alpha = check_alpha(alpha, num_classes)
     if isinstance(alpha, float):
         return Weights(1.0, 1.0) if alpha < 0 else Weights(alpha, 1.0 - alpha)
@@ -78,7 +69,7 @@ def check_alpha(alpha: Alpha, num_classes: Optional[int] = None, *, name: str = 
     shape = tuple(alpha.shape) if is_tensor else (len(alpha),)
     num_classes = shape[0] if num_classes is None else num_classes
     if shape != (num_classes,):
-        got = " x ".join(str(n) for n in shape)
+        got = " x ".join(map(str, shape))
         raise ValueError(f"{name} must have one value a class: {num_classes} expected, got {got}")
     if not is_tensor or (alpha.device.type == "cpu" and not torch.compiler.is_compiling()):
         values = alpha.tolist() if is_tensor else list(alpha)

@@ -1,9 +1,8 @@
 """Evaluate a loss block by block: what it needs beside logits and gradient fits into the cache.
 
-The logits of a detector are by far the largest tensor of its loss, and an elementwise formula of ten operations moves
-them, or a copy, twenty times through memory. Here a block of them stays in the cache until it is done: the logits are
-read once for the loss and once more for the gradient, which is written once. Only the logits and the targets are kept
-between the two passes.
+The logits are by far the largest tensor of a detector's loss, and a formula of ten operations moves them twenty times
+through memory. Here a block of them stays in the cache until it is done: the logits are read once for the loss and once
+for the gradient, which is written once. Only the logits and the targets are kept between the two passes.
 
 Shapes: logits are seen as (outer, K, inner), in the order in which they lie in memory: K classes, whatever varies
 slower than the class in ``outer`` and faster in ``inner``. That is a view both of what a convolution writes
@@ -158,9 +157,7 @@ class _Blockwise(torch.autograd.Function):
 
 
 class Layout:
-    """How logits lie in memory, and the way to (outer, K, inner) and back.
-
-    What each anchor has one of, as its label, goes the same way with a class dimension of size 1.
+    """How logits lie in memory, and the way to (outer, K, inner) and back, for labels with a class dimension of 1.
 
     Args:
         x: the logits. If they are not one dense piece of memory, the layout is that of their contiguous copy.

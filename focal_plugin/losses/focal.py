@@ -56,9 +56,8 @@ def sigmoid_focal_loss(
 
     A drop-in for ``fvcore.nn.sigmoid_focal_loss`` and ``torchvision.ops.sigmoid_focal_loss``, finite for every
     gamma >= 0 and every finite logit. The defaults are torchvision's; fvcore's alpha is -1. float16 and bfloat16
-    inputs are computed in, and returned as, float32; their gradient is rounded after it was multiplied by the
-    incoming one, so that a loss scaler keeps it from underflowing. No gradient flows to targets and alpha. Forward and
-    backward each read the logits once; only they and the targets are kept in between.
+    inputs are computed in, and returned as, float32; their gradient is rounded last, so that a loss scaler keeps it
+    from underflowing. No gradient flows to targets and alpha.
 
     Args:
         inputs: logits, of any shape (..., K) and memory layout.
@@ -75,8 +74,7 @@ def sigmoid_focal_loss(
         The loss, of the shape of ``inputs`` for "none" (0 where ignored), else a scalar.
 
     Raises:
-        ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
-            assertion, since reading them would make the host wait).
+        ValueError: an argument is out of range (labels on a GPU: a device-side assertion).
     """
     check_gamma(gamma)
     return _sigmoid_loss(Focal(float(gamma)), inputs, targets, alpha, reduction, class_dim)

@@ -13,8 +13,6 @@ from .softmax import softmax_focal_loss
 class Float32Buffers:
     """A mixin of ``nn.Module``: the buffers in ``float32_buffers`` keep their dtype when the module is cast."""
 
-    float32_buffers: tuple[str, ...] = ()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         before = {name: getattr(self, name) for name in self.float32_buffers}
         super()._apply(fn, recurse)
@@ -33,17 +31,15 @@ class _Loss(Float32Buffers, nn.Module):
     def __init__(self, alpha: Alpha = 0.25, gamma: float = 2.0, reduction: str = "mean", **options):
         super().__init__()
         self.options = {"gamma": gamma, "reduction": reduction, **options}
-        alpha = check_alpha(alpha)
-        class_alpha, num_classes = None, 2
-        if not isinstance(alpha, float):
+        self.alpha, class_alpha, num_classes = check_alpha(alpha), None, 2
+        if not isinstance(self.alpha, float):
             class_alpha = torch.as_tensor(alpha, dtype=torch.float32).detach().clone()
-            alpha, num_classes = class_alpha.tolist(), len(class_alpha)
-        self.alpha = alpha
+            self.alpha, num_classes = class_alpha.tolist(), len(class_alpha)
         # Not persistent: it is an argument, not something that was learned.
         self.register_buffer("class_alpha", class_alpha, persistent=False)
         # Try it on no anchor, so that a bad value is refused here and not in the first call.
         no_logits, no_labels = torch.zeros(0, num_classes), torch.zeros(0, dtype=torch.long)
-        type(self).function(no_logits, no_labels, alpha, **{**self.options, "class_dim": -1})
+        type(self).function(no_logits, no_labels, self.alpha, **{**self.options, "class_dim": -1})
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         alpha = self.alpha if self.class_alpha is None else self.class_alpha

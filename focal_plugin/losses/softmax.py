@@ -45,8 +45,7 @@ def softmax_focal_loss(
         The loss of each example, of the shape of ``targets`` (0 where ignored), else a scalar.
 
     Raises:
-        ValueError: for an alpha, gamma, reduction, shape or label out of range (labels on a GPU: a device-side
-            assertion).
+        ValueError: an argument is out of range (labels on a GPU: a device-side assertion).
     """
     check_gamma(gamma)
     class_dim, num_classes = check_call(inputs, reduction, class_dim)
@@ -68,10 +67,8 @@ def softmax_weights(alpha: Alpha, num_classes: int, background: bool, inputs: Te
     if alpha < 0:
         return 1.0
     if not background:
-        raise ValueError(
-            f"alpha {alpha} weighs foreground against background, and there is none (background=False): give one value "
-            f"a class ({num_classes}), or a negative number to switch the weighting off"
-        )
+        hint = f"give one value a class ({num_classes}), or a negative number to switch the weighting off"
+        raise ValueError(f"alpha {alpha} weighs foreground against background, and background=False: {hint}")
     weights = inputs.new_full((num_classes,), alpha, dtype=float_dtype(inputs))
     weights[-1] = 1.0 - alpha
     return weights

@@ -18,11 +18,10 @@ def config(*opts):
 
 def brute_force(boxes, width, height, cfg):
     """The best IoU of each box over every anchor that Detectron2 makes for a padded image."""
-    levels = [int(name[1]) for name in cfg.MODEL.RETINANET.IN_FEATURES]
-    generator = build_anchor_generator(cfg, [ShapeSpec(stride=2**level) for level in levels])
+    strides = [2 ** int(name[1]) for name in cfg.MODEL.RETINANET.IN_FEATURES]
     padded = [-(-side // 32) * 32 for side in (height, width)]
-    features = [torch.zeros(1, 1, *(-(-side // 2**level) for side in padded)) for level in levels]
-    anchors = Boxes.cat(generator(features))
+    features = [torch.zeros(1, 1, *(-(-side // stride) for side in padded)) for stride in strides]
+    anchors = Boxes.cat(build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])(features))
     return pairwise_iou(Boxes(torch.tensor(boxes)), anchors).max(dim=1).values.numpy()
 
 
@@ -82,10 +81,7 @@ def test_small_boxes_get_sizes_that_match_them():
     better = check_coverage(*boxes, config(*AS_IS, key, pasted.strip('"')), None)
     assert better["share"] < 0.7 * result["share"]
     assert f"would leave {better['share']:.1%} unmatched" in hint
-
-
-def test_big_images_are_scaled_down_first():
-    big = boxes_of(140, 140, image=(8000, 8000))
+    big = boxes_of(140, 140, image=(8000, 8000))  # scaled down first
     assert check_coverage(*big, config(*AS_IS), None)["unmatched_sizes"] == pytest.approx([14, 14, 14])
 
 
@@ -105,20 +101,16 @@ def test_few_boxes_stand_for_many():
 
 
 @pytest.mark.parametrize(
-    "opts",
+    ("key", "value"),
     [
-        ["MODEL.RETINANET.IN_FEATURES", '["res4"]'],
-        ["MODEL.RETINANET.IN_FEATURES", "[]"],
-        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]"],
-        ["MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"],
-        ["MODEL.ANCHOR_GENERATOR.NAME", "Nothing"],
+        ("MODEL.RETINANET.IN_FEATURES", '["res4"]'),
+        ("MODEL.RETINANET.IN_FEATURES", "[]"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "Nothing"),
+        ("INPUT.MIN_SIZE_TRAIN", "()"),
     ],
 )
-def test_anchors_that_cannot_be_compared(opts):
-    with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)"):
-        anchor_generator(config(*opts))
-
-
-def test_no_training_size():
-    with pytest.raises(ValueError, match="MIN_SIZE_TRAIN is empty"):
-        check_coverage(*boxes_of(14, 14), config("INPUT.MIN_SIZE_TRAIN", "()"), None)
+def test_anchors_that_cannot_be_compared(key, value):
+    with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)|^INPUT.MIN_SIZE_TRAIN is empty"):
+        check_coverage(*boxes_of(14, 14), config(key, value), None)

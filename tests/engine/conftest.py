@@ -10,7 +10,9 @@ from focal_plugin.data import make_digits
 
 @pytest.fixture(scope="session")
 def zygote():
-    return Zygote()
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

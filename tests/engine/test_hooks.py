@@ -27,14 +27,15 @@ def step(model, batch, iteration, *hooks):
     """The gradients of a step and the pictures that the hooks have drawn of it."""
     model.zero_grad()
     with EventStorage(iteration) as storage:
-        for hook in hooks:
-            hook.trainer = SimpleNamespace(
-                model=model, iter=iteration, storage=storage, guard=SimpleNamespace(batch=batch)
-            )
         sum(model(batch).values()).backward()
         for hook in hooks:
+            hook.trainer = trainer_of(model, batch, storage)
             hook.after_step()
         return [p.grad.clone() for p in model.parameters()], [picture for _, picture, _ in storage._vis_data]
+
+
+def trainer_of(model, batch, storage):
+    return SimpleNamespace(model=model, iter=storage.iter, storage=storage, guard=SimpleNamespace(batch=batch))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -79,7 +80,7 @@ def test_tensorboard_gets_picture_parts_and_counts(tiny_config, make_batch, tmp_
     writer = TensorboardXWriter(str(tmp_path))
     with EventStorage() as storage:
         hook = TrainingPicture(1)
-        hook.trainer = SimpleNamespace(model=model, iter=0, storage=storage, guard=SimpleNamespace(batch=batch))
+        hook.trainer = trainer_of(model, batch, storage)
         loss = model(batch)["loss_cls"].item()
         flush_scalars()
         hook.after_step()
@@ -99,7 +100,7 @@ def test_bad_images_of_each_forward_pass_are_named_at_once(caplog):
     hook, model = BadImages(2), torch.nn.Identity()
     hook.after_train()  # as Detectron2 calls it when another hook's before_train has raised
     with EventStorage() as storage:
-        hook.trainer = SimpleNamespace(model=model, storage=storage, guard=SimpleNamespace())
+        hook.trainer = trainer_of(model, [], storage)
 
         def forward(*images):
             hook.trainer.guard.batch = [{SKIPPED: [(name, "torn") for name in images]}, {}]

@@ -87,20 +87,20 @@ def test_optimizers_and_learning_rates_are_equal(pair):
 
 def test_data_evaluation_and_the_rest_of_the_run_are_equal(pair, tmp_path, restore_catalogs):
     cfg, _, lazy, _ = pair
-    train, data, loader = lazy.train, copy.deepcopy(lazy.dataloader), cfg.DATALOADER
+    train, data, solver, loader = lazy.train, copy.deepcopy(lazy.dataloader), cfg.SOLVER, cfg.DATALOADER
     for split in ("train", "test"):
         theirs, ours = DatasetMapper(cfg, split == "train"), instantiate(data[split].mapper)
         assert plain(theirs) == plain(ours) and "ResizeShortestEdge" in str(plain(ours))
         assert (data[split].dataset.names,) == cfg.DATASETS[split.upper()]
         assert data[split].num_workers == loader.NUM_WORKERS
-    assert data.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert data.train.total_batch_size == solver.IMS_PER_BATCH
     assert data.train.dataset.get("filter_empty", True) == loader.FILTER_EMPTY_ANNOTATIONS
     assert data.train.get("aspect_ratio_grouping", True) == loader.ASPECT_RATIO_GROUPING
     assert (train.init_checkpoint, train.seed) == (cfg.MODEL.WEIGHTS, cfg.SEED)
-    assert (train.max_iter, train.eval_period) == (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD)
-    assert (train.checkpointer.period, train.amp.enabled) == (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.AMP.ENABLED)
+    assert (train.max_iter, train.eval_period) == (solver.MAX_ITER, cfg.TEST.EVAL_PERIOD)
+    assert (train.checkpointer.period, train.amp.enabled) == (solver.CHECKPOINT_PERIOD, solver.AMP.ENABLED)
     assert Path(train.output_dir) == Path(cfg.OUTPUT_DIR)
-    assert not train.ddp.broadcast_buffers and not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+    assert not train.ddp.broadcast_buffers and not solver.CLIP_GRADIENTS.ENABLED
 
     scenes = make_digits(tmp_path / "scenes", num_train=1, num_val=1, image_size=64)
     register_coco_json("lazy_val", str(scenes / "val.json"), str(scenes / "val"))

@@ -1,35 +1,38 @@
-"""Real runs of train_net without its six seconds of imports, forked from a process that has imported everything."""
+"""Real runs of train_net without its six seconds of imports: a process that has imported everything, and forks.
+
+Started by :class:`Zygote`; run as a script it serves one JSON request a line on its standard input.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib
+import json
 import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import threading
-import traceback
-from multiprocessing import forkserver
+from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread: a process with more cannot be forked safely, and the CPU on every machine.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-IMPORTED = ["focal_plugin.engine", "pycocotools.cocoeval", "omegaconf._impl", "torch.utils.tensorboard"]
-IMPORTED += ["PIL.JpegImagePlugin", "pygments.formatters.terminal256"]
 
 
 class Zygote:
-    """Starts runs by forking."""
+    """Starts runs by forking; close it when done."""
 
     def __init__(self):
-        self._context, self._runs = multiprocessing.get_context("forkserver"), {}
-        self._context.set_forkserver_preload([*IMPORTED, __name__])
-        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-        with mock.patch.dict(os.environ, {**ENV, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}):
-            forkserver.ensure_running()
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            env=ENV,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def start(self, argv, console, env=None, fault=None, script="train_net.py", folder=".") -> int:
         """Starts a script of tools/ in a folder; returns its process id.
@@ -39,23 +42,56 @@ class Zygote:
             env: more environment variables.
             fault: see :func:`_prepare_fault`.
         """
-        args = list(map(str, argv)), console, env or {}, fault, script, folder
-        process = self._context.Process(target=_child, args=args)
-        process.start()
-        self._runs[process.pid] = process
-        return process.pid
+        return self._ask("start", list(map(str, argv)), str(console), env or {}, fault, script, str(folder))
 
     def wait(self, pid: int, timeout: float = 120) -> int:
         """Its exit code, negative for a signal; after the timeout (s) it is killed and that is a failure."""
-        process = self._runs.pop(pid)
-        process.join(timeout)
-        code = process.exitcode
-        process.kill()
-        assert code is not None, f"hung for {timeout} s"
+        timer = threading.Timer(timeout, os.kill, (pid, signal.SIGABRT))
+        timer.start()
+        try:
+            code = self._ask("wait", pid)
+        finally:
+            timer.cancel()
+        assert code != -signal.SIGABRT, f"hung for {timeout} s"
         return code
 
     def run(self, argv, console, timeout: float = 120, **kwargs) -> int:
         return self.wait(self.start(argv, console, **kwargs), timeout)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(10)
+
+    def _ask(self, *request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def _serve() -> None:
+    # Replies go where nothing else is printed.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # With what a run imports as it goes.
+    for name in ("pycocotools.cocoeval", "omegaconf._impl", "PIL.JpegImagePlugin", "pygments.formatters.terminal256"):
+        importlib.import_module(name)
+    with suppress(ImportError):
+        importlib.import_module("torch.utils.tensorboard")
+    from detectron2.engine import defaults
+
+    import focal_plugin.engine  # noqa: F401
+
+    defaults.collect_env_info = lambda: "not collected, which takes as long as ten steps"
+    for line in sys.stdin:
+        kind, *rest = json.loads(line)
+        if kind == "wait":
+            answer = os.waitstatus_to_exitcode(os.waitpid(rest[0], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _child(*rest)
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
 
 
 def _child(argv, console, env, fault, script, folder) -> None:
@@ -74,6 +110,8 @@ def _child(argv, console, env, fault, script, folder) -> None:
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
+        import traceback
+
         traceback.print_exc()
         code = 1
     finally:
@@ -94,14 +132,11 @@ def _prepare_fault(fault) -> None:
     "raise in step", n, rank: an error there.
     "file size", bytes: no file may grow larger.
     """
-    from detectron2.engine import defaults
+    if fault is None:
+        return
     from detectron2.utils import comm
 
     from focal_plugin.engine import trainer
-
-    defaults.collect_env_info = lambda: "not collected, which takes as long as ten steps"
-    if fault is None:
-        return
 
     def kill(number=signal.SIGKILL, rank=None):
         if rank in (None, comm.get_rank()):
@@ -156,3 +191,7 @@ def _prepare_fault(fault) -> None:
         "raise in step": lambda step, rank: in_step(fail, step, rank),
         "file size": lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     }[kind](*rest)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,6 +1,5 @@
 """A script that only pretends to train, and runs of it; tools/reproduce.py."""
 
-import os
 import runpy
 import time
 from pathlib import Path
@@ -93,10 +92,10 @@ def wait_for():
 
 @pytest.fixture
 def alive():
+    """alive(pid): whether it runs; a zombie has ended, only nobody has asked for its exit code."""
+
     def check(pid):
         try:
-            os.kill(pid, 0)
-            # A zombie has ended, only nobody has asked for its exit code.
             return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
         except (ProcessLookupError, FileNotFoundError):
             return False

@@ -139,6 +139,13 @@ def test_every_model_builds(configs):
         assert type(model.head).__name__ == cfg.MODEL.FOCAL.HEAD
 
 
+def test_titles_say_what_a_config_does():
+    cfg = get_config("digits/ohem.yaml", ["MODEL.OHEM.NMS_THRESH", "0.0", "MODEL.OHEM.NEG_POS_RATIO", "3.0"])
+    assert title_of(cfg) == "OHEM 1:3 32/no NMS" == title_of(yaml.safe_load(cfg.dump()))
+    boxes = ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou"]
+    assert title_of(get_config("digits/focal.yaml", boxes)) == "FL (γ 2, no α), DIoU"
+
+
 def test_on_another_profile_examples_and_anchors_are_to_its_own():
     base = get_config("digits/Base-digits.yaml")
     assert base.MODEL.OHEM.BATCH_SIZE == 32

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 
@@ -34,13 +35,6 @@ def config_of(run):
     return get_config(args.config_file, args.opts)
 
 
-def test_each_seed_comes_with_all_rows_before_the_next(runs_of):
-    runs = runs_of("1d", "digits", seeds=[3, 1])
-    assert [run.seed for run in runs] == [3] * 11 + [1] * 11
-    assert len({run.folder for run in runs}) == 22 and len({run.fingerprint for run in runs}) == 22
-    assert [run.title for run in runs[:11]][3] == "OHEM 32/.5" and runs[9].title == "FL (γ 2, α .25)"
-
-
 def test_a_run_trains_what_its_row_says(runs_of):
     base = get_config("digits/Base-digits.yaml")
     for table in TABLES.keys() - {"1e"}:
@@ -48,35 +42,33 @@ def test_a_run_trains_what_its_row_says(runs_of):
             cfg = config_of(run)
             assert cfg.SEED == 7 and run.max_iter == cfg.SOLVER.MAX_ITER and str(run.folder) == cfg.OUTPUT_DIR
             assert {key: lookup(cfg, key) for key in row.overrides(base)} == row.overrides(base)
+    (run,) = runs_of("1d", "digits", "MODEL.OHEM.NMS_THRESH", "0.3", "SOLVER.MAX_ITER", "5", rows=[BEST_OHEM.key])
+    assert config_of(run).MODEL.OHEM.NMS_THRESH == 0.3 and run.max_iter == 5  # what is typed wins
 
 
-def test_coco_rows_train_with_the_papers_configs(runs_of):
+def test_coco_rows_train_with_the_papers_configs_on_the_gpus_there_are(runs_of):
     (run,) = runs_of("1d", "coco", rows=[BEST_OHEM.key], num_gpus=8)
     assert run.command[3].endswith("R-101-600_ohem_128_nms0.5.yaml") and run.command[5:7] == ("--num-gpus", "8")
     assert config_of(run).MODEL.RESNETS.DEPTH == 101 and run.max_iter == 90000
     networks = [run.title for run in runs_of("1e", "coco")]
     assert networks[0] == "R-50-400 FL (γ 2, α .25)" and len(set(networks)) == 10
     assert runs_of("1c", "coco")[0].title == "FL (γ 2, α .25) anchors 1x1"
-
-
-def test_steps_are_those_of_the_gpus_there_are(runs_of):
-    """The configs are for 8; Detectron2 scales batch and steps, and the plan counts what will be trained."""
+    # The configs are for 8; Detectron2 scales batch and steps, and the plan counts what will be trained.
     (run,) = runs_of("1d", "coco", rows=[BEST_OHEM.key], num_gpus=2)
     assert (run.max_iter, run.images_per_step) == (360000, 4)
     with pytest.raises(ValueError, match="IMS_PER_BATCH 12 cannot be shared out evenly among 8 workers"):
         runs_of("1d", "coco", "SOLVER.IMS_PER_BATCH", "12", rows=[BEST_OHEM.key])
 
 
-def test_tables_share_the_runs_of_rows_they_share(runs_of):
+def test_each_seed_comes_whole_and_tables_share_the_runs_of_rows_they_share(runs_of):
+    runs = runs_of("1d", "digits", seeds=[3, 1])
+    assert [run.seed for run in runs] == [3] * 11 + [1] * 11
+    assert len({run.folder for run in runs}) == 22 and len({run.fingerprint for run in runs}) == 22
+    assert [run.title for run in runs[:11]][3] == "OHEM 32/.5" and runs[9].title == "FL (γ 2, α .25)"
     by_key = {run.method: run for table in ("1a", "1b", "1d", "3") for run in runs_of(table, "digits")}
     assert len(by_key) == 7 + 6 + 9 + 2
     (a,), (b,), (c,) = (runs_of(t, "coco", rows=[k]) for t, k in [("1b", FL.key), ("3", FL.key), ("1e", "R-50-600")])
     assert a.folder == b.folder == c.folder and a.fingerprint == b.fingerprint == c.fingerprint
-
-
-def test_overrides_win_over_a_rows_own(runs_of):
-    (run,) = runs_of("1d", "digits", "MODEL.OHEM.NMS_THRESH", "0.3", "SOLVER.MAX_ITER", "5", rows=[BEST_OHEM.key])
-    assert config_of(run).MODEL.OHEM.NMS_THRESH == 0.3 and run.max_iter == 5
 
 
 # --- the fingerprint ---
@@ -183,7 +175,7 @@ def test_a_dry_run_has_the_papers_numbers_and_no_time_that_nobody_measured(repro
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
     for row in TABLES["1d"]:
-        numbers = map(str, list(vars(row.published).values())[:3]) if row.published else "---"
+        numbers = map(str, astuple(row.published)[:3]) if row.published else "---"
         assert [*numbers, "90,000", "16", "to", "train"] == rows[row.key][-7:]
     assert "11 of 11 runs to train: 990,000 steps, 15,840,000 images" in text
     assert "About" not in text and "How long that takes is known once" in text

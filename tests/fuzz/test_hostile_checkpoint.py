@@ -78,9 +78,8 @@ def loads(name, content: bytes) -> bool:
     """Return whether a file was loaded, into a model of the same shape; or there is an error that names it."""
     with open(name, "wb") as file:
         file.write(content)
-    checkpointer = make_checkpointer()
+    checkpointer, accepted = make_checkpointer(), True
     shapes = {key: value.shape for key, value in checkpointer.model.state_dict().items()}
-    accepted = True
     try:
         checkpointer.load(name)
     except (OSError, ValueError) as error:

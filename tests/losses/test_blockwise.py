@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from gradients import value_and_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from focal_plugin.losses import blockwise, sigmoid_focal_loss, softmax_focal_loss
@@ -36,28 +37,25 @@ def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
     assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), labels.expand_as(flat))
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(6, 5)[:, ::2],
-        torch.randn(4, 1).expand(4, 3),
-        torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
-        torch.randn(3, 4).T,
-        torch.randn(1, 3, 1),
-        torch.randn(0, 3),
-        torch.randn(2, 0),
-    ],
-    ids=["strided", "expanded", "sliced", "transposed", "ones", "no row", "no class"],
-)
+STRIDES = {
+    "strided": torch.randn(6, 5)[:, ::2],
+    "expanded": torch.randn(4, 1).expand(4, 3),
+    "sliced": torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
+    "transposed": torch.randn(3, 4).T,
+    "ones": torch.randn(1, 3, 1),
+    "no row": torch.randn(0, 3),
+    "no class": torch.randn(2, 0),
+}
+
+
+@pytest.mark.parametrize("x", STRIDES.values(), ids=STRIDES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
     labels = torch.randint(-1, x.shape[-1] + 1, x.shape[:-1])
-    a, b = x.clone(memory_format=torch.contiguous_format).requires_grad_(), x.detach().requires_grad_()
     results = []
-    for leaf in (a, b):
+    for leaf in (x.clone(memory_format=torch.contiguous_format).requires_grad_(), x.detach().requires_grad_()):
         loss = sigmoid_focal_loss(leaf, labels, reduction=reduction)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        results.append((loss, gradient))
+        results.append((loss, torch.autograd.grad(loss.sum(), leaf)))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
@@ -71,19 +69,19 @@ def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, r
     labels = torch.randint(-1, K, (N, A, H, W))
     targets = torch.rand(N, A, K, H, W) if kind == "dense" else labels
     loss_function = softmax_focal_loss if kind == "softmax" else sigmoid_focal_loss
+    x, results = conv_output(memory_format), []
 
-    def run(size):
+    def scaled(x, **options):
+        return 0.3 * loss_function(x.view(N, A, K, H, W), targets, **options)
+
+    for size in (10**6, block):
         monkeypatch.setattr(blockwise, "_BLOCK", size)
-        x = conv_output(memory_format).requires_grad_()
-        loss = loss_function(x.view(N, A, K, H, W), targets, 0.25, 2.0, reduction, class_dim=2)
-        (0.3 * loss).sum().backward()
-        assert x.grad.stride() == x.stride()
-        return loss.detach(), x.grad
-
-    whole, split = run(10**6), run(block)
-    for a, b in zip(whole, split):
-        # Vectorised and scalar code of the same function may differ in the last place.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+        for alpha in (0.25, [0.1, 0.3, 0.5, 0.9]):
+            options = {"alpha": alpha, "gamma": 0.5, "reduction": reduction, "class_dim": 2}
+            results.append(value_and_gradient(scaled, x, **options))
+            assert results[-1][1].stride() == x.stride()
+    # Vectorized and scalar code of the same function may differ in the last place.
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-5, atol=1e-9)
 
 
 class Reads(TorchDispatchMode):
@@ -125,16 +123,14 @@ def test_an_anchors_loss_is_the_sum_over_its_classes():
     assert loss.shape == labels.shape
 
 
-@pytest.mark.parametrize(
-    "weight", [torch.tensor(3.0).expand(3, 4), torch.rand(3, 4)], ids=["one for all", "each its own"]
-)
-def test_gradient_of_weighted_anchors(weight):
+def test_gradient_of_weighted_anchors():
     """One factor for all anchors takes a way of its own, and must give what any other does."""
-    x, labels = torch.randn(3, 4, 5, requires_grad=True), torch.randint(-1, 6, (3, 4))
-    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))(x, labels)
-    (got,) = torch.autograd.grad(loss, x, weight)
-    (want,) = torch.autograd.grad(sigmoid_focal_loss(x, labels, 0.25, 2.0), x, weight[..., None].expand_as(x).clone())
-    torch.testing.assert_close(got, want)
+    x, labels = torch.randn(3, 4, 5), torch.randint(-1, 6, (3, 4))
+    for weight in (torch.tensor(3.0).expand(3, 4), torch.rand(3, 4)):
+        _, got = value_and_gradient(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, weight=weight)
+        per_logit = weight[..., None].expand_as(x).clone()
+        _, want = value_and_gradient(sigmoid_focal_loss, x, labels, 0.25, 2.0, weight=per_logit)
+        torch.testing.assert_close(got, want)
 
 
 def test_only_logits_and_labels_are_kept_for_the_backward_pass():
@@ -146,9 +142,17 @@ def test_only_logits_and_labels_are_kept_for_the_backward_pass():
     assert saved[0].data_ptr() == x.data_ptr()
 
 
-def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
-    """Blocks on two threads, in which torch itself uses one; elsewhere it goes on with what it had."""
+@pytest.fixture
+def threads(monkeypatch):
+    """threads(2): as many for torch, and small blocks to share among them, until the test is over."""
     monkeypatch.setattr(blockwise, "_BLOCK", 64)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch, threads):
+    """Blocks on two threads, in which torch itself uses one; elsewhere it goes on with what it had."""
     seen = []
     block_loss = blockwise.BlockwiseLoss.block_loss
 
@@ -158,35 +162,26 @@ def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", spy)
     x, labels = torch.randn(200, 8), torch.randint(-1, 8, (200,))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        threaded = softmax_focal_loss(x, labels)
-        assert torch.get_num_threads() == 2
-        threads, settings = zip(*seen)
-        assert threading.get_ident() not in threads and set(settings) == {1} and len(seen) == 25
-        torch.set_num_threads(1)
-        assert torch.equal(softmax_focal_loss(x, labels), threaded)
-        assert threading.get_ident() == seen[-1][0]
-        torch.set_num_threads(2)
-        monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            softmax_focal_loss(x, labels)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    threaded = softmax_focal_loss(x, labels)
+    assert torch.get_num_threads() == 2
+    used, settings = zip(*seen)
+    assert threading.get_ident() not in used and set(settings) == {1} and len(seen) == 25
+    threads(1)
+    assert torch.equal(softmax_focal_loss(x, labels), threaded)
+    assert threading.get_ident() == seen[-1][0]
+    threads(2)
+    monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        softmax_focal_loss(x, labels)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_threads_take_over_the_callers_mode(monkeypatch, mode):
-    monkeypatch.setattr(blockwise, "_BLOCK", 64)
+def test_threads_take_over_the_callers_mode(threads, mode):
     x, labels = torch.randn(200, 8, requires_grad=True), torch.randint(-1, 9, (200,))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with mode():
-            loss = sigmoid_focal_loss(x, labels, reduction="sum")
-            loss = loss + sigmoid_focal_loss(x, torch.rand(200, 8)).sum()
-        assert not loss.requires_grad and torch.isfinite(loss)
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    with mode():
+        loss = sigmoid_focal_loss(x, labels, reduction="sum")
+        loss = loss + sigmoid_focal_loss(x, torch.rand(200, 8)).sum()
+    assert not loss.requires_grad and torch.isfinite(loss)

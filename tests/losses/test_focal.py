@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from gradients import value_and_gradient
 from torch.autograd import gradcheck, gradgradcheck
 
-from focal_plugin.losses import blockwise, sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
+from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 
 GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # The smallest normal float32: results below it are zero or denormal, where there are no digits to compare.
@@ -30,11 +31,9 @@ def naive(x, labels, alpha, gamma):
     return out
 
 
-def loss_and_gradient(x, labels, dtype, gamma, loss=sigmoid_focal_loss):
-    x = x.to(dtype).requires_grad_()
-    value = loss(x, labels, 0.25, gamma)
-    (gradient,) = torch.autograd.grad(value.sum(), x)
-    return value.detach().double(), gradient.double()
+def loss_and_gradient(x, targets, dtype, gamma):
+    value, gradient = value_and_gradient(sigmoid_focal_loss, x.to(dtype), targets, 0.25, gamma)
+    return value.double(), gradient.double()
 
 
 def assert_relative(got, want, tolerance):
@@ -79,13 +78,9 @@ def test_float64_equals_many_digits(gamma, label):
 def test_upstream_is_not_finite_where_this_is():
     x, t = torch.tensor([[-18.0], [18.0]]), torch.tensor([[0.0], [1.0]])
     for theirs in (fvcore.nn.sigmoid_focal_loss, torchvision.ops.sigmoid_focal_loss):
-        y = x.clone().requires_grad_()
-        theirs(y, t, alpha=0.25, gamma=0.5).sum().backward()
-        assert not torch.isfinite(y.grad).all()
+        assert not torch.isfinite(value_and_gradient(theirs, x, t, alpha=0.25, gamma=0.5)[1]).all()
     for targets in (t, torch.tensor([1, 0])):
-        y = x.clone().requires_grad_()
-        sigmoid_focal_loss(y, targets, 0.25, 0.5).sum().backward()
-        assert torch.isfinite(y.grad).all()
+        assert torch.isfinite(value_and_gradient(sigmoid_focal_loss, x, targets, 0.25, 0.5)[1]).all()
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 80])
@@ -116,12 +111,10 @@ def test_drop_in_for_fvcore_and_torchvision(theirs, alpha, gamma, reduction):
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_dense_targets_equal_labels(gamma):
     x = torch.linspace(-200, 200, 4001, dtype=torch.float64)[:, None]
-    for label, target in ((0, 1.0), (1, 0.0)):
-        labels, dense = torch.full((len(x),), label), torch.full_like(x, target)
-        for a, b in zip(
-            loss_and_gradient(x, labels, torch.float64, gamma), loss_and_gradient(x, dense, torch.float64, gamma)
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-300)
+    for label in (0, 1):
+        targets = torch.full((len(x),), label), torch.full_like(x, 1 - label)
+        of_labels, of_dense = (loss_and_gradient(x, y, torch.float64, gamma) for y in targets)
+        torch.testing.assert_close(of_labels, of_dense, rtol=1e-12, atol=1e-300)
 
 
 def test_defaults_are_torchvisions_and_targets_get_no_gradient():
@@ -132,13 +125,8 @@ def test_defaults_are_torchvisions_and_targets_get_no_gradient():
 
 def test_gamma_0_without_alpha_is_cross_entropy():
     x, labels = 5 * torch.randn(50, 6), torch.randint(0, 7, (50,))
-    dense = F.one_hot(labels, 7)[:, :-1].float()
-    torch.testing.assert_close(
-        sigmoid_focal_loss(x, labels, -1, 0, "sum"),
-        F.binary_cross_entropy_with_logits(x, dense, reduction="sum"),
-        rtol=1e-6,
-        atol=0,
-    )
+    want = F.binary_cross_entropy_with_logits(x, F.one_hot(labels, 7)[:, :-1].float(), reduction="sum")
+    torch.testing.assert_close(sigmoid_focal_loss(x, labels, -1, 0, "sum"), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -155,14 +143,13 @@ def test_gradcheck(gamma):
 @pytest.mark.parametrize("gamma, beta", [(2.0, 1.0), (4.0, 0.0), (0.5, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_star_equals_its_formula_and_derivative(gamma, beta, dtype):
-    x = torch.linspace(-200, 200, 4001, dtype=dtype)[:, None].requires_grad_()
+    x = torch.linspace(-200, 200, 4001, dtype=dtype)[:, None]
     for label, y in ((0, 1), (1, -1)):
         labels = torch.full((len(x),), label)
-        loss = sigmoid_focal_loss_star(x, labels, -1, gamma, beta=beta)
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-        z = gamma * y * x.detach().double() + beta
+        loss, gradient = value_and_gradient(sigmoid_focal_loss_star, x, labels, -1, gamma, beta=beta)
+        z = gamma * y * x.double() + beta
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        assert_relative(loss.detach().double(), F.softplus(-z, threshold=1000) / gamma, tolerance)
+        assert_relative(loss.double(), F.softplus(-z, threshold=1000) / gamma, tolerance)
         # eq. (11): y (p*_t - 1)
         assert_relative(gradient.double(), -y * torch.sigmoid(-z), tolerance)
 
@@ -175,61 +162,48 @@ def test_star_equals_fvcores_without_beta():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_is_computed_in_float32(dtype):
-    x = (4 * torch.randn(30, 5)).to(dtype).requires_grad_()
-    labels = torch.randint(-1, 6, (30,))
-    y = x.detach().float().requires_grad_()
-    loss, want = sigmoid_focal_loss(x, labels), sigmoid_focal_loss(y, labels)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, want)
+    x, labels = (4 * torch.randn(30, 5)).to(dtype), torch.randint(-1, 6, (30,))
+    (loss, gradient), (want, want_gradient) = (
+        value_and_gradient(lambda x: 2.0**14 * sigmoid_focal_loss(x, labels), y) for y in (x, x.float())
+    )
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close((loss, gradient), (want, want_gradient.to(dtype)))
     # The gradient of a confident anchor at the prior, times a loss scaler's factor, is far from fp16's underflow;
     # rounded to fp16 before that factor it would be 0.
-    scale = 2.0**14
-    (loss * scale).sum().backward()
-    (want * scale).sum().backward()
-    assert x.grad.dtype == dtype
-    torch.testing.assert_close(x.grad, y.grad.to(dtype))
-    prior = torch.full((1, 1), -6.5, dtype=torch.float16, requires_grad=True)
-    (sigmoid_focal_loss(prior, torch.tensor([1]), 0.25, 2.0).sum() * 65536).backward()
-    assert prior.grad.item() > 0
+    prior = torch.full((1, 1), -6.5, dtype=torch.float16)
+    assert value_and_gradient(lambda x: 65536 * sigmoid_focal_loss(x, torch.tensor([1]), 0.25, 2.0), prior)[1] > 0
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_class_dim_reads_the_layout_of_the_convolution(memory_format):
     torch.manual_seed(2)
     n, a, k, h, w = 2, 3, 4, 5, 6
-    conv = torch.randn(n, a * k, h, w).to(memory_format=memory_format)
+    x = torch.randn(n, a * k, h, w).to(memory_format=memory_format)
     labels = torch.randint(-1, k + 1, (n, a, h, w))
-    x = conv.clone(memory_format=torch.preserve_format).requires_grad_()
-    sigmoid_focal_loss(x.view(n, a, k, h, w), labels, reduction="sum", class_dim=2).backward()
-    y = conv.contiguous().requires_grad_()
-    last = y.view(n, a, k, h, w).permute(0, 1, 3, 4, 2).reshape(-1, k)
-    sigmoid_focal_loss(last, labels.reshape(-1), reduction="sum").backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=0)
+
+    def transposed(x):
+        last = x.view(n, a, k, h, w).permute(0, 1, 3, 4, 2).reshape(-1, k)
+        return sigmoid_focal_loss(last, labels.reshape(-1), reduction="sum")
+
+    _, got = value_and_gradient(lambda x: sigmoid_focal_loss(x.view(n, a, k, h, w), labels, class_dim=2), x)
+    _, want = value_and_gradient(transposed, x.contiguous())
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
 def test_ignored_rows_give_nothing_not_even_nan():
-    x = torch.randn(4, 3)
-    x[1] = float("nan")
-    x.requires_grad_()
-    loss = sigmoid_focal_loss(x, torch.tensor([0, -1, 3, -1]))
-    loss.sum().backward()
-    assert (loss[[1, 3]] == 0).all() and (x.grad[[1, 3]] == 0).all()
-    assert torch.isfinite(x.grad).all()
-
-
-def test_mean_leaves_ignored_out():
     x, labels = torch.randn(4, 3), torch.tensor([0, -1, 3, 2])
-    want = sigmoid_focal_loss(x, labels)[[0, 2, 3]].mean()
-    torch.testing.assert_close(sigmoid_focal_loss(x, labels, reduction="mean"), want)
+    x[1] = float("nan")
+    loss, gradient = value_and_gradient(sigmoid_focal_loss, x, labels)
+    assert (loss[1] == 0).all() and (gradient[1] == 0).all() and torch.isfinite(gradient).all()
+    torch.testing.assert_close(sigmoid_focal_loss(x, labels, reduction="mean"), loss[[0, 2, 3]].mean())
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("labels", [torch.full((5,), -1), torch.zeros(0, dtype=torch.long)], ids=["ignored", "empty"])
 def test_nothing_to_learn_is_0_and_connected(labels, reduction):
-    x = torch.randn(len(labels), 3, requires_grad=True)
-    loss = sigmoid_focal_loss(x, labels, reduction=reduction)
-    loss.backward()
-    assert loss.item() == 0 and (x.grad == 0).all()
+    x = torch.randn(len(labels), 3)
+    loss, gradient = value_and_gradient(sigmoid_focal_loss, x, labels, reduction=reduction)
+    assert loss == 0 and (gradient == 0).all()
 
 
 def test_second_backward_gives_the_same():
@@ -279,25 +253,14 @@ def test_star_refuses_gamma_0_and_infinite_beta():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_nothing(dtype):
     x, labels = torch.randn(20, 4), torch.randint(-1, 5, (20,))
-    for targets in (labels, torch.rand(20, 4)):
-        results = []
-        for enabled in (False, True):
-            leaf = x.clone().requires_grad_()
-            with torch.autocast("cpu", dtype, enabled=enabled):
-                loss = sigmoid_focal_loss(leaf, targets, reduction="mean")
-            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+
+    def loss(x, targets, enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            return sigmoid_focal_loss(x, targets, reduction="mean")
+
+    for y in (labels, torch.rand(20, 4)):
+        results = (value_and_gradient(loss, x, y, enabled) for enabled in (False, True))
         torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_dense_targets_are_evaluated_in_blocks_too(monkeypatch):
-    x, targets = torch.randn(300, 7), torch.rand(300, 7)
-    results = []
-    for size in (64, 10**6):
-        monkeypatch.setattr(blockwise, "_BLOCK", size)
-        leaf = x.clone().requires_grad_()
-        loss = sigmoid_focal_loss(leaf, targets, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 0.5, "mean")
-        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -307,14 +270,15 @@ def test_soft_targets_in_float32_equal_float64(gamma):
     x = torch.cat([torch.linspace(-200, 200, 801), torch.linspace(-20, 20, 801)])[:, None].expand(-1, len(targets))
     t = targets.expand_as(x)
     got = loss_and_gradient(x, t, torch.float32, gamma)
-    leaf = x.double().requires_grad_()
     t = t.double()
-    weight = (0.25 * t + 0.75 * (1 - t)) * torch.exp(
-        gamma * torch.logaddexp(F.logsigmoid(leaf) + torch.log1p(-t), F.logsigmoid(-leaf) + torch.log(t))
-    )
-    want = -weight * (t * F.logsigmoid(leaf) + (1 - t) * F.logsigmoid(-leaf))
-    (gradient,) = torch.autograd.grad(want.sum(), leaf)
-    assert_relative(got[0], want.detach(), 2e-5)
+
+    def definition(x):
+        right, wrong = F.logsigmoid(x), F.logsigmoid(-x)
+        weight = torch.exp(gamma * torch.logaddexp(right + torch.log1p(-t), wrong + torch.log(t)))
+        return -(0.25 * t + 0.75 * (1 - t)) * weight * (t * right + (1 - t) * wrong)
+
+    want, gradient = value_and_gradient(definition, x.double())
+    assert_relative(got[0], want, 2e-5)
     # Between 0 and 1 the gradient has a zero, where only its absolute size has digits.
     assert torch.isfinite(got[1]).all()
     torch.testing.assert_close(got[1], gradient, rtol=5e-5, atol=1e-5)
@@ -322,26 +286,20 @@ def test_soft_targets_in_float32_equal_float64(gamma):
 
 def test_number_tensors_and_scalars():
     """A 0-dim alpha, and 0-dim logits with a dense target, as torchvision takes them."""
-    x = torch.tensor(0.3, requires_grad=True)
+    x, t = torch.tensor(0.3), torch.tensor(1.0)
     for reduction in ("none", "sum", "mean"):
-        loss = sigmoid_focal_loss(x, torch.tensor(1.0), torch.tensor(0.25), 2.0, reduction)
-        assert loss.shape == () and loss.item() == pytest.approx(
-            torchvision.ops.sigmoid_focal_loss(x, torch.tensor(1.0), 0.25, 2.0, reduction).item()
-        )
+        want = torchvision.ops.sigmoid_focal_loss(x, t, 0.25, 2.0, reduction)
+        torch.testing.assert_close(sigmoid_focal_loss(x, t, torch.tensor(0.25), 2.0, reduction), want)
 
 
 def test_func_grad_equals_autograd():
     x, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, -1, 0])
     got = torch.func.grad(lambda x: sigmoid_focal_loss(x, labels, reduction="sum"))(x)
-    leaf = x.clone().requires_grad_()
-    sigmoid_focal_loss(leaf, labels, reduction="sum").backward()
-    torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-8)
+    _, want = value_and_gradient(sigmoid_focal_loss, x, labels)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-
-
-@needs_compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 @pytest.mark.parametrize("kind", ["labels", "channels_last", "dense", "star", "softmax"])
 def test_torch_compile_makes_one_graph_of_it(kind):
     torch.manual_seed(0)
@@ -354,11 +312,8 @@ def test_torch_compile_makes_one_graph_of_it(kind):
     def loss(x, targets):
         return function(x, targets, 0.25, 2.0, "mean", class_dim=1)
 
-    results = []
-    for f in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        value = f(leaf, targets)
-        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=False)
+    results = (value_and_gradient(f, x, targets) for f in (loss, compiled))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import value_and_gradient
 from torch.autograd import gradcheck, gradgradcheck
 
 from focal_plugin.losses import sigmoid_focal_loss, softmax_focal_loss
@@ -35,15 +36,10 @@ def test_equals_the_definition(num_classes, gamma):
 
 def test_gamma_0_is_cross_entropy_and_torch_agrees_on_the_gradient():
     x, labels = 5 * torch.randn(2, 7, 3, 4), torch.randint(-1, 7, (2, 3, 4))
-    results = []
-    for f in (
-        lambda x: softmax_focal_loss(x, labels, gamma=0.0, reduction="mean", class_dim=1, background=False),
-        lambda x: F.cross_entropy(x, labels, ignore_index=-1),
-    ):
-        leaf = x.clone().requires_grad_()
-        loss = f(leaf)
-        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
+    options = {"gamma": 0.0, "reduction": "mean", "class_dim": 1, "background": False}
+    got = value_and_gradient(softmax_focal_loss, x, labels, **options)
+    want = value_and_gradient(F.cross_entropy, x, labels, ignore_index=-1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
 def test_two_classes_are_a_sigmoid_of_the_difference():
@@ -69,20 +65,15 @@ def test_large_logits_are_finite_and_exact(gamma, dtype):
     v = torch.linspace(-200, 200, 2001).to(dtype)
     x = torch.stack([v, torch.zeros_like(v), v / 3], dim=1)
     for label in range(3):
-        labels = torch.full((len(x),), label)
-        results = []
-        for kind in (dtype, torch.float64):
-            leaf = x.to(kind).requires_grad_()
-            loss = softmax_focal_loss(leaf, labels, -1.0, gamma)
-            results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
-        (loss, gradient), (want_loss, want_gradient) = results
+        arguments = torch.full((len(x),), label), -1.0, gamma
+        loss, gradient = value_and_gradient(softmax_focal_loss, x, *arguments)
+        want, want_gradient = value_and_gradient(softmax_focal_loss, x.double(), *arguments)
         assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
         assert gradient.dtype == dtype and loss.dtype == torch.float32
         # A logsumexp of 200 is known to 1.5e-5, and gamma times that is what the weight may be off by.
-        torch.testing.assert_close(loss.double(), want_loss, rtol=1e-4, atol=1e-37)
-        torch.testing.assert_close(
-            gradient.double(), want_gradient.to(dtype).double(), rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
-        )
+        torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-37)
+        rtol = 1e-4 + 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient.double(), want_gradient.to(dtype).double(), rtol=rtol, atol=1e-7)
 
 
 def test_ignored_nan_empty_and_second_backward():
@@ -94,11 +85,10 @@ def test_ignored_nan_empty_and_second_backward():
     (second,) = torch.autograd.grad(loss.sum(), x)
     assert torch.equal(first, second) and torch.isfinite(first).all()
     assert (loss[[1, 3]] == 0).all() and (first[[1, 3]] == 0).all()
-    for labels in (torch.zeros(0, dtype=torch.long), torch.full((5,), -1)):
-        x = torch.randn(len(labels), 3, requires_grad=True)
-        loss = softmax_focal_loss(x, labels, reduction="mean")
-        loss.backward()
-        assert loss == 0 and (x.grad == 0).all()
+    for y in (torch.zeros(0, dtype=torch.long), torch.full((5,), -1)):
+        x = torch.randn(len(y), 3)
+        loss, gradient = value_and_gradient(softmax_focal_loss, x, y, reduction="mean")
+        assert loss == 0 and (gradient == 0).all()
 
 
 @pytest.mark.parametrize(
