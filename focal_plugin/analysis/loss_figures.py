@@ -46,9 +46,7 @@ class Counted:
     """What :func:`collect` counted."""
 
     losses: LossDistribution  # of all windows
-    ohem: dict[
-        str, LossDistribution
-    ]  # of anchors: those "OHEM" keeps, and as many an image, the "hardest"; may be empty
+    ohem: dict[str, LossDistribution]  # of what "OHEM" keeps, and of as many anchors an image, the "hardest"; or empty
     images: int = 0
     empty_images: int = 0  # without an object
 
