@@ -46,8 +46,7 @@ class Counted:
     """What :func:`collect` counted."""
 
     losses: LossDistribution  # of all windows
-    # Of the anchors that "OHEM" keeps, and of as many of each image, but the "hardest"; empty: without OHEM.
-    ohem: dict[str, LossDistribution]
+    ohem: dict[str, LossDistribution]  # of what "OHEM" keeps, and of as many anchors an image, the "hardest"; or empty
     images: int = 0
     empty_images: int = 0  # without an object
 
@@ -116,7 +115,7 @@ def collect(
                 counted.losses.update(x, y)
             if ohem:
                 scores, kept = ohem.to(model.device).sample(logits, targets)
-                scores = scores.masked_fill(targets.labels < 0, -math.inf)
+                # Ignored anchors have no loss: they come last.
                 hardest = scores.argsort(dim=1, descending=True).argsort(dim=1) < kept.sum(dim=1, keepdim=True)
                 for name, mask in (("OHEM", kept), ("hardest", hardest)):
                     counted.ohem[name].update(*ohem.gather_anchors(logits, targets.labels, mask))

@@ -83,7 +83,6 @@ def write_eval_report(
         iou: from which on a detection has found an object, for errors and pictures.
         score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
         examples: so many pictures, at most, of false detections and of missed objects.
-        command: what a person typed.
 
     Raises:
         OSError, ValueError: a file or folder is not there or something else; the message names it.
