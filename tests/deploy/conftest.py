@@ -1,10 +1,6 @@
-"""A model that finds something in noise, and the tools as functions."""
+"""A model that finds something in noise."""
 
 from __future__ import annotations
-
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,15 +26,3 @@ def make_model(tiny_config, tmp_path):
         return cfg, model
 
     return make
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call("predict", "a.png", ...) runs a tool in this process: its exit code, stdout and stderr."""
-
-    def run(name, *words):
-        tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"))
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        return (tool["main"](), *capsys.readouterr())
-
-    return run

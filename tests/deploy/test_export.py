@@ -113,21 +113,21 @@ def test_compare_leaves_out_what_lies_at_a_cut(monkeypatch, scores, full_at, cut
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
-def test_missing_packages_are_named(tmp_path, monkeypatch, call, missing):
+def test_missing_packages_are_named(tmp_path, monkeypatch, call_tool, missing):
     if missing == "onnxruntime":
         pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, missing, None)
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out"]
-    code, _, err = call("export_model", *flags, "MODEL.WEIGHTS", "x.pth")
+    code, _, err = call_tool("export_model", *flags, "MODEL.WEIGHTS", "x.pth")
     assert code == 2 and f"pip install {missing}\n" in err and not (tmp_path / "out").exists()
 
 
-def test_tool_exports_and_describes(make_model, tmp_path, monkeypatch, call):
+def test_tool_exports_and_describes(make_model, tmp_path, monkeypatch, call_tool):
     opts = ["MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2", "INPUT.MIN_SIZE_TEST", "96"]
     make_model(stored={"thing_classes": ["a", "b", "c"], "score_threshold": 0.1})
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--format", "torchscript"]
     weights = ["MODEL.WEIGHTS", tmp_path / "weights.pth", *opts]
-    code, out, err = call("export_model", *flags, *weights)
+    code, out, err = call_tool("export_model", *flags, *weights)
     assert code == 0 and "detections, to 0.01 px and 0.0001 in score" in out, err
     text = (tmp_path / "out" / "model.json").read_text()
     described = json.loads(text)
@@ -141,7 +141,7 @@ def test_tool_exports_and_describes(make_model, tmp_path, monkeypatch, call):
     assert outputs[3].tolist() == [40, 56]
     # A difference is exit code 1, and deletes nothing.
     monkeypatch.setattr("focal_plugin.deploy.export.load_exported", lambda path: lambda image: make())
-    code, out, _ = call("export_model", *flags, "--classes", "cat, dog,cow", *weights)
+    code, out, _ = call_tool("export_model", *flags, "--classes", "cat, dog,cow", *weights)
     assert code == 1 and all(text in out for text in ("is missing", "is too many", "NOT the same: ", " more\n"))
     assert "the same 0" not in out and (tmp_path / "out" / "model.ts").is_file()
     assert json.loads((tmp_path / "out" / "model.json").read_text())["classes"] == ["cat", "dog", "cow"]

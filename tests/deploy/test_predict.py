@@ -175,7 +175,7 @@ def test_what_a_checkpoint_cannot_mean_is_left_out(make_model, caplog, thing_cla
     assert "thing_classes" in caplog.text and "score_threshold" in caplog.text
 
 
-def test_tool(make_model, tmp_path, call, restore_catalogs):
+def test_tool(make_model, tmp_path, call_tool, restore_catalogs):
     make_model(*SMALL)
     weights = ["MODEL.WEIGHTS", tmp_path / "weights.pth", "MODEL.RETINANET.NUM_CLASSES", "3", *SMALL]
     good = tmp_path / "in" / "a.png"
@@ -184,7 +184,7 @@ def test_tool(make_model, tmp_path, call, restore_catalogs):
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--score-threshold", "0.2"]
 
     def predicted(expected_code, *words):
-        code, out, err = call("predict", *words, *weights)
+        code, out, err = call_tool("predict", *words, *weights)
         results = json.loads((tmp_path / "out" / "detections.json").read_text())
         assert code == expected_code, err
         return out, err, len(results), {(result["category_id"], result["category"]) for result in results}
@@ -219,11 +219,11 @@ def test_tool(make_model, tmp_path, call, restore_catalogs):
         ("export_model", "--format torchscript MODEL.WEIGHTS {root}/bad.pth", "bad.pth"),
     ],
 )
-def test_tools_refuse(tmp_path, call, tool, words, message):
+def test_tools_refuse(tmp_path, call_tool, tool, words, message):
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out"]
     words = words.format(root=tmp_path).split()
     words = [*flags, *words] if tool == "export_model" else [words[0], *flags, *words[1:]]
-    code, _, err = call(tool, *words)
+    code, _, err = call_tool(tool, *words)
     assert code == 2 and err.startswith("error: ") and message in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
