@@ -46,12 +46,7 @@ class Profile:
 
 
 def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[str] = ()) -> Profile:
-    """Return the profile of a name, and register its data sets.
-
-    Args:
-        name: "coco", "digits", or the path of a Detectron2 config.
-        register: arguments of --register.
-        overrides: config keys and values for all rows.
+    """Return the profile "coco", "digits", or of the path of a Detectron2 config, and register its data sets.
 
     Raises:
         FileNotFoundError, ValueError: the file, a data set or an override cannot be; the message says which.
@@ -66,10 +61,8 @@ def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[st
     profile = Profile(title, path, tuple(register), tuple(overrides), is_coco=name == "coco")
     cfg = profile.config()  # a wrong key is found here, once, and not by every row
     if len(cfg.DATASETS.TEST) != 1 or not cfg.DATASETS.TRAIN:
-        raise ValueError(
-            f"--profile {name}: one data set to evaluate on and at least one to train on are needed, not "
-            f"DATASETS.TEST {cfg.DATASETS.TEST} and DATASETS.TRAIN {cfg.DATASETS.TRAIN}"
-        )
+        have = f"DATASETS.TEST {cfg.DATASETS.TEST} and DATASETS.TRAIN {cfg.DATASETS.TRAIN}"
+        raise ValueError(f"--profile {name}: one data set to evaluate on and one or more to train on, not {have}")
     return profile
 
 
@@ -80,12 +73,10 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
         ValueError: there is no such row, or the profile cannot vary what the table varies.
     """
     if table == "1e" and not profile.is_coco:
-        raise ValueError(
-            f"--table 1e varies backbone and image size, which --profile {profile.name} fixes; use --profile coco"
-        )
+        fixed = f"backbone and image size, which --profile {profile.name} fixes"
+        raise ValueError(f"--table 1e varies {fixed}; use --profile coco")
     known = [row.key for row in TABLES[table]]
-    unknown = [key for key in keys if key not in known]
-    if unknown:
+    if unknown := [key for key in keys if key not in known]:
         raise ValueError(f"--rows {' '.join(unknown)}: not in table {table}, which has {', '.join(known)}")
     return [row for row in TABLES[table] if not keys or row.key in keys]
 
@@ -107,17 +98,15 @@ def make_runs(
 
 
 def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_gpus: int, inputs: str) -> Run:
-    config_file, overrides = profile.config_file, ["SEED", str(seed)]
-    if profile.is_coco:
-        config_file = config_dir() / "paper" / f"{row.recipe}.yaml"
-    else:
-        for key, value in row.overrides(base).items():
-            overrides += [key, value if isinstance(value, str) else repr(value)]
-    overrides += profile.overrides
+    # On COCO, rows of one method differ in network.
+    config_file, method, own = config_dir() / "paper" / f"{row.recipe}.yaml", row.recipe, {}
+    if not profile.is_coco:
+        config_file, method, own = profile.config_file, row.method, row.overrides(base)
+    own = [word for key, value in own.items() for word in (key, value if isinstance(value, str) else repr(value))]
+    overrides = ["SEED", str(seed), *own, *profile.overrides]
     cfg = load_config(config_file, overrides)
     solver = scale_to_workers(cfg, num_gpus).SOLVER
     title = f"{row.network} {title_of(cfg)}" if row.table == "1e" else title_of(cfg)
-    method = row.recipe if profile.is_coco else row.method  # on COCO, rows of one method differ in network
     folder = Path(output) / method / f"seed{seed}"
     flags = ["--config-file", typed(config_file), "--resume", *(["--num-gpus", str(num_gpus)] if num_gpus > 1 else [])]
     flags += [word for text in profile.register for word in ("--register", text)]
@@ -139,8 +128,8 @@ def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_
 
 def training_sources() -> list[Path]:
     """Return the files whose code decides the outcome: a typo mended in a report costs no training."""
-    sources = sorted(_PACKAGE.rglob("*.py"))
-    return [path for path in sources if not path.relative_to(_PACKAGE).as_posix().startswith(_NOT_TRAINED)]
+    names = sorted(path.relative_to(_PACKAGE).as_posix() for path in _PACKAGE.rglob("*.py"))
+    return [_PACKAGE / name for name in names if not name.startswith(_NOT_TRAINED)]
 
 
 def _digest_of_inputs(cfg: CfgNode) -> str:
@@ -152,9 +141,7 @@ def _digest_of_inputs(cfg: CfgNode) -> str:
     for path in (TRAIN_NET, *training_sources(), *paths, cfg.MODEL.WEIGHTS):
         if path and Path(path).is_file():
             digest.update(f"\0{Path(path).name}\0".encode())
-            with open(path, "rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    digest.update(block)
+            digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
@@ -162,16 +149,16 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
     """Return a table of the runs with the paper's numbers, and what is left to train; the time if one is measured."""
     lines, left, times, refused = [], {}, [], ""
     for run in runs:
-        result, record, done = run.result(), None, 0
+        result, done = run.result(), 0
         try:
             if check_folder(run):
                 record = result.last_step()
+                times += [record["time"]] if "time" in record else []
                 names = [path.stem.removeprefix("model_") for path in run.folder.glob("model_[0-9]*.pth")]
                 done = max((int(name) + 1 for name in names), default=0)
             state = result.status if result.ended else f"goes on at {done:,}" if done else "to train"
         except FileExistsError as error:
             state, refused = "refused", refused or f"\n{error}"
-        times += [record["time"]] if record and "time" in record else []
         if not result.ended:
             left[run] = run.max_iter - done
         paper = run.row.published
@@ -181,20 +168,15 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
     steps, images = sum(left.values()), sum(steps * run.images_per_step for run, steps in left.items())
     text = f"{len(left)} of {len(runs)} runs to train: {steps:,} steps, {images:,} images, {parallel} at a time."
     if left and times:
-        second = statistics.median(times)
-        time = format_duration(steps * second / min(parallel, len(left)))
-        text += f" About {time}, at {second:.3g} s a step (the median of {len(times)} runs in this output folder)."
+        second, of = statistics.median(times), f"the median of {len(times)} runs in this output folder"
+        text += f" About {format_duration(steps * second / min(parallel, len(left)))}, at {second:.3g} s a step ({of})."
     elif left:
         text += " How long that takes is known once a run in this output folder has done some steps."
     return f"{tabulate(lines, headers, tablefmt='simple', floatfmt='.1f')}\n\n{text}{refused}"
 
 
 def prepare_data(profile: Profile) -> Data:
-    """Return where the data set lies; one that is made on first use is drawn now, and not by every run at once.
-
-    Raises:
-        ValueError: it cannot be trained on and reported.
-    """
+    """Return where the data set lies, drawn if it is made on first use; raise a ValueError if it cannot be used."""
     cfg = profile.config()
     check_datasets(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

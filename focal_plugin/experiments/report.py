@@ -29,7 +29,6 @@ from .results import (
     OF_LINE,
     PAPER,
     Comparison,
-    Data,
     RunResult,
     Study,
     compare,
@@ -44,24 +43,14 @@ _PAPER_IMAGES = 90_000 * 16
 
 
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
-    """Write index.html, report.md, results.json and the pictures.
-
-    Args:
-        study: what was asked for.
-        results: one per row and seed, done or not.
-        report_dir: the folder to write to.
-
-    Returns:
-        The path of index.html.
-    """
-    runs = tabulate_runs(study, results)
-    runs["precision_at_recall"] = [
-        {f"{c.iou:g}": c.precision.tolist() for c in precision_recall_curves(study.data.val_json, path, (0.5, 0.75))}
-        if status == "done"
-        else {}
-        for path, status in zip(runs.detections, runs.status)
+    """Write index.html, report.md, results.json and the pictures of runs, done or not; return index.html's path."""
+    runs, truth, ious = tabulate_runs(study, results), study.data.val_json, (0.5, 0.75)
+    curves = [
+        precision_recall_curves(truth, run.detections, ious) if run.status == "done" else []
+        for run in runs.itertuples()
     ]
-    return write_table(study, runs, count_objects(study.data), origin(study.command), Path(report_dir))
+    runs["precision_at_recall"] = [{f"{c.iou:g}": c.precision.tolist() for c in found} for found in curves]
+    return write_table(study, runs, study.data.count_objects(), origin(study.command), Path(report_dir))
 
 
 def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
@@ -117,11 +106,10 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
     """What a results.json says of a method, from its runs."""
     done, first = own[own.status == "done"], own.iloc[0]
     stats = done[sorted({name for run in done.metrics for name in run})].agg(["count", "mean", "std"])
-    config_file = re.search(r"--config-file (\S+)", first.command)
     return {
         "method": first.method,
         **first[OF_LINE],
-        "config_file": config_file[1] if config_file else "",
+        "config_file": "".join(re.findall(r"--config-file (\S+)", first.command)),
         "config": next(filter(None, own.config), {}),
         "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},
     }
@@ -148,11 +136,9 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
         return ["No run has learned to detect yet, so the order means nothing.", order]
     comparisons, seeds = compare_focal(runs), sorted(done.seed.unique())
     leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
-    first = (
-        f"{title[reference(runs)]} is {leads}" if leads else f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
-    )
-    if len(done) < len(runs):
-        first = f"Incomplete, {len(done)} of {len(runs)} runs are done: {first}"
+    first = "" if len(done) == len(runs) else f"Incomplete, {len(done)} of {len(runs)} runs are done: "
+    best = f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
+    first += f"{title[reference(runs)]} is {leads}" if leads else best
     missing = "No run of FL is done, so nothing is compared with it. "
     scope = missing if "FL" in set(runs.kind) - set(done.kind) else ""
     if len(seeds) == 1:
@@ -169,12 +155,12 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _lead(c: Comparison, rival: str) -> str:
     size = f"{abs(c.mean):.1f} AP {'ahead of' if c.mean > 0 else 'behind'}" if abs(c.mean) >= 0.05 else "level with"
-    text = f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}"
-    if c.interval_95 is None:
-        return text
-    low, high = (number(end, "+.1f") for end in c.interval_95)
-    zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
-    return f"{text} (95 % t interval {low} to {high}, {zero})"
+    interval = ""
+    if c.interval_95:
+        low, high = (number(end, "+.1f") for end in c.interval_95)
+        zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
+        interval = f" (95 % t interval {low} to {high}, {zero})"
+    return f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}{interval}"
 
 
 def _against(study: Study, c: Comparison, rival: str) -> str:
@@ -184,7 +170,7 @@ def _against(study: Study, c: Comparison, rival: str) -> str:
     if c.picked_of > 1:
         text += f" (the best of {c.picked_of} by its mean AP; picking the best of them favours it)"
     each = ", ".join(f"{number(difference, '+.1f')} (seed {seed})" for seed, difference in c.difference_by_seed.items())
-    text += f": {each}" if each else ": no seed has both done, so there is no paired difference"
+    text += f": {each or 'no seed has both done, so there is no paired difference'}"
     text += ", one pair of runs, which has no interval" if len(c.difference_by_seed) == 1 else ""
     text += f". In the paper it is {c.paper_difference:.1f} AP ahead ({focal} against {theirs}; {where})"
     if abs(c.mean) >= 0.05:  # and not NaN
@@ -208,37 +194,33 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     def note(lead: str, text: str, code: str = "") -> None:
         found.append({"lead": lead, "text": text, "code": code})
 
-    for run in runs.itertuples():
-        lead = f"{run.title}, seed {run.seed}: {run.status}."
-        if run.status == "missing":
-            note(lead, "Not run, or not to its end.")
-        elif run.status == "diverged":
+    for run in runs[runs.status != "done"].itertuples():
+        text = "Not run, or not to its end."
+        if run.status == "diverged":
             text = f"The loss was no number at step {run.step}: an outcome of the method with this recipe, not a crash."
-            note(lead, f"{text} The run has no AP and is in no mean.")
+            text += " The run has no AP and is in no mean."
         elif run.status == "failed":
             code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
-            note(lead, f"It failed{code}; console: {Path(run.folder) / CONSOLE}.", run.error)
+            text = f"It failed{code}; console: {Path(run.folder) / CONSOLE}."
+        note(f"{run.title}, seed {run.seed}: {run.status}.", text, run.error if run.status == "failed" else "")
     if not study.is_coco:
         text = f"Trained on “{study.profile}”, not on COCO with the paper's network and schedule: differences between "
         text += "methods can be held against the paper's, levels of AP cannot. None of this says how the methods "
         note("Not the paper's setting.", f"{text}compare at the scale of COCO.")
     if study.left_out:
         note("Left out.", f"Rows of the table that were not asked for: {', '.join(study.left_out)}.")
-    budgets = names.groupby(runs.images_seen).agg(", ".join)
-    counts = runs.images_seen.value_counts()
+    budgets, counts = names.groupby(runs.images_seen).agg(", ".join), runs.images_seen.value_counts()
     if len(budgets) > 1:
         usual = counts.index[0]
         others = "; ".join(f"{images:,} images: {who}" for images, who in budgets.drop(usual).items())
         text = f"{counts[usual]} of {counts.sum()} runs were trained on {usual:,} images; {others}."
         note("Unequal budgets.", f"{text} Their AP does not compare as it is.")
-    if study.is_coco and set(budgets.index) - {_PAPER_IMAGES}:
-        have = " and ".join(f"{images:,}" for images in budgets.index if images != _PAPER_IMAGES)
-        text = f"Trained on {have} images; the paper's schedule sees {_PAPER_IMAGES:,} (90,000 steps of 16)."
-        note("Not the paper's budget.", text)
-    resumed = names[(runs.attempts > 1) & (runs.status != "missing")]
-    if len(resumed):
+    if study.is_coco and (other := set(budgets.index) - {_PAPER_IMAGES}):
+        text = f"Trained on {' and '.join(f'{images:,}' for images in sorted(other))} images"
+        note("Not the paper's budget.", f"{text}; the paper's schedule sees {_PAPER_IMAGES:,} (90,000 steps of 16).")
+    if who := ", ".join(names[(runs.attempts > 1) & (runs.status != "missing")]):
         text = "Each went on from its last checkpoint, and the time given is that of the last attempt"
-        note("Stopped and resumed.", f"{text}: {', '.join(resumed)}.")
+        note("Stopped and resumed.", f"{text}: {who}.")
     return found
 
 
@@ -307,16 +289,6 @@ def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
         row["", "images seen"] = " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE
         rows.append(row)
     return make_table("Time, memory, and examples in training", rows)
-
-
-def count_objects(data: Data) -> pd.DataFrame:
-    """Count the objects of each class, by name, in the "training" and the "validation" set, without crowds."""
-    counts = {}
-    for part, path in (("training", data.train_json), ("validation", data.val_json)):
-        truth = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = Counter(a["category_id"] for a in truth["annotations"] if not a.get("iscrowd"))
-        counts[part] = {c["name"]: found[c["id"]] for c in sorted(truth["categories"], key=lambda c: c["id"])}
-    return pd.DataFrame(counts)
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import signal
 import statistics
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -25,18 +26,16 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow
+from .paper import BEST_OHEM, CAPTIONS, CE, FL, FL_R101, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
-KINDS = ("FL", "OHEM", "CE", "SSD", "FL*")
 AP = "bbox/AP"
 PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
 METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
 # AP of the focal loss and of its rival in the paper, and where.
-_FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
 PAPER = {
-    "OHEM": (_FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "OHEM": (FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
     "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
 }
 
@@ -98,12 +97,11 @@ class RunResult:
 
     @property
     def ended(self) -> bool:
-        """Return whether there is an outcome, so that it need not be trained again."""
-        return self.status in ("done", "diverged")
+        return self.status in ("done", "diverged")  # it need not be trained again
 
     @property
     def ap(self) -> float:
-        return self.metrics.get("bbox/AP", math.nan)
+        return self.metrics.get(AP, math.nan)
 
     @property
     def detections(self) -> Path:
@@ -117,9 +115,9 @@ class RunResult:
         by_step = {record["iteration"]: record for record in self._records()}
         return [by_step[step] for step in sorted(by_step)]
 
-    def last_step(self) -> dict[str, Any] | None:
-        """Return the newest training record; only the end of the file is read, for long runs write long files."""
-        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), None)
+    def last_step(self) -> dict[str, Any]:
+        """Return the newest training record, or {}; only the file's end is read, for long runs write long files."""
+        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), {})
 
     def _records(self, tail: int = sys.maxsize) -> list[dict[str, Any]]:
         records = []
@@ -142,9 +140,8 @@ class RunResult:
         with suppress(OSError, ValueError):  # Detectron2 gives NaN to a model that detects nothing; its AP is 0
             if json.loads(self.detections.read_text(encoding="utf-8")) == []:
                 self.metrics = {k: 0.0 if math.isnan(v) else v for k, v in self.metrics.items()}
-        console = ""
-        with suppress(OSError):
-            console = (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+        path = self.folder / CONSOLE
+        console = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
         self.peak_memory_of = "GPU" if gpu else "process"
         self.peak_memory = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
@@ -154,7 +151,7 @@ class RunResult:
             with suppress(OSError, ValueError, KeyError, TypeError):  # as the trainer's guard has left it
                 self.step = int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
                 self.status = "diverged"
-        elif "bbox/AP" not in self.metrics or not self.detections.is_file():
+        elif AP not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
         # How it is called and where it lies are the asker's to say. A class without an object has no AP; JSON no NaN.
         saved = {k: v for k, v in asdict(self).items() if k not in ("method", "title", "folder", "reused")}
@@ -188,30 +185,28 @@ class Data:
     val_json: Path
     val_images: Path
 
+    def count_objects(self) -> pd.DataFrame:
+        """Count the objects of each class, by name, in the "training" and the "validation" set, without crowds."""
+        counts = {}
+        for part, path in (("training", self.train_json), ("validation", self.val_json)):
+            truth = json.loads(path.read_text(encoding="utf-8"))
+            found = Counter(a["category_id"] for a in truth["annotations"] if not a.get("iscrowd"))
+            counts[part] = {c["name"]: found[c["id"]] for c in sorted(truth["categories"], key=lambda c: c["id"])}
+        return pd.DataFrame(counts)
+
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked for: rows of one of the paper's tables, trained in one setting.
+    """What was asked for: rows of one of the paper's tables, trained in one setting."""
 
-    Attributes:
-        table: of the paper, such as "1d".
-        profile: "coco", "digits", or a config's name.
-        is_coco: whether the data and the recipe are the paper's.
-        rows: of the table, in the paper's order.
-        seeds: that each row was to be trained with.
-        data: what the rows were trained and evaluated on; None: read from a results.json, which has the counts.
-        command: what a person typed.
-        left_out: titles of the table's rows that this command did not ask for.
-    """
-
-    table: str
-    profile: str
-    is_coco: bool
-    rows: Sequence[PaperRow]
-    seeds: Sequence[int]
-    data: Data | None
-    command: str
-    left_out: Sequence[str] = ()
+    table: str  # of the paper, such as "1d"
+    profile: str  # "coco", "digits", or a config's name
+    is_coco: bool  # whether the data and the recipe are the paper's
+    rows: Sequence[PaperRow]  # in the paper's order
+    seeds: Sequence[int]  # that each row was to be trained with
+    data: Data | None  # None: read from a results.json, which has the counts
+    command: str  # what a person typed
+    left_out: Sequence[str] = ()  # titles of the table's rows that this command did not ask for
 
     @property
     def headline(self) -> str:
@@ -222,30 +217,18 @@ class Study:
 
 @dataclass(frozen=True)
 class Comparison:
-    """AP of a method minus that of a rival with the same seed; as a results.json has it.
-
-    Attributes:
-        focal, rival: the methods.
-        kind: of the rival, such as "OHEM".
-        picked_of: number of methods of this kind that are done, which the rival may be the best of.
-        difference_by_seed: over the seeds that both have done.
-        mean: of them; NaN without any.
-        interval_95: the t interval of the mean; None with fewer than two seeds.
-        excludes_zero: whether the interval does; None without one.
-        paper_difference: of the two kinds in the paper; None where it compares none.
-        interval_holds_paper_difference: None without one of the two.
-    """
+    """AP of a method minus that of a rival with the same seed; as a results.json has it."""
 
     focal: str
     rival: str
-    kind: str
-    picked_of: int
-    difference_by_seed: dict[int, float]
-    mean: float
-    interval_95: tuple[float, float] | None
-    excludes_zero: bool | None
-    paper_difference: float | None
-    interval_holds_paper_difference: bool | None
+    kind: str  # of the rival, such as "OHEM"
+    picked_of: int  # number of methods of this kind that are done, which the rival may be the best of
+    difference_by_seed: dict[int, float]  # over the seeds that both have done
+    mean: float  # of them; NaN without any
+    interval_95: tuple[float, float] | None  # the t interval of the mean; None with fewer than two seeds
+    excludes_zero: bool | None  # whether the interval does; None without one
+    paper_difference: float | None  # of the two kinds in the paper; None where it compares none
+    interval_holds_paper_difference: bool | None  # None without one of the two
 
 
 def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
@@ -258,25 +241,18 @@ def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
         with warnings.catch_warnings():  # that equal differences lose precision
             warnings.simplefilter("ignore", RuntimeWarning)
             interval = tuple(map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95)))
-    return Comparison(
-        method,
-        rival,
-        kind,
-        picked_of=runs[runs.kind == kind].dropna(subset=AP).method.nunique(),
-        difference_by_seed=difference.to_dict(),
-        mean=float(difference.mean()),
-        interval_95=interval,
-        excludes_zero=interval and (interval[0] > 0 or interval[1] < 0),
-        paper_difference=paper,
-        interval_holds_paper_difference=interval and paper and interval[0] <= paper <= interval[1],
-    )
+    excludes_zero = interval and (interval[0] > 0 or interval[1] < 0)
+    holds_paper = interval and paper and interval[0] <= paper <= interval[1]
+    count = runs[runs.kind == kind].dropna(subset=AP).method.nunique()
+    by_seed, mean = difference.to_dict(), float(difference.mean())
+    return Comparison(method, rival, kind, count, by_seed, mean, interval, excludes_zero, paper, holds_paper)
 
 
 def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
     """Return a table with one row a run, by method in the study's order.
 
-    Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
-    "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
+    Its columns are the keys of the lines and runs of a results.json, the metrics of runs that are done, such as
+    "bbox/AP", and what the paper published, such as "paper/AP". What is missing is NaN.
     """
     asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
     runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
@@ -332,7 +308,7 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
     return {
         **{f.name: getattr(run, f.name) for f in fields(run)},
         "title": printable(run.title, limit=120, quotes=False),
-        "kind": next((word for word in run.title.split() if word in KINDS), "other"),  # what title_of begins with
+        "kind": row.kind,
         "paper_title": row.title,
         "published": row.published and {name: getattr(row.published, name) for name in PUBLISHED},
         "command": shlex.join(run.command),
