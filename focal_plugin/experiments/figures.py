@@ -114,12 +114,12 @@ def draw_differences(runs: pd.DataFrame, comparisons: Sequence[Comparison], styl
     return figure
 
 
-def draw_precision_recall(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, iou: str = "0.5") -> Figure:
-    """Draw the mean curve over classes and seeds of each method; the legend has the AP at this IoU."""
+def draw_precision_recall(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> Figure:
+    """Draw the mean curve over classes and seeds of each method at IoU .5; the legend has the AP there."""
     figure, axis = _panel(runs)
     for method in methods:
         own = runs[runs.method == method]
-        precision = np.mean([np.array(curves[iou], dtype=float) for curves in own.precision_at_recall], axis=0)
+        precision = np.mean([np.array(curves["0.5"], dtype=float) for curves in own.precision_at_recall], axis=0)
         label = f"{own.title.iloc[0]}: {100 * precision.mean():.1f}"
         axis.plot(np.linspace(0, 1, len(precision)), precision, label=label, **styles[method])
     axis.set(xlabel="recall", ylabel="precision, mean over classes", xlim=(0, 1), ylim=(0, 1.02))

@@ -1,6 +1,6 @@
 """The tables of the focal loss paper, read from paper_tables.yaml: what each row trains, and what its authors measured.
 
-One YAML for each distinct recipe in configs/paper/ is written by ``python -m focal_plugin.experiments.paper``.
+configs/paper/ has one YAML for each distinct recipe.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from typing import Any
 
 import yaml
 
-from ..config import config_dir, load_config
-from ..config_yaml import lookup
-
-_BOX_LOSSES = {"iou": "IoU", "giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
 _PAPER_EXAMPLES = 128  # what a profile's own MODEL.OHEM.BATCH_SIZE stands for
 
 
@@ -93,7 +89,7 @@ def title_of(config: Mapping[str, Any]) -> str:
     else:
         title = f"FL ({gamma}, {weight})" if retinanet["FOCAL_LOSS_GAMMA"] else f"CE ({weight})"
     box_loss = retinanet.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
-    return title if box_loss == "smooth_l1" else f"{title}, {_BOX_LOSSES.get(box_loss, box_loss)}"
+    return title if box_loss == "smooth_l1" else f"{title}, {box_loss.upper().replace('IOU', 'IoU')}"
 
 
 def _row(content: dict[str, Any], table: str, key: str, published: list[float] | None) -> PaperRow:
@@ -122,49 +118,8 @@ TABLES: dict[str, tuple[PaperRow, ...]] = {
 }
 _ROWS = {(row.table, row.key): row for rows in TABLES.values() for row in rows}
 FL, CE = _ROWS["1b", "fl_gamma2_alpha0.25"], _ROWS["1b", "ce_alpha0.75"]  # the paper's own, on ResNet-50 at 600 px
-FL_R101, BEST_OHEM = _ROWS["1d", FL.key], _ROWS["1d", "ohem_128_nms0.5"]
-
-
-def config_texts() -> dict[str, str]:
-    """Return the YAML of each distinct recipe, by its file name in configs/paper/."""
-    base = load_config(config_dir() / "paper" / "Base-paper.yaml")
-    return {f"{row.recipe}.yaml": _config_text(row, base) for row in _ROWS.values()}
-
-
-def _config_text(row: PaperRow, base: Any) -> str:
-    depth, size = map(int, row.network.split("-")[1:])
-    longest = round(size * 1000 / 600)  # Detectron v1's 600 / 1000 and 800 / 1333
-    settings = {
-        **row.overrides(base),
-        "MODEL.WEIGHTS": f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl",
-        "MODEL.RESNETS.DEPTH": depth,
-        "INPUT.MIN_SIZE_TRAIN": (size,),
-        "INPUT.MIN_SIZE_TEST": size,
-        "INPUT.MAX_SIZE_TRAIN": longest,
-        "INPUT.MAX_SIZE_TEST": longest,
-    }
-    tree: dict[str, Any] = {"_BASE_": "Base-paper.yaml"}
-    for key, value in settings.items():
-        if lookup(base, key) != value:
-            *parents, name = key.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = list(value) if isinstance(value, tuple) else value
-    used = ", ".join(f"{other.table} {other.key}" for other in _ROWS.values() if other.recipe == row.recipe)
-    comment = f"# Written by python -m focal_plugin.experiments.paper. Tables and rows: {used}.\n"
-    return comment + yaml.safe_dump(tree, default_flow_style=None, sort_keys=False, width=120)
-
-
-def write_configs(folder: Path) -> list[Path]:
-    """Write one YAML for each distinct recipe, and remove those of rows that are gone."""
-    texts = config_texts()
-    for path in set(folder.glob("R-*.yaml")) - {folder / name for name in texts}:
-        path.unlink()
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
-
-
-if __name__ == "__main__":
-    print(f"{len(write_configs(config_dir() / 'paper'))} configs written to {config_dir() / 'paper'}")
+BEST_OHEM = _ROWS["1d", "ohem_128_nms0.5"]
+LEADS = {  # by kind of the rival: AP of the focal loss, of the rival, and where
+    "OHEM": (_ROWS["1d", FL.key].published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}

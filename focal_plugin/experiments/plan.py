@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import detectron2
@@ -35,14 +35,11 @@ class Profile:
     """What the rows are trained on: the paper's own setting, or a config that each row changes the loss of."""
 
     name: str  # "coco", "digits" or that of a YAML file
-    config_file: Path  # that all rows are based on
-    register: tuple[str, ...] = ()  # arguments of train_net's --register
-    overrides: tuple[str, ...] = ()  # config keys and values for all rows, in turn; they win over a row's own
-    is_coco: bool = False  # the paper's own setting, with a config for each row
-
-    def config(self) -> CfgNode:
-        """Return the configuration that all rows are based on."""
-        return load_config(self.config_file, list(self.overrides))
+    is_coco: bool  # the paper's own setting, with a config for each row
+    config_file: Path
+    base: CfgNode  # what it says with the overrides; all rows are based on it
+    register: tuple[str, ...]  # arguments of train_net's --register
+    overrides: tuple[str, ...]  # config keys and values for all rows, in turn; they win over a row's own
 
 
 def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[str] = ()) -> Profile:
@@ -58,12 +55,11 @@ def load_profile(name: str, register: Sequence[str] = (), overrides: Sequence[st
     built_in = {"coco": "paper/Base-paper.yaml", "digits": "digits/Base-digits.yaml"}
     path = config_dir() / built_in[name] if name in built_in else find_config(name)
     title = name if name in built_in else path.name if path.stem in built_in else path.stem
-    profile = Profile(title, path, tuple(register), tuple(overrides), is_coco=name == "coco")
-    cfg = profile.config()  # a wrong key is found here, once, and not by every row
+    cfg = load_config(path, list(overrides))  # a wrong key is found here, once, and not by every row
     if len(cfg.DATASETS.TEST) != 1 or not cfg.DATASETS.TRAIN:
         have = f"DATASETS.TEST {cfg.DATASETS.TEST} and DATASETS.TRAIN {cfg.DATASETS.TRAIN}"
         raise ValueError(f"--profile {name}: one data set to evaluate on and one or more to train on, not {have}")
-    return profile
+    return Profile(title, name == "coco", path, cfg, tuple(register), tuple(overrides))
 
 
 def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[PaperRow]:
@@ -73,17 +69,15 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
         ValueError: there is no such row, or the profile cannot vary what the table varies.
     """
     if table == "1e" and not profile.is_coco:
-        fixed = f"backbone and image size, which --profile {profile.name} fixes"
-        raise ValueError(f"--table 1e varies {fixed}; use --profile coco")
+        problem = f"varies backbone and image size, which --profile {profile.name} fixes"
+        raise ValueError(f"--table 1e {problem}; use --profile coco")
     known = [row.key for row in TABLES[table]]
     if unknown := [key for key in keys if key not in known]:
         raise ValueError(f"--rows {' '.join(unknown)}: not in table {table}, which has {', '.join(known)}")
     return [row for row in TABLES[table] if not keys or row.key in keys]
 
 
-def make_runs(
-    rows: Sequence[PaperRow], profile: Profile, seeds: Sequence[int], output: Path, num_gpus: int = 1
-) -> list[Run]:
+def make_runs(rows: list[PaperRow], profile: Profile, seeds: list[int], output: Path, num_gpus: int = 1) -> list[Run]:
     """Return one run a row and seed, in the order of the seeds: each seed's table is complete before the next begins.
 
     A run lies in ``output/METHOD/seedN``, so tables that share a row share its run.
@@ -92,16 +86,15 @@ def make_runs(
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
     if not TRAIN_NET.is_file():
         raise ValueError(f"there is no {TRAIN_NET}: run it from a checkout, not with an installed wheel")
-    base = profile.config()
-    inputs = _digest_of_inputs(base)
-    return [_make_run(row, profile, base, seed, output, num_gpus, inputs) for seed in seeds for row in rows]
+    inputs = _digest_of_inputs(profile.base)
+    return [_make_run(row, profile, seed, output, num_gpus, inputs) for seed in seeds for row in rows]
 
 
-def _make_run(row: PaperRow, profile: Profile, base: CfgNode, seed, output, num_gpus: int, inputs: str) -> Run:
+def _make_run(row: PaperRow, profile: Profile, seed: int, output: Path, num_gpus: int, inputs: str) -> Run:
     # On COCO, rows of one method differ in network.
     config_file, method, own = config_dir() / "paper" / f"{row.recipe}.yaml", row.recipe, {}
     if not profile.is_coco:
-        config_file, method, own = profile.config_file, row.method, row.overrides(base)
+        config_file, method, own = profile.config_file, row.method, row.overrides(profile.base)
     own = [word for key, value in own.items() for word in (key, value if isinstance(value, str) else repr(value))]
     overrides = ["SEED", str(seed), *own, *profile.overrides]
     cfg = load_config(config_file, overrides)
@@ -154,15 +147,14 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
             if check_folder(run):
                 record = result.last_step()
                 times += [record["time"]] if "time" in record else []
-                names = [path.stem.removeprefix("model_") for path in run.folder.glob("model_[0-9]*.pth")]
-                done = max((int(name) + 1 for name in names), default=0)
+                checkpoints = run.folder.glob("model_[0-9]*.pth")
+                done = max((int(path.stem.removeprefix("model_")) + 1 for path in checkpoints), default=0)
             state = result.status if result.ended else f"goes on at {done:,}" if done else "to train"
         except FileExistsError as error:
             state, refused = "refused", refused or f"\n{error}"
         if not result.ended:
             left[run] = run.max_iter - done
-        paper = run.row.published
-        numbers = (paper.AP, paper.AP50, paper.AP75) if paper else "---"
+        numbers = astuple(run.row.published)[:3] if run.row.published else "---"
         lines.append([run.row.key, run.seed, run.title, *numbers, f"{run.max_iter:,}", run.images_per_step, state])
     headers = ["row", "seed", "trained here", "paper's AP", "AP50", "AP75", "steps", "images / step", "state"]
     steps, images = sum(left.values()), sum(steps * run.images_per_step for run, steps in left.items())
@@ -177,7 +169,7 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
 
 def prepare_data(profile: Profile) -> Data:
     """Return where the data set lies, drawn if it is made on first use; raise a ValueError if it cannot be used."""
-    cfg = profile.config()
+    cfg = profile.base
     check_datasets(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         meta = MetadataCatalog.get(name)

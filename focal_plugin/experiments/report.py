@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,20 +21,8 @@ from ..eval.coco import precision_recall_curves
 from ..eval.page import NONE, markdown_text, render_html, render_markdown
 from ..files import atomic_write, origin
 from .figures import draw
-from .paper import CAPTIONS
-from .results import (
-    AP,
-    CONSOLE,
-    OF_LINE,
-    PAPER,
-    Comparison,
-    RunResult,
-    Study,
-    compare,
-    lines_of,
-    reference,
-    tabulate_runs,
-)
+from .paper import CAPTIONS, LEADS
+from .results import AP, OF_LINE, Comparison, RunResult, Study, compare, lines_of, reference, tabulate_runs, write_json
 
 _APS = ("AP", "AP50", "AP75")
 _LEARNED = 5.0  # percent AP; below, the order says nothing
@@ -57,7 +44,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
     """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
     remarks = notes(study, runs)
-    not_of_run = [*OF_LINE, "detections", "loss_cls", *(name for name in runs if "/" in name)]
+    not_of_run = [*OF_LINE, "console", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
         "notes": [" ".join(filter(None, note.values())) for note in remarks],
@@ -84,26 +71,19 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "configs": [yaml.safe_dump(line["config"]) if line["config"] else "" for line in record["lines"]],
         "markdown": to_markdown,
     }
-    # None for what is no number: JSON has no NaN.
-    clean = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
-    texts = {
-        "results.json": json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": render_markdown(context),
-        "index.html": render_html(context, folder, "report.html"),
-    }
-    for name, text in texts.items():
-        with atomic_write(folder / name) as file:
-            file.write(text)
+    write_json(folder / "results.json", record)
+    with atomic_write(folder / "report.md") as markdown, atomic_write(folder / "index.html") as page:
+        markdown.write(render_markdown(context))
+        page.write(render_html(context, folder, "report.html"))
     return folder / "index.html"
 
 
 def format_table(study: Study, results: Sequence[RunResult]) -> str:
-    """Return the comparison, one method per line, as Markdown that reads well in a terminal too."""
+    """Return the comparison, one method per line, as Markdown."""
     return to_markdown(comparison_table(study, tabulate_runs(study, results)))
 
 
 def _line_record(own: pd.DataFrame) -> dict[str, Any]:
-    """What a results.json says of a method, from its runs."""
     done, first = own[own.status == "done"], own.iloc[0]
     stats = done[sorted({name for run in done.metrics for name in run})].agg(["count", "mean", "std"])
     return {
@@ -118,10 +98,9 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
 def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
     """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
     done, focal = runs.dropna(subset=AP), reference(runs)
-    if "FL" not in set(done.kind[done.method == focal]):
-        return []
     means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
-    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
+    rivals = [means[kind].idxmax() for kind in LEADS if kind in means and focal in means.get("FL", ())]
+    return [compare(runs, focal, rival) for rival in rivals]
 
 
 def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
@@ -165,7 +144,7 @@ def _lead(c: Comparison, rival: str) -> str:
 
 def _against(study: Study, c: Comparison, rival: str) -> str:
     """What stands behind the lead: each seed, and the paper's."""
-    focal, theirs, where = PAPER[c.kind]
+    focal, theirs, where = LEADS[c.kind]
     text = f"FL against {'the best OHEM' if c.kind == 'OHEM' else 'cross entropy'}, {rival}"
     if c.picked_of > 1:
         text += f" (the best of {c.picked_of} by its mean AP; picking the best of them favours it)"
@@ -188,8 +167,7 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     Returns:
         Statements: "lead", "text", and "code" that is quoted as it is, such as an error.
     """
-    found = []
-    names = runs.title + " seed " + runs.seed.astype(str)
+    found, names = [], runs.title + " seed " + runs.seed.astype(str)
 
     def note(lead: str, text: str, code: str = "") -> None:
         found.append({"lead": lead, "text": text, "code": code})
@@ -201,7 +179,7 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
             text += " The run has no AP and is in no mean."
         elif run.status == "failed":
             code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
-            text = f"It failed{code}; console: {Path(run.folder) / CONSOLE}."
+            text = f"It failed{code}; console: {run.console}."
         note(f"{run.title}, seed {run.seed}: {run.status}.", text, run.error if run.status == "failed" else "")
     if not study.is_coco:
         text = f"Trained on “{study.profile}”, not on COCO with the paper's network and schedule: differences between "
@@ -227,7 +205,7 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
 def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
     """Return our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
     anchor, lines = reference(runs), lines_of(runs)
-    alone = anchor is not None and (lines.kind == lines.kind[anchor]).sum() == 1
+    alone = anchor and (lines.kind == lines.kind[anchor]).sum() == 1
     to = f"to {lines.kind[anchor] if alone else lines.title[anchor]}" if anchor else "to FL"
     scaled = any(lines["paper/AP"].notna() & (lines.paper_title != lines.title))
     rows = []
@@ -280,11 +258,11 @@ def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
     memory = " or ".join(sorted(done.peak_memory_of[done.peak_memory.notna()].unique()))
     rows = []
     for title, own in done.groupby("title", sort=False):
-        examples = {name: own[f"{name}_per_image"].mean() for name in ("positives", "negatives")}
         row = {("", "method"): title, ("", "s/step"): number(own.step_seconds.mean(), ".3f")}
         row["", "run, min"] = number(own.seconds.mean() / 60)
         row["", f"peak, MiB{memory and f' ({memory})'}"] = number(own.peak_memory.dropna().max() / 2**20, ",.0f")
-        for name, count in examples.items():
+        for name in ("positives", "negatives"):
+            count = own[f"{name}_per_image"].mean()
             row["per training image", name] = number(count, ",.0f" if count >= 1000 else ".1f")
         row["", "images seen"] = " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE
         rows.append(row)

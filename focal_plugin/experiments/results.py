@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,13 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, FL_R101, PaperRow
+from .paper import CAPTIONS, FL, LEADS, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 AP = "bbox/AP"
 PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
 METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
-# AP of the focal loss and of its rival in the paper, and where.
-PAPER = {
-    "OHEM": (FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
-    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,10 +103,7 @@ class RunResult:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the records of Detectron2's metrics.json in the order of their steps.
-
-        A run that was stopped and went on from a checkpoint has done some steps twice: the later record counts.
-        """
+        """Return the records of Detectron2's metrics.json by step; of steps done twice, after a stop, the later one."""
         by_step = {record["iteration"]: record for record in self._records()}
         return [by_step[step] for step in sorted(by_step)]
 
@@ -143,8 +135,8 @@ class RunResult:
         path = self.folder / CONSOLE
         console = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
-        self.peak_memory_of = "GPU" if gpu else "process"
-        self.peak_memory = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        memory = ("GPU", max(map(int, gpu)) * 2**20) if gpu else ("process", self.peak_memory)
+        self.peak_memory_of, self.peak_memory = memory
         self.status, self.error, self.step = "done", "", None
         if exit_code:
             self.status, self.error = "failed", _last_error(console, exit_code)
@@ -153,17 +145,22 @@ class RunResult:
                 self.status = "diverged"
         elif AP not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
-        # How it is called and where it lies are the asker's to say. A class without an object has no AP; JSON no NaN.
+        # How it is called and where it lies are the asker's to say.
         saved = {k: v for k, v in asdict(self).items() if k not in ("method", "title", "folder", "reused")}
-        saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
-        with atomic_write(self.folder / RESULT) as file:
-            file.write(json.dumps(saved, indent=1, allow_nan=False) + "\n")
+        write_json(self.folder / RESULT, saved, indent=1)
 
 
 def typed(path: Path) -> str:
     """Return the path as a person in this folder would type it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write it with null for what is no number, such as the AP of a class without objects: JSON has no NaN."""
+    clean = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
+    with atomic_write(path) as file:
+        file.write(json.dumps(clean, indent=indent, ensure_ascii=False) + "\n")
 
 
 def _last_error(console: str, exit_code: int) -> str:
@@ -235,7 +232,7 @@ def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
     """Compare two methods over the seeds that both have done."""
     aps = runs.pivot(index="seed", columns="method", values=AP)[[method, rival]].dropna()
     difference, kind = aps[method] - aps[rival], runs.kind[runs.method == rival].iloc[0]
-    paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
+    paper = round(LEADS[kind][0] - LEADS[kind][1], 1) if kind in LEADS else None
     interval = None
     if len(aps) > 1:
         with warnings.catch_warnings():  # that equal differences lose precision
@@ -255,10 +252,9 @@ def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
     "bbox/AP", and what the paper published, such as "paper/AP". What is missing is NaN.
     """
     asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
-    runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
-    runs = _with_numbers(pd.DataFrame(runs, dtype=object))
-    shared = runs.groupby("title")["method"].transform("nunique") > 1
-    runs.loc[shared, "title"] += " " + runs.method
+    found = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
+    runs = _with_numbers(pd.DataFrame(found, dtype=object))
+    runs.loc[runs.groupby("title").method.transform("nunique") > 1, "title"] += " " + runs.method
     return runs
 
 
@@ -274,8 +270,8 @@ def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
 def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
     metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
-    paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=list(PUBLISHED)).add_prefix("paper/")
+    paper = pd.DataFrame([p or {} for p in runs.published], runs.index, list(PUBLISHED)).add_prefix("paper/")
+    runs["console"] = runs.folder.map(lambda folder: Path(folder) / CONSOLE)
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -306,11 +302,11 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
     words = list(itertools.dropwhile(lambda word: not key.fullmatch(word), run.command))
     steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
     return {
-        **{f.name: getattr(run, f.name) for f in fields(run)},
+        **vars(run),
         "title": printable(run.title, limit=120, quotes=False),
         "kind": row.kind,
         "paper_title": row.title,
-        "published": row.published and {name: getattr(row.published, name) for name in PUBLISHED},
+        "published": row.published and asdict(row.published),
         "command": shlex.join(run.command),
         "overrides": {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")},
         "config": config,

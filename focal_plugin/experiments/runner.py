@@ -21,8 +21,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..engine.trainer import DIVERGED
-from ..files import TEMPORARY, atomic_write
-from .results import CONSOLE, RESULT, Run, RunResult, typed
+from ..files import TEMPORARY
+from .results import CONSOLE, RESULT, Run, RunResult, typed, write_json
 
 _RUN, _LOCK, _JOB = "run.json", "lock", "slurm_job"  # run.json says that a folder is ours, and for which fingerprint
 _POLL, _LOG, _GRACE = 0.25, 10.0, 5.0  # seconds between looks, between lines, and for a stopped run to save itself
@@ -37,16 +37,12 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fresh: bool = False) -> list[RunResult]:
-    """Train every run in its folder and return their results in the order of ``runs``; say on stderr how far they are.
+    """Train runs, each in a folder of its own, and return their results in this order; say on stderr how far they are.
 
     A run that fails does not stop the others. What has ended before (trained, or diverged) is not trained again as
     long as its configuration, its data and the code are the same; what was stopped goes on from its last checkpoint;
-    what failed is tried again. Ctrl-C, SIGTERM and SIGHUP end the processes and raise KeyboardInterrupt.
-
-    Args:
-        runs: what to train, each in a folder of its own.
-        executor: where.
-        fresh: first empty the folders of earlier runs.
+    what failed is tried again. ``fresh`` first empties the folders of earlier runs. Ctrl-C, SIGTERM and SIGHUP end the
+    processes and raise KeyboardInterrupt.
 
     Raises:
         OSError: a folder cannot be made, or holds something else; see :func:`check_folder`.
@@ -214,11 +210,6 @@ def _take(lock: FileLock, timeout: float) -> bool:
     return True
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(content) + "\n")
-
-
 class InlineExecutor:
     """Children of this process, ``parallel`` at a time, with so many threads each on a CPU; they end with it."""
 
@@ -261,7 +252,7 @@ class InlineExecutor:
         result.parallel, result.threads, result.attempts = self.parallel, self._threads, check_folder(run) + 1
         if result.attempts == 1:
             _forget(folder)
-        _write_json(folder / _RUN, {"fingerprint": run.fingerprint, "attempts": result.attempts})
+        write_json(folder / _RUN, {"fingerprint": run.fingerprint, "attempts": result.attempts})
         for left_by_earlier in (RESULT, DIVERGED):
             (folder / left_by_earlier).unlink(missing_ok=True)
         if (folder / CONSOLE).exists():
@@ -329,7 +320,7 @@ class SubmititExecutor:
             except FailedJobError as error:  # sbatch has refused
                 raise ValueError(f"--executor {self._kind}: {error}") from error
         for run in new:
-            _write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
+            write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
         return [jobs[run] for run in runs]
 
     def _queued(self, run: Run) -> Any:
