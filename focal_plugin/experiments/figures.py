@@ -18,8 +18,7 @@ from .results import AP, Comparison, Study, compare, lines_of, reference
 KIND_COLORS = dict(zip(("FL", "OHEM", "CE", "SSD", "FL*"), (*COLORS[:3], COLORS[4], COLORS[6])))
 LINE_STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 _CURVES, _COLUMNS, _IMAGES = 7, 5, 6  # curves that can be told apart; columns and rows of the mosaic
-_SHORT = 24  # letters of a label that fits beside another
-_POINTS = 300  # of a curve; a long training leaves thousands
+_SHORT, _POINTS = 24, 300  # letters of a label that fits beside another; of a curve, of which trainings leave thousands
 _DOTS = {"marker": "o", "linestyle": "", "ms": 4, "mfc": "white", "mec": "black", "mew": 0.8, "zorder": 3}  # of seeds
 
 Styles = Mapping[str, Mapping[str, Any]]
@@ -46,21 +45,18 @@ def draw(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
         figures["loss_cls.svg"] = draw_loss(done[done.loss_cls.map(bool)], curves, styles)
     for name, figure in figures.items():
         save_svg(figure, folder / name)
-    if study.data:
-        shown = lines_of(done.sort_values("seed")).loc[few]
-        titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[AP].map(", AP {:.1f}".format)
-        columns = [Method(title, detections) for title, detections in zip(titles, shown.detections)]
-        picture = folder / "detections.jpg"
-        draw_mosaic(study.data.val_json, study.data.val_images, columns, picture, num_images=_IMAGES)
-    return [*figures, *(["detections.jpg"] if study.data else [])]
+    if not study.data:
+        return [*figures]
+    shown = lines_of(done.sort_values("seed")).loc[few]
+    titles = shown.title + "\nseed " + shown.seed.astype(str) + shown[AP].map(", AP {:.1f}".format)
+    columns, picture = list(map(Method, titles, shown.detections)), folder / "detections.jpg"
+    draw_mosaic(study.data.val_json, study.data.val_images, columns, picture, num_images=_IMAGES)
+    return [*figures, picture.name]
 
 
 def method_styles(runs: pd.DataFrame, first: str | None) -> Styles:
-    """Return colour and line style by method: a kind's ``first`` method has its colour, the others shades of it.
-
-    ``runs`` are of all methods, drawn or not, so that the style of one does not depend on what stands beside it.
-    """
-    styles = {}
+    """Return colour and line style by method: a kind's ``first`` method has its colour, the others shades of it."""
+    styles = {}  # of all methods, drawn or not: what one looks like does not depend on what stands beside it
     for kind, methods in runs.groupby("kind", sort=False)["method"].unique().items():
         base = np.array(to_rgb(KIND_COLORS[kind]))
         shades = [0, *np.linspace(-0.5, 0.55, len(methods) - 1)]  # to black, to white
@@ -71,12 +67,7 @@ def method_styles(runs: pd.DataFrame, first: str | None) -> Styles:
 
 
 def draw_ap(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, paper: bool = False) -> Figure:
-    """Draw a bar for each method, from the top: the mean, one standard deviation, and each seed as a dot.
-
-    Args:
-        runs: that are done.
-        paper: also the paper's AP, where it compares.
-    """
+    """Draw a bar for each method, from the top: mean, one standard deviation, a dot a seed, and the ``paper``'s AP."""
     figure, axis = _panel(runs, methods)
     right = 0.0
     for place, method in enumerate(methods):
@@ -144,9 +135,7 @@ def draw_loss(runs: pd.DataFrame, methods: Sequence[str], styles: Styles) -> Fig
 
 
 class _Plain(LogFormatter):
-    """0.3 and not 3e-01."""
-
-    def __call__(self, x, pos=None):
+    def __call__(self, x, pos=None):  # 0.3 and not 3e-01
         return f"{x:,g}" if super().__call__(x, pos) else ""
 
 

@@ -20,8 +20,6 @@ from .report import make_table, number, spread, to_markdown
 from .results import AP, Run, Study, compare, tabulate_runs, write_json
 from .runner import InlineExecutor, available_cores, run_all
 
-Cell = tuple[Profile, "list[PaperRow]", "list[Run]"]  # what is trained with one profile and budget
-
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(result.ok for result in results.values()) else 1
 
 
-def make_cell(cell: str, rows: Sequence[str], seeds: Sequence[int], output: Path) -> Cell:
+def make_cell(cell: str, rows: list[str], seeds: list[int], output: Path) -> tuple[Profile, list[PaperRow], list[Run]]:
     """Return what there is to train for "PROFILE:STEPS"; a profile's own steps share their runs with reproduce.py.
 
     Raises:
@@ -90,16 +88,15 @@ def write_grid(grid: pd.DataFrame, ohem: str, folder: Path, command: str) -> str
         rows.append({("", name): cell for name, cell in row.items()})
         cell = {"name": profile, "steps": int(steps), "negatives_per_object": background}
         cells.append(cell | {"ap": {m: ap.to_dict() for m, ap in aps.items()}, "seconds": runs.seconds.sum()})
-    hours = grid.seconds.sum() / 3600
+    hours, picture = grid.seconds.sum() / 3600, "![lead of the focal loss over background anchors per object](grid.png)"
     about = f"AP, mean ± standard deviation over the seeds; leads are paired by seed. OHEM: {ohem} of Table 1d. "
     about += f"{grid.seed.nunique()} seeds, {hours:.1f} hours of processes in all. `{command}`"
-    picture = "![lead of the focal loss over background anchors per object](grid.png)"
     text = "\n\n".join(["# When does the focal loss beat OHEM?", to_markdown(make_table("", rows)), about, picture])
     record = {**origin(command), "ohem": ohem, "process_hours": round(hours, 2), "cells": cells}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "grid.md") as file:
         file.write(text + "\n")
-    write_json(folder / "grid.json", record, indent=1)
+    write_json(folder / "grid.json", record, indent=1, ensure_ascii=False)
     draw_grid(grid, ohem).savefig(folder / "grid.png", dpi=130)
     return text
 

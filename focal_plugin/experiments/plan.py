@@ -26,7 +26,6 @@ from .runner import check_folder, format_duration
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN_NET = _PACKAGE.parent / "tools" / "train_net.py"
-# What no training loads.
 _NOT_TRAINED = ("analysis/", "deploy/", "doctor.py", "eval/drawing.py", "eval/page.py", "experiments/", "mmdet.py")
 
 
@@ -69,8 +68,7 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
         ValueError: there is no such row, or the profile cannot vary what the table varies.
     """
     if table == "1e" and not profile.is_coco:
-        problem = f"varies backbone and image size, which --profile {profile.name} fixes"
-        raise ValueError(f"--table 1e {problem}; use --profile coco")
+        raise ValueError(f"--table 1e varies backbone and image size, --profile {profile.name} not: use --profile coco")
     known = [row.key for row in TABLES[table]]
     if unknown := [key for key in keys if key not in known]:
         raise ValueError(f"--rows {' '.join(unknown)}: not in table {table}, which has {', '.join(known)}")
@@ -78,10 +76,7 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
 
 
 def make_runs(rows: list[PaperRow], profile: Profile, seeds: list[int], output: Path, num_gpus: int = 1) -> list[Run]:
-    """Return one run a row and seed, in the order of the seeds: each seed's table is complete before the next begins.
-
-    A run lies in ``output/METHOD/seedN``, so tables that share a row share its run.
-    """
+    """Return one run a row and seed, seed by seed, in ``output/METHOD/seedN``: tables that share a row share a run."""
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: the same seed twice")
     if not TRAIN_NET.is_file():
@@ -100,27 +95,21 @@ def _make_run(row: PaperRow, profile: Profile, seed: int, output: Path, num_gpus
     cfg = load_config(config_file, overrides)
     solver = scale_to_workers(cfg, num_gpus).SOLVER
     title = f"{row.network} {title_of(cfg)}" if row.table == "1e" else title_of(cfg)
+    title += f" anchors {row.anchors[0]}x{row.anchors[1]}" if row.anchors else ""
     folder = Path(output) / method / f"seed{seed}"
     flags = ["--config-file", typed(config_file), "--resume", *(["--num-gpus", str(num_gpus)] if num_gpus > 1 else [])]
     flags += [word for text in profile.register for word in ("--register", text)]
+    command = ("python", typed(TRAIN_NET), *flags, *overrides, "OUTPUT_DIR", typed(folder))
     cfg.OUTPUT_DIR = ""
     facts = [cfg.dump(), num_gpus, inputs, torch.__version__, detectron2.__version__]
-    return Run(
-        method=method,
-        title=f"{title} anchors {row.anchors[0]}x{row.anchors[1]}" if row.anchors else title,
-        seed=cfg.SEED,
-        folder=folder,
-        command=("python", typed(TRAIN_NET), *flags, *overrides, "OUTPUT_DIR", typed(folder)),
-        fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
-        max_iter=solver.MAX_ITER,
-        images_per_step=solver.IMS_PER_BATCH,
-        on_gpu=torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda",
-        row=row,
-    )
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    on_gpu = torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    steps, batch = solver.MAX_ITER, solver.IMS_PER_BATCH
+    return Run(method, title, seed, folder, command, fingerprint, steps, batch, on_gpu, row)
 
 
 def training_sources() -> list[Path]:
-    """Return the files whose code decides the outcome: a typo mended in a report costs no training."""
+    """Return the files that a training loads: a typo mended in a report costs no training."""
     names = sorted(path.relative_to(_PACKAGE).as_posix() for path in _PACKAGE.rglob("*.py"))
     return [_PACKAGE / name for name in names if not name.startswith(_NOT_TRAINED)]
 
@@ -147,8 +136,7 @@ def describe_plan(runs: Sequence[Run], parallel: int) -> str:
             if check_folder(run):
                 record = result.last_step()
                 times += [record["time"]] if "time" in record else []
-                checkpoints = run.folder.glob("model_[0-9]*.pth")
-                done = max((int(path.stem.removeprefix("model_")) + 1 for path in checkpoints), default=0)
+                done = max((int(path.stem[6:]) + 1 for path in run.folder.glob("model_[0-9]*.pth")), default=0)
             state = result.status if result.ended else f"goes on at {done:,}" if done else "to train"
         except FileExistsError as error:
             state, refused = "refused", refused or f"\n{error}"

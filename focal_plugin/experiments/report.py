@@ -32,18 +32,16 @@ _PAPER_IMAGES = 90_000 * 16
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
     """Write index.html, report.md, results.json and the pictures of runs, done or not; return index.html's path."""
     runs, truth, ious = tabulate_runs(study, results), study.data.val_json, (0.5, 0.75)
-    curves = [
-        precision_recall_curves(truth, run.detections, ious) if run.status == "done" else []
-        for run in runs.itertuples()
-    ]
-    runs["precision_at_recall"] = [{f"{c.iou:g}": c.precision.tolist() for c in found} for found in curves]
+    found = zip(runs.detections, runs.status == "done")
+    curves = [precision_recall_curves(truth, path, ious) if is_done else [] for path, is_done in found]
+    runs["precision_at_recall"] = [{f"{c.iou:g}": c.precision.tolist() for c in own} for own in curves]
     return write_table(study, runs, study.data.count_objects(), origin(study.command), Path(report_dir))
 
 
 def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
     """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    remarks = notes(study, runs)
+    remarks, (name, _, subject) = notes(study, runs), CAPTIONS[study.table].partition(": ")
     not_of_run = [*OF_LINE, "console", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
@@ -61,6 +59,10 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
     context = {
         **record,
         "study": study,
+        # With the paper's network and size only where they are ours.
+        "headline": f"{name}: {subject}"
+        if study.is_coco
+        else f"{name} on “{study.profile}”: {subject.partition(';')[0]}",
         "notes": remarks,
         "pictures": pictures,
         "table": comparison_table(study, runs),
@@ -71,7 +73,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "configs": [yaml.safe_dump(line["config"]) if line["config"] else "" for line in record["lines"]],
         "markdown": to_markdown,
     }
-    write_json(folder / "results.json", record)
+    write_json(folder / "results.json", record, ensure_ascii=False)
     with atomic_write(folder / "report.md") as markdown, atomic_write(folder / "index.html") as page:
         markdown.write(render_markdown(context))
         page.write(render_html(context, folder, "report.html"))
@@ -108,18 +110,17 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
     done, title = runs[runs.status == "done"], lines_of(runs).title
     if not len(done):
         return ["No run has finished, so there is nothing to compare."]
-    ranked = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
-    order = ", ".join(f"{name} {ap:.1f}" for name, ap in ranked.items())
+    aps = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
+    order = ", ".join(f"{name} {ap:.1f}" for name, ap in aps.items())
     order = f"By AP{' (mean over the seeds)' if len(study.seeds) > 1 else ''}: {order}."
-    if not ranked.iloc[0] >= _LEARNED:
+    if not aps.iloc[0] >= _LEARNED:
         return ["No run has learned to detect yet, so the order means nothing.", order]
     comparisons, seeds = compare_focal(runs), sorted(done.seed.unique())
     leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
     first = "" if len(done) == len(runs) else f"Incomplete, {len(done)} of {len(runs)} runs are done: "
-    best = f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
-    first += f"{title[reference(runs)]} is {leads}" if leads else best
-    missing = "No run of FL is done, so nothing is compared with it. "
-    scope = missing if "FL" in set(runs.kind) - set(done.kind) else ""
+    first += f"{title[reference(runs)]} is {leads}" if leads else f"{aps.index[0]} has the highest AP, {aps.max():.1f}"
+    is_lost = "FL" in set(runs.kind) - set(done.kind)
+    scope = "No run of FL is done, so nothing is compared with it. " if is_lost else ""
     if len(seeds) == 1:
         first += ". One seed says nothing about chance"
         scope += f"One seed ({seeds[0]}): another may order the methods differently."
@@ -134,11 +135,9 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _lead(c: Comparison, rival: str) -> str:
     size = f"{abs(c.mean):.1f} AP {'ahead of' if c.mean > 0 else 'behind'}" if abs(c.mean) >= 0.05 else "level with"
-    interval = ""
-    if c.interval_95:
-        low, high = (number(end, "+.1f") for end in c.interval_95)
-        zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
-        interval = f" (95 % t interval {low} to {high}, {zero})"
+    zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
+    ends = " to ".join(number(end, "+.1f") for end in c.interval_95 or ())
+    interval = f" (95 % t interval {ends}, {zero})" if ends else ""
     return f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}{interval}"
 
 
@@ -156,16 +155,16 @@ def _against(study: Study, c: Comparison, rival: str) -> str:
         text += ": in the mean, " if c.excludes_zero is False else ": "
         text += "the same order" if c.mean > 0 else "the order here differs from the paper's"
     if study.is_coco and c.interval_95 and c.kind == "OHEM":
-        inside = "inside" if c.interval_holds_paper_difference else "outside"
-        text += f". The paper's difference lies {inside} this interval"
+        text += (
+            f". The paper's difference lies {'in' if c.interval_holds_paper_difference else 'out'}side this interval"
+        )
     return f"{text}."
 
 
 def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     """Say what is missing, failed, diverged, left out or unequal, and what setting this is.
 
-    Returns:
-        Statements: "lead", "text", and "code" that is quoted as it is, such as an error.
+    A statement has a "lead", a "text", and "code" that is quoted as it is, such as an error.
     """
     found, names = [], runs.title + " seed " + runs.seed.astype(str)
 
@@ -296,11 +295,7 @@ def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], mark
     columns = [key for key in (rows[0] if rows else ()) if any(row[key] != NONE for row in rows)]
     if len(columns) < 2:
         return None
+    headers, cells = [header for _, header in columns], [[row[key] for key in columns] for row in rows]
     groups = [(name, len(list(keys))) for name, keys in groupby(group for group, _ in columns)]
-    return {
-        "caption": caption,
-        "headers": [header for _, header in columns],
-        "rows": [[row[key] for key in columns] for row in rows],
-        "groups": groups if {name for name, _ in groups} - {"", "here"} else [],
-        "marked": marked,
-    }
+    groups = groups if {name for name, _ in groups} - {"", "here"} else []
+    return {"caption": caption, "headers": headers, "rows": cells, "groups": groups, "marked": marked}

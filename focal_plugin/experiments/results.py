@@ -26,13 +26,12 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import CAPTIONS, FL, LEADS, PaperRow
+from .paper import FL, LEADS, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
 AP = "bbox/AP"
 PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
-METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ class Run:
     images_per_step: int = 0  # SOLVER.IMS_PER_BATCH
     on_gpu: bool = False  # whether it computes there
     row: PaperRow | None = None
+
+    def __str__(self) -> str:
+        return f"{self.title} seed {self.seed}"
 
     def result(self) -> RunResult:
         """Return how it ended, if it has ended with this fingerprint; else a result that is "missing"."""
@@ -104,8 +106,8 @@ class RunResult:
 
     def history(self) -> list[dict[str, Any]]:
         """Return the records of Detectron2's metrics.json by step; of steps done twice, after a stop, the later one."""
-        by_step = {record["iteration"]: record for record in self._records()}
-        return [by_step[step] for step in sorted(by_step)]
+        records = sorted(self._records(), key=lambda record: record["iteration"])
+        return list({record["iteration"]: record for record in records}.values())
 
     def last_step(self) -> dict[str, Any]:
         """Return the newest training record, or {}; only the file's end is read, for long runs write long files."""
@@ -135,8 +137,8 @@ class RunResult:
         path = self.folder / CONSOLE
         console = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
-        memory = ("GPU", max(map(int, gpu)) * 2**20) if gpu else ("process", self.peak_memory)
-        self.peak_memory_of, self.peak_memory = memory
+        peak = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        self.peak_memory, self.peak_memory_of = peak, "GPU" if gpu else "process"
         self.status, self.error, self.step = "done", "", None
         if exit_code:
             self.status, self.error = "failed", _last_error(console, exit_code)
@@ -156,11 +158,11 @@ def typed(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+def write_json(path: Path, content: Any, **options: Any) -> None:
     """Write it with null for what is no number, such as the AP of a class without objects: JSON has no NaN."""
     clean = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     with atomic_write(path) as file:
-        file.write(json.dumps(clean, indent=indent, ensure_ascii=False) + "\n")
+        file.write(json.dumps(clean, **options) + "\n")
 
 
 def _last_error(console: str, exit_code: int) -> str:
@@ -204,12 +206,6 @@ class Study:
     data: Data | None  # None: read from a results.json, which has the counts
     command: str  # what a person typed
     left_out: Sequence[str] = ()  # titles of the table's rows that this command did not ask for
-
-    @property
-    def headline(self) -> str:
-        """Return a title that names the paper's network and size only where they are ours."""
-        name, _, subject = CAPTIONS[self.table].partition(": ")
-        return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,7 @@ def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
 
 def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
-    metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
+    metrics = metrics.reindex(columns=dict.fromkeys([*(f"bbox/{name}" for name in PUBLISHED[:6]), *metrics]))
     paper = pd.DataFrame([p or {} for p in runs.published], runs.index, list(PUBLISHED)).add_prefix("paper/")
     runs["console"] = runs.folder.map(lambda folder: Path(folder) / CONSOLE)
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]

@@ -82,14 +82,14 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
     results = {run: result for run in runs if (result := run.result()).ended}
     for run, result in results.items():
         result.reused = True
-        say(f"{_name(run)}: reused, {_outcome(result)} (--fresh trains it again)")
+        say(f"{run}: reused, {_outcome(result)} (--fresh trains it again)")
     waiting, shown = [run for run in runs if run not in results], time.monotonic()
     while waiting or jobs:
         free = executor.slots - len(jobs)
         batch, waiting = waiting[:free], waiting[free:]
         for run, job in zip(batch, executor.submit(batch) if batch else ()):
             jobs[run] = job
-            say(f"{_name(run)}: started, console in {typed(run.folder / CONSOLE)}")
+            say(f"{run}: started, console in {typed(run.folder / CONSOLE)}")
         time.sleep(_POLL)
         for run in [run for run, job in jobs.items() if job.done()]:
             job = jobs.pop(run)
@@ -97,7 +97,7 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
             results[run] = result = run.result() if error else job.result()
             if error:
                 result.status, result.error = "failed", f"{type(error).__name__}: {error}"
-            say(f"{_name(run)}: {_outcome(result)}")
+            say(f"{run}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
             shown = time.monotonic()
             say(_progress(runs, results, jobs, executor.parallel))
@@ -114,12 +114,11 @@ def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mappi
         steps_left += 0 if run in results else run.max_iter - step
         if run in jobs:
             state = f"{step:,}/{run.max_iter:,} loss {record['total_loss']:.3g}" if record else "starting"
-            words.append(f"{_name(run)} {'evaluating' if step >= run.max_iter else state}")
+            words.append(f"{run} {'evaluating' if step >= run.max_iter else state}")
     states = ["running" if run in jobs else results[run].status if run in results else "waiting" for run in runs]
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
     seconds = steps_left * statistics.median(times or [0]) / min(parallel, len(runs) - len(results))
-    left = f"; about {format_duration(seconds)} left" if seconds else ""
-    return f"{', '.join(words)}; {counts}{left}"
+    return f"{', '.join(words)}; {counts}" + (f"; about {format_duration(seconds)} left" if seconds else "")
 
 
 def format_duration(seconds: float) -> str:
@@ -132,10 +131,6 @@ def format_duration(seconds: float) -> str:
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _name(run: Run) -> str:
-    return f"{run.title} seed {run.seed}"
 
 
 def _outcome(result: RunResult) -> str:
@@ -236,9 +231,8 @@ class InlineExecutor:
     def _train(self, run: Run) -> RunResult:
         """Train once no other process trains in the folder, unless one has done it by then."""
         lock = FileLock(run.folder / _LOCK)
-        while not _take(lock, _POLL):
-            if self._is_stopped:
-                return run.result()
+        while not (_take(lock, _POLL) or self._is_stopped):
+            pass
         try:
             result = run.result()
             if not (self._is_stopped or result.ended):
@@ -281,18 +275,18 @@ def _signal(group: int, number: int) -> None:
 
 
 class SubmititExecutor:
-    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm")."""
+    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm").
+
+    Args:
+        folder: for submitit's own files.
+        num_gpus: of each job; 0: it computes on the CPU, with so many ``threads``.
+        options: more of submitit's parameters, such as slurm_partition or timeout_min.
+
+    Raises:
+        ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
+    """
 
     def __init__(self, kind: str, folder: Path, parallel: int, threads: int, num_gpus: int, options: Mapping = {}):
-        """
-        Args:
-            folder: for submitit's own files.
-            num_gpus: of each job; 0: it computes on the CPU, with so many ``threads``.
-            options: more of submitit's parameters, such as slurm_partition or timeout_min.
-
-        Raises:
-            ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
-        """
         try:
             import submitit
         except ImportError as error:
@@ -330,9 +324,7 @@ class SubmititExecutor:
         with suppress(OSError, ValueError):
             job_id, fingerprint = json.loads((run.folder / _JOB).read_text(encoding="utf-8"))
             job = SlurmJob(self._folder, job_id)
-            if fingerprint == run.fingerprint and not job.done(force_check=True):
-                return job
-        return None
+            return job if fingerprint == run.fingerprint and not job.done(force_check=True) else None
 
     def cancel(self, jobs: Sequence[Any]) -> None:
         """End local jobs; those in a queue survive us."""
@@ -348,8 +340,7 @@ class _Task(InlineExecutor):
     def __call__(self, run: Run) -> RunResult:
         self._jobs = self.submit([run])
         try:
-            while not self._jobs[0].done():
-                time.sleep(_POLL)
+            wait(self._jobs)
         finally:
             self.cancel(self._jobs)
         return self._jobs[0].result()
