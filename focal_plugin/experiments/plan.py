@@ -104,8 +104,7 @@ def _make_run(row: PaperRow, profile: Profile, seed: int, output: Path, num_gpus
     facts = [cfg.dump(), num_gpus, inputs, torch.__version__, detectron2.__version__]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     on_gpu = torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    steps, batch = solver.MAX_ITER, solver.IMS_PER_BATCH
-    return Run(method, title, seed, folder, command, fingerprint, steps, batch, on_gpu, row)
+    return Run(method, title, seed, folder, command, fingerprint, solver.MAX_ITER, solver.IMS_PER_BATCH, on_gpu, row)
 
 
 def training_sources() -> list[Path]:

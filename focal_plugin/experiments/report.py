@@ -41,7 +41,7 @@ def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -
 def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
     """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    remarks, (name, _, subject) = notes(study, runs), CAPTIONS[study.table].partition(": ")
+    remarks, (name, _, what) = notes(study, runs), CAPTIONS[study.table].partition(": ")
     not_of_run = [*OF_LINE, "console", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
@@ -60,9 +60,7 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         **record,
         "study": study,
         # With the paper's network and size only where they are ours.
-        "headline": f"{name}: {subject}"
-        if study.is_coco
-        else f"{name} on “{study.profile}”: {subject.partition(';')[0]}",
+        "headline": f"{name}: {what}" if study.is_coco else f"{name} on “{study.profile}”: {what.partition(';')[0]}",
         "notes": remarks,
         "pictures": pictures,
         "table": comparison_table(study, runs),
