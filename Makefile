@@ -15,7 +15,7 @@ DEMO_ROWS := ohem_128_nms0.7 ohem1to3_128_nms0.5 fl_gamma2_alpha0.25 ce_alpha0.7
 SOURCES := focal_plugin tools benchmark tests examples configs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mmdet bench lint wheel clean
+.PHONY: help setup demo test test-mmdet bench docs lint wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench: setup ## measure the losses beside fvcore's and torchvision's, and a trai
 	$(RUN) tools/benchmark_loss.py $(ARGS)
 	$(RUN) benchmark/step.py
 
+docs: setup ## build docs/ into site/, and check its links (puts mkdocs-material into VENV, if it is not there)
+	@$(RUN) -c "import material" 2>/dev/null || $(RUN) -m pip install -q -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 lint: setup ## check style and formatting
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || { echo "lint: no ruff in $(VENV). Type: $(VENV)/bin/python -m pip install ruff" >&2; exit 1; }
 	$(RUN) -m ruff check $(SOURCES)
@@ -51,5 +55,5 @@ wheel: setup ## build the wheel into dist/
 	$(RUN) -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 clean: ## remove build products and caches; VENV, output/ and report/ stay
-	rm -rf build dist focal_plugin.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site focal_plugin.egg-info .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

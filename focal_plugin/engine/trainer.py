@@ -26,7 +26,7 @@ from torch import nn
 
 from ..config import NO_KEYS, unknown_keys
 from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stream_of
-from ..eval.coco import best_threshold
+from ..eval import coco
 from ..files import atomic_write
 from ..scalars import flush_scalars
 from .auto_scale import scale_to_workers
@@ -261,7 +261,7 @@ class _Evaluator(COCOEvaluator):
         found = [detection for image in predictions for detection in image["instances"]]
         if self._results["bbox"]["AP"] > 0:
             if has_event_storage():  # in training
-                threshold = best_threshold(self._coco_api, found)
+                threshold = coco.best_threshold(self._coco_api, found)
                 get_event_storage().put_scalar("score_threshold", threshold, smoothing_hint=False)
             return
         scores = sorted(detection["score"] for detection in found)
