@@ -68,7 +68,7 @@ def choose_rows(table: str, profile: Profile, keys: Sequence[str] = ()) -> list[
         ValueError: there is no such row, or the profile cannot vary what the table varies.
     """
     if table == "1e" and not profile.is_coco:
-        raise ValueError(f"--table 1e varies backbone and image size, fixed by --profile {profile.name}: use --profile coco")
+        raise ValueError(f"--table 1e varies backbone and image size, which {profile.name} fixes; use --profile coco")
     known = [row.key for row in TABLES[table]]
     if unknown := [key for key in keys if key not in known]:
         raise ValueError(f"--rows {' '.join(unknown)}: not in table {table}, which has {', '.join(known)}")
