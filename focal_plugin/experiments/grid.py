@@ -17,7 +17,7 @@ from ..files import atomic_write, origin
 from .paper import BEST_OHEM, CE, FL, PaperRow
 from .plan import Profile, choose_rows, describe_plan, load_profile, make_runs, prepare_data
 from .report import make_table, number, spread, to_markdown
-from .results import AP, Run, Study, compare, tabulate_runs
+from .results import AP, Run, Study, compare, tabulate_runs, write_json
 from .runner import InlineExecutor, available_cores, run_all
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         data = [prepare_data(profile) for profile, _, _ in cells]
         executor = InlineExecutor(parallel, max(1, available_cores() // parallel))
         results = {result.folder: result for result in run_all(runs, executor)}
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(result.ok for result in results.values()) else 1
 
 
-def make_cell(
-    cell: str, rows: Sequence[str], seeds: Sequence[int], output: Path
-) -> tuple[Profile, list[PaperRow], list[Run]]:
+def make_cell(cell: str, rows: list[str], seeds: list[int], output: Path) -> tuple[Profile, list[PaperRow], list[Run]]:
     """Return what there is to train for "PROFILE:STEPS"; a profile's own steps share their runs with reproduce.py.
 
     Raises:
@@ -61,7 +59,7 @@ def make_cell(
         raise ValueError(f"--cells {cell}: not of the form PROFILE:STEPS, such as digits:500")
     profile = load_profile(name)
     folder = output / profile.name
-    if int(steps) != profile.config().SOLVER.MAX_ITER:
+    if int(steps) != profile.base.SOLVER.MAX_ITER:
         profile = load_profile(name, overrides=["SOLVER.MAX_ITER", steps])
         folder = output / f"{profile.name}_{steps}steps"
     chosen = choose_rows("1d", profile, rows)
@@ -80,29 +78,25 @@ def write_grid(grid: pd.DataFrame, ohem: str, folder: Path, command: str) -> str
     """Write grid.md, grid.json and grid.png from the tables of all cells; return the text of grid.md."""
     methods, rows, cells = {"FL": FL.method, "CE": CE.method, "OHEM": ohem}, [], []
     for (profile, steps), runs in grid.groupby(["profile", "steps"], sort=False):
-        background = None if runs.background.isna().all() else runs.background.mean()
+        background = runs.background.mean()
         aps = {method: own.set_index("seed")[AP].dropna() for method, own in runs.groupby("method")}
-        row = {("", "profile"): profile, ("", "steps"): f"{steps:,}"}
-        row["", "background / object"] = number(background, ",.0f")
-        row |= {("", name): spread(aps[method]) for name, method in methods.items()}
+        row = {"profile": profile, "steps": f"{steps:,}", "background / object": number(background, ",.0f")}
+        row |= {name: spread(aps[method]) for name, method in methods.items()}
         for name in ("OHEM", "CE"):
             lead = compare(runs, FL.method, methods[name]).difference_by_seed
-            row["", f"FL − {name}"] = spread(pd.Series(lead, dtype=float), "+.1f")
-        rows.append(row)
+            row[f"FL − {name}"] = spread(pd.Series(lead, dtype=float), "+.1f")
+        rows.append({("", name): cell for name, cell in row.items()})
         cell = {"name": profile, "steps": int(steps), "negatives_per_object": background}
         cells.append(cell | {"ap": {m: ap.to_dict() for m, ap in aps.items()}, "seconds": runs.seconds.sum()})
-    hours = grid.seconds.sum() / 3600
+    hours, picture = grid.seconds.sum() / 3600, "![lead of the focal loss over background anchors per object](grid.png)"
     about = f"AP, mean ± standard deviation over the seeds; leads are paired by seed. OHEM: {ohem} of Table 1d. "
     about += f"{grid.seed.nunique()} seeds, {hours:.1f} hours of processes in all. `{command}`"
-    picture = "![lead of the focal loss over background anchors per object](grid.png)"
-    table = to_markdown(make_table("", rows))
-    text = "\n\n".join(["# When does the focal loss beat OHEM?", table, about, picture])
+    text = "\n\n".join(["# When does the focal loss beat OHEM?", to_markdown(make_table("", rows)), about, picture])
     record = {**origin(command), "ohem": ohem, "process_hours": round(hours, 2), "cells": cells}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "grid.md") as file:
         file.write(text + "\n")
-    with atomic_write(folder / "grid.json") as file:
-        json.dump(record, file, indent=1, ensure_ascii=False, allow_nan=False)
+    write_json(folder / "grid.json", record, indent=1, ensure_ascii=False)
     draw_grid(grid, ohem).savefig(folder / "grid.png", dpi=130)
     return text
 
@@ -129,10 +123,8 @@ def draw_grid(grid: pd.DataFrame, ohem: str) -> Figure:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="grid.py", description=__doc__)
     add = parser.add_argument
-    cells = "profiles as in reproduce.py, each with a training budget, such as digits:500"
-    add("--cells", nargs="+", required=True, metavar="PROFILE:STEPS", help=cells)
-    ohem = "the row of Table 1d to compare with (default: %(default)s)"
-    add("--ohem", default=BEST_OHEM.method, metavar="ROW", help=ohem)
+    add("--cells", nargs="+", required=True, metavar="PROFILE:STEPS", help="as in reproduce.py, such as digits:500")
+    add("--ohem", default=BEST_OHEM.method, metavar="ROW", help="of Table 1d, to compare with (default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
     add("--output", type=Path, default=Path("output/reproduce"), help="folder for the runs (default: %(default)s)")
     add("--report", type=Path, default=Path("report/grid"), help="folder for the result (default: %(default)s)")

@@ -1,6 +1,6 @@
 """The tables of the focal loss paper, read from paper_tables.yaml: what each row trains, and what its authors measured.
 
-One YAML for each distinct recipe in configs/paper/ is written by ``python -m focal_plugin.experiments.paper``.
+configs/paper/ has one YAML for each distinct recipe.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from typing import Any
 
 import yaml
 
-from ..config import config_dir, load_config
-from ..config_yaml import lookup
-
-_BOX_LOSSES = {"iou": "IoU", "giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
 _PAPER_EXAMPLES = 128  # what a profile's own MODEL.OHEM.BATCH_SIZE stands for
 
 
@@ -37,6 +33,7 @@ class PaperRow:
     """A row of a table of the paper, or of ours."""
 
     table: str  # such as "1d"
+    kind: str  # FL, FL*, CE, OHEM or SSD
     method: str  # key of its loss or anchors, such as "ohem_128_nms0.5"
     title: str  # as in the paper
     network: str  # backbone and image size, such as "R-50-600", which only the coco profile varies
@@ -73,39 +70,38 @@ class PaperRow:
 
 
 def title_of(config: Mapping[str, Any]) -> str:
-    """Return what a config trains, by its kind and settings: `FL (γ 2, α .25)`, `OHEM 1:3 128/.5` (examples / NMS).
-
-    The kind, its first word, is FL, FL*, CE, OHEM or SSD.
-    """
+    """Return what a config trains, such as `FL (γ 2, α .25)` or `OHEM 1:3 128/.5` (examples / NMS)."""
     model = config["MODEL"]
     focal, retinanet, ohem = model["FOCAL"], model["RETINANET"], model["OHEM"]
-    weight = f"α {_short(retinanet['FOCAL_LOSS_ALPHA'])}" if retinanet["FOCAL_LOSS_ALPHA"] >= 0 else "no α"
+
+    def short(number: float) -> str:
+        return f"{number:g}".removeprefix("0") or "0"
+
+    weight = f"α {short(retinanet['FOCAL_LOSS_ALPHA'])}" if retinanet["FOCAL_LOSS_ALPHA"] >= 0 else "no α"
     gamma = f"γ {retinanet['FOCAL_LOSS_GAMMA']:g}"
     if focal["HEAD"] == "SSDHead":
         title = f"SSD (softmax, 1:{model['SSD']['NEG_POS_RATIO']:g})"
     elif focal["HEAD"] == "OHEMHead":
         ratio = f" 1:{ohem['NEG_POS_RATIO']:g}" if ohem["NEG_POS_RATIO"] else ""
-        title = f"OHEM{ratio} {ohem['BATCH_SIZE']}/{_short(ohem['NMS_THRESH']) if ohem['NMS_THRESH'] > 0 else 'no NMS'}"
+        title = f"OHEM{ratio} {ohem['BATCH_SIZE']}/{short(ohem['NMS_THRESH']) if ohem['NMS_THRESH'] > 0 else 'no NMS'}"
     elif focal["LOSS"] == "focal_star":
         title = f"FL* ({gamma}, β {focal['STAR_BETA']:g})"
     else:
         title = f"FL ({gamma}, {weight})" if retinanet["FOCAL_LOSS_GAMMA"] else f"CE ({weight})"
     box_loss = retinanet.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
-    return title if box_loss == "smooth_l1" else f"{title}, {_BOX_LOSSES.get(box_loss, box_loss)}"
-
-
-def _short(number: float) -> str:
-    return f"{number:g}".removeprefix("0") or "0"
+    return title if box_loss == "smooth_l1" else f"{title}, {box_loss.upper().replace('IOU', 'IoU')}"
 
 
 def _row(content: dict[str, Any], table: str, key: str, published: list[float] | None) -> PaperRow:
     """Return a row of the YAML's content; in Table 1e ``key`` names its network, elsewhere its method."""
     about = content["tables"][table]
-    method = content["methods"][about.get("method", key)]
+    name = about.get("method", key)
+    kind, method = next((kind, methods[name]) for kind, methods in content["methods"].items() if name in methods)
     values = {content["settings"][name]: value for name, value in method.items() if name in content["settings"]}
     return PaperRow(
         table=table,
-        method=about.get("method", key),
+        kind=kind,
+        method=name,
         title=key.removeprefix("R-") if "method" in about else method["title"],
         network=about.get("network", key),
         settings=tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items()),
@@ -123,60 +119,7 @@ TABLES: dict[str, tuple[PaperRow, ...]] = {
 _ROWS = {(row.table, row.key): row for rows in TABLES.values() for row in rows}
 FL, CE = _ROWS["1b", "fl_gamma2_alpha0.25"], _ROWS["1b", "ce_alpha0.75"]  # the paper's own, on ResNet-50 at 600 px
 BEST_OHEM = _ROWS["1d", "ohem_128_nms0.5"]
-
-
-def config_texts() -> dict[str, str]:
-    """Return the YAML of each distinct recipe, by its file name in configs/paper/."""
-    base = load_config(config_dir() / "paper" / "Base-paper.yaml")
-    return {f"{row.recipe}.yaml": _config_text(row, base) for row in _ROWS.values()}
-
-
-def _config_text(row: PaperRow, base: Any) -> str:
-    depth, size = map(int, row.network.split("-")[1:])
-    longest = round(size * 1000 / 600)  # Detectron v1's 600 / 1000 and 800 / 1333
-    settings = {
-        **row.overrides(base),
-        "MODEL.WEIGHTS": f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl",
-        "MODEL.RESNETS.DEPTH": depth,
-        "INPUT.MIN_SIZE_TRAIN": (size,),
-        "INPUT.MIN_SIZE_TEST": size,
-        "INPUT.MAX_SIZE_TRAIN": longest,
-        "INPUT.MAX_SIZE_TEST": longest,
-    }
-    tree: dict[str, Any] = {}
-    for key, value in settings.items():
-        *parents, name = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if lookup(base, key) != value:
-            node[name] = value
-    used = ", ".join(f"{other.table} {other.key}" for other in _ROWS.values() if other.recipe == row.recipe)
-    comment = f"# Written by python -m focal_plugin.experiments.paper. Tables and rows: {used}."
-    return "\n".join([comment, '_BASE_: "Base-paper.yaml"', *_yaml_lines(tree)]) + "\n"
-
-
-def _yaml_lines(tree: dict[str, Any], indent: str = "") -> list[str]:
-    """Return one line a key; PyYAML would spread the anchors over a line a number, and knows no tuples."""
-    lines = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            inner = _yaml_lines(value, indent + "  ")
-            lines += [f"{indent}{name}:", *inner] if inner else []
-        else:
-            lines.append(f'{indent}{name}: "{value}"' if isinstance(value, str) else f"{indent}{name}: {value}")
-    return lines
-
-
-def write_configs(folder: Path) -> list[Path]:
-    """Write one YAML for each distinct recipe, and remove those of rows that are gone."""
-    texts = config_texts()
-    for path in set(folder.glob("R-*.yaml")) - {folder / name for name in texts}:
-        path.unlink()
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
-
-
-if __name__ == "__main__":
-    print(f"{len(write_configs(config_dir() / 'paper'))} configs written to {config_dir() / 'paper'}")
+LEADS = {  # by kind of the rival: AP of the focal loss, of the rival, and where
+    "OHEM": (_ROWS["1d", FL.key].published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
+    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,21 +21,8 @@ from ..eval.coco import precision_recall_curves
 from ..eval.page import NONE, markdown_text, render_html, render_markdown
 from ..files import atomic_write, origin
 from .figures import draw
-from .paper import CAPTIONS
-from .results import (
-    AP,
-    CONSOLE,
-    OF_LINE,
-    PAPER,
-    Comparison,
-    Data,
-    RunResult,
-    Study,
-    compare,
-    lines_of,
-    reference,
-    tabulate_runs,
-)
+from .paper import CAPTIONS, LEADS
+from .results import AP, OF_LINE, Comparison, RunResult, Study, compare, lines_of, reference, tabulate_runs, write_json
 
 _APS = ("AP", "AP50", "AP75")
 _LEARNED = 5.0  # percent AP; below, the order says nothing
@@ -44,31 +30,19 @@ _PAPER_IMAGES = 90_000 * 16
 
 
 def write_report(study: Study, results: Sequence[RunResult], report_dir: Path) -> Path:
-    """Write index.html, report.md, results.json and the pictures.
-
-    Args:
-        study: what was asked for.
-        results: one per row and seed, done or not.
-        report_dir: the folder to write to.
-
-    Returns:
-        The path of index.html.
-    """
-    runs = tabulate_runs(study, results)
-    runs["precision_at_recall"] = [
-        {f"{c.iou:g}": c.precision.tolist() for c in precision_recall_curves(study.data.val_json, path, (0.5, 0.75))}
-        if status == "done"
-        else {}
-        for path, status in zip(runs.detections, runs.status)
-    ]
-    return write_table(study, runs, count_objects(study.data), origin(study.command), Path(report_dir))
+    """Write index.html, report.md, results.json and the pictures of runs, done or not; return index.html's path."""
+    runs, truth, ious = tabulate_runs(study, results), study.data.val_json, (0.5, 0.75)
+    found = zip(runs.detections, runs.status == "done")
+    curves = [precision_recall_curves(truth, path, ious) if is_done else [] for path, is_done in found]
+    runs["precision_at_recall"] = [{f"{c.iou:g}": c.precision.tolist() for c in own} for own in curves]
+    return write_table(study, runs, study.data.count_objects(), origin(study.command), Path(report_dir))
 
 
 def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: Mapping, folder: Path) -> Path:
     """Write what :func:`write_report` does, from a table of runs, the objects of each class and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    remarks = notes(study, runs)
-    not_of_run = [*OF_LINE, "detections", "loss_cls", *(name for name in runs if "/" in name)]
+    remarks, (name, _, what) = notes(study, runs), CAPTIONS[study.table].partition(": ")
+    not_of_run = [*OF_LINE, "console", "detections", "loss_cls", *(name for name in runs if "/" in name)]
     record = {
         **made,
         "notes": [" ".join(filter(None, note.values())) for note in remarks],
@@ -85,6 +59,8 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
     context = {
         **record,
         "study": study,
+        # With the paper's network and size only where they are ours.
+        "headline": f"{name}: {what}" if study.is_coco else f"{name} on “{study.profile}”: {what.partition(';')[0]}",
         "notes": remarks,
         "pictures": pictures,
         "table": comparison_table(study, runs),
@@ -95,33 +71,25 @@ def write_table(study: Study, runs: pd.DataFrame, objects: pd.DataFrame, made: M
         "configs": [yaml.safe_dump(line["config"]) if line["config"] else "" for line in record["lines"]],
         "markdown": to_markdown,
     }
-    # None for what is no number: JSON has no NaN.
-    clean = json.loads(json.dumps(record, default=str), parse_constant=lambda name: None)
-    texts = {
-        "results.json": json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": render_markdown(context),
-        "index.html": render_html(context, folder, "report.html"),
-    }
-    for name, text in texts.items():
-        with atomic_write(folder / name) as file:
-            file.write(text)
+    write_json(folder / "results.json", record, ensure_ascii=False)
+    with atomic_write(folder / "report.md") as markdown, atomic_write(folder / "index.html") as page:
+        markdown.write(render_markdown(context))
+        page.write(render_html(context, folder, "report.html"))
     return folder / "index.html"
 
 
 def format_table(study: Study, results: Sequence[RunResult]) -> str:
-    """Return the comparison, one method per line, as Markdown that reads well in a terminal too."""
+    """Return the comparison, one method per line, as Markdown."""
     return to_markdown(comparison_table(study, tabulate_runs(study, results)))
 
 
 def _line_record(own: pd.DataFrame) -> dict[str, Any]:
-    """What a results.json says of a method, from its runs."""
     done, first = own[own.status == "done"], own.iloc[0]
     stats = done[sorted({name for run in done.metrics for name in run})].agg(["count", "mean", "std"])
-    config_file = re.search(r"--config-file (\S+)", first.command)
     return {
         "method": first.method,
         **first[OF_LINE],
-        "config_file": config_file[1] if config_file else "",
+        "config_file": "".join(re.findall(r"--config-file (\S+)", first.command)),
         "config": next(filter(None, own.config), {}),
         "metrics": {n: {"count": int(s["count"]), "mean": s["mean"], "deviation": s["std"]} for n, s in stats.items()},
     }
@@ -130,10 +98,9 @@ def _line_record(own: pd.DataFrame) -> dict[str, Any]:
 def compare_focal(runs: pd.DataFrame) -> list[Comparison]:
     """Compare the reference, if it is a focal loss, with the best OHEM and the best cross entropy that are done."""
     done, focal = runs.dropna(subset=AP), reference(runs)
-    if "FL" not in set(done.kind[done.method == focal]):
-        return []
     means = {kind: own.groupby("method", sort=False)[AP].mean() for kind, own in done.groupby("kind")}
-    return [compare(runs, focal, means[kind].idxmax()) for kind in PAPER if kind in means]
+    rivals = [means[kind].idxmax() for kind in LEADS if kind in means and focal in means.get("FL", ())]
+    return [compare(runs, focal, rival) for rival in rivals]
 
 
 def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
@@ -141,20 +108,17 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
     done, title = runs[runs.status == "done"], lines_of(runs).title
     if not len(done):
         return ["No run has finished, so there is nothing to compare."]
-    ranked = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
-    order = ", ".join(f"{name} {ap:.1f}" for name, ap in ranked.items())
+    aps = done.groupby("title", sort=False)[AP].mean().sort_values(ascending=False, kind="stable")
+    order = ", ".join(f"{name} {ap:.1f}" for name, ap in aps.items())
     order = f"By AP{' (mean over the seeds)' if len(study.seeds) > 1 else ''}: {order}."
-    if not ranked.iloc[0] >= _LEARNED:
+    if not aps.iloc[0] >= _LEARNED:
         return ["No run has learned to detect yet, so the order means nothing.", order]
     comparisons, seeds = compare_focal(runs), sorted(done.seed.unique())
     leads = ", and ".join(_lead(c, title[c.rival]) for c in comparisons if c.difference_by_seed)
-    first = (
-        f"{title[reference(runs)]} is {leads}" if leads else f"{ranked.index[0]} has the highest AP, {ranked.max():.1f}"
-    )
-    if len(done) < len(runs):
-        first = f"Incomplete, {len(done)} of {len(runs)} runs are done: {first}"
-    missing = "No run of FL is done, so nothing is compared with it. "
-    scope = missing if "FL" in set(runs.kind) - set(done.kind) else ""
+    first = "" if len(done) == len(runs) else f"Incomplete, {len(done)} of {len(runs)} runs are done: "
+    first += f"{title[reference(runs)]} is {leads}" if leads else f"{aps.index[0]} has the highest AP, {aps.max():.1f}"
+    is_lost = "FL" in set(runs.kind) - set(done.kind)
+    scope = "No run of FL is done, so nothing is compared with it. " if is_lost else ""
     if len(seeds) == 1:
         first += ". One seed says nothing about chance"
         scope += f"One seed ({seeds[0]}): another may order the methods differently."
@@ -169,83 +133,76 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _lead(c: Comparison, rival: str) -> str:
     size = f"{abs(c.mean):.1f} AP {'ahead of' if c.mean > 0 else 'behind'}" if abs(c.mean) >= 0.05 else "level with"
-    text = f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}"
-    if c.interval_95 is None:
-        return text
-    low, high = (number(end, "+.1f") for end in c.interval_95)
     zero = "excludes 0" if c.excludes_zero else "includes 0: not settled"
-    return f"{text} (95 % t interval {low} to {high}, {zero})"
+    ends = " to ".join(number(end, "+.1f") for end in c.interval_95 or ())
+    interval = f" (95 % t interval {ends}, {zero})" if ends else ""
+    return f"{size} {f'the best OHEM, {rival}' if c.kind == 'OHEM' else 'cross entropy'}{interval}"
 
 
 def _against(study: Study, c: Comparison, rival: str) -> str:
     """What stands behind the lead: each seed, and the paper's."""
-    focal, theirs, where = PAPER[c.kind]
+    focal, theirs, where = LEADS[c.kind]
     text = f"FL against {'the best OHEM' if c.kind == 'OHEM' else 'cross entropy'}, {rival}"
     if c.picked_of > 1:
         text += f" (the best of {c.picked_of} by its mean AP; picking the best of them favours it)"
     each = ", ".join(f"{number(difference, '+.1f')} (seed {seed})" for seed, difference in c.difference_by_seed.items())
-    text += f": {each}" if each else ": no seed has both done, so there is no paired difference"
+    text += f": {each or 'no seed has both done, so there is no paired difference'}"
     text += ", one pair of runs, which has no interval" if len(c.difference_by_seed) == 1 else ""
     text += f". In the paper it is {c.paper_difference:.1f} AP ahead ({focal} against {theirs}; {where})"
     if abs(c.mean) >= 0.05:  # and not NaN
         text += ": in the mean, " if c.excludes_zero is False else ": "
         text += "the same order" if c.mean > 0 else "the order here differs from the paper's"
     if study.is_coco and c.interval_95 and c.kind == "OHEM":
-        inside = "inside" if c.interval_holds_paper_difference else "outside"
-        text += f". The paper's difference lies {inside} this interval"
+        text += (
+            f". The paper's difference lies {'in' if c.interval_holds_paper_difference else 'out'}side this interval"
+        )
     return f"{text}."
 
 
 def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
     """Say what is missing, failed, diverged, left out or unequal, and what setting this is.
 
-    Returns:
-        Statements: "lead", "text", and "code" that is quoted as it is, such as an error.
+    A statement has a "lead", a "text", and "code" that is quoted as it is, such as an error.
     """
-    found = []
-    names = runs.title + " seed " + runs.seed.astype(str)
+    found, names = [], runs.title + " seed " + runs.seed.astype(str)
 
     def note(lead: str, text: str, code: str = "") -> None:
         found.append({"lead": lead, "text": text, "code": code})
 
-    for run in runs.itertuples():
-        lead = f"{run.title}, seed {run.seed}: {run.status}."
-        if run.status == "missing":
-            note(lead, "Not run, or not to its end.")
-        elif run.status == "diverged":
+    for run in runs[runs.status != "done"].itertuples():
+        text = "Not run, or not to its end."
+        if run.status == "diverged":
             text = f"The loss was no number at step {run.step}: an outcome of the method with this recipe, not a crash."
-            note(lead, f"{text} The run has no AP and is in no mean.")
+            text += " The run has no AP and is in no mean."
         elif run.status == "failed":
             code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
-            note(lead, f"It failed{code}; console: {Path(run.folder) / CONSOLE}.", run.error)
+            text = f"It failed{code}; console: {run.console}."
+        note(f"{run.title}, seed {run.seed}: {run.status}.", text, run.error if run.status == "failed" else "")
     if not study.is_coco:
         text = f"Trained on “{study.profile}”, not on COCO with the paper's network and schedule: differences between "
         text += "methods can be held against the paper's, levels of AP cannot. None of this says how the methods "
         note("Not the paper's setting.", f"{text}compare at the scale of COCO.")
     if study.left_out:
         note("Left out.", f"Rows of the table that were not asked for: {', '.join(study.left_out)}.")
-    budgets = names.groupby(runs.images_seen).agg(", ".join)
-    counts = runs.images_seen.value_counts()
+    budgets, counts = names.groupby(runs.images_seen).agg(", ".join), runs.images_seen.value_counts()
     if len(budgets) > 1:
         usual = counts.index[0]
         others = "; ".join(f"{images:,} images: {who}" for images, who in budgets.drop(usual).items())
         text = f"{counts[usual]} of {counts.sum()} runs were trained on {usual:,} images; {others}."
         note("Unequal budgets.", f"{text} Their AP does not compare as it is.")
-    if study.is_coco and set(budgets.index) - {_PAPER_IMAGES}:
-        have = " and ".join(f"{images:,}" for images in budgets.index if images != _PAPER_IMAGES)
-        text = f"Trained on {have} images; the paper's schedule sees {_PAPER_IMAGES:,} (90,000 steps of 16)."
-        note("Not the paper's budget.", text)
-    resumed = names[(runs.attempts > 1) & (runs.status != "missing")]
-    if len(resumed):
+    if study.is_coco and (other := set(budgets.index) - {_PAPER_IMAGES}):
+        text = f"Trained on {' and '.join(f'{images:,}' for images in sorted(other))} images"
+        note("Not the paper's budget.", f"{text}; the paper's schedule sees {_PAPER_IMAGES:,} (90,000 steps of 16).")
+    if who := ", ".join(names[(runs.attempts > 1) & (runs.status != "missing")]):
         text = "Each went on from its last checkpoint, and the time given is that of the last attempt"
-        note("Stopped and resumed.", f"{text}: {', '.join(resumed)}.")
+        note("Stopped and resumed.", f"{text}: {who}.")
     return found
 
 
 def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
     """Return our numbers beside the paper's; what compares is the difference, on COCO also to the paper itself."""
     anchor, lines = reference(runs), lines_of(runs)
-    alone = anchor is not None and (lines.kind == lines.kind[anchor]).sum() == 1
+    alone = anchor and (lines.kind == lines.kind[anchor]).sum() == 1
     to = f"to {lines.kind[anchor] if alone else lines.title[anchor]}" if anchor else "to FL"
     scaled = any(lines["paper/AP"].notna() & (lines.paper_title != lines.title))
     rows = []
@@ -298,25 +255,15 @@ def cost_table(runs: pd.DataFrame) -> dict[str, Any] | None:
     memory = " or ".join(sorted(done.peak_memory_of[done.peak_memory.notna()].unique()))
     rows = []
     for title, own in done.groupby("title", sort=False):
-        examples = {name: own[f"{name}_per_image"].mean() for name in ("positives", "negatives")}
         row = {("", "method"): title, ("", "s/step"): number(own.step_seconds.mean(), ".3f")}
         row["", "run, min"] = number(own.seconds.mean() / 60)
         row["", f"peak, MiB{memory and f' ({memory})'}"] = number(own.peak_memory.dropna().max() / 2**20, ",.0f")
-        for name, count in examples.items():
+        for name in ("positives", "negatives"):
+            count = own[f"{name}_per_image"].mean()
             row["per training image", name] = number(count, ",.0f" if count >= 1000 else ".1f")
         row["", "images seen"] = " or ".join(f"{n:,}" for n in sorted(own.images_seen.dropna().unique())) or NONE
         rows.append(row)
     return make_table("Time, memory, and examples in training", rows)
-
-
-def count_objects(data: Data) -> pd.DataFrame:
-    """Count the objects of each class, by name, in the "training" and the "validation" set, without crowds."""
-    counts = {}
-    for part, path in (("training", data.train_json), ("validation", data.val_json)):
-        truth = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = Counter(a["category_id"] for a in truth["annotations"] if not a.get("iscrowd"))
-        counts[part] = {c["name"]: found[c["id"]] for c in sorted(truth["categories"], key=lambda c: c["id"])}
-    return pd.DataFrame(counts)
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
@@ -346,11 +293,7 @@ def make_table(caption: str, rows: Sequence[Mapping[tuple[str, str], str]], mark
     columns = [key for key in (rows[0] if rows else ()) if any(row[key] != NONE for row in rows)]
     if len(columns) < 2:
         return None
+    headers, cells = [header for _, header in columns], [[row[key] for key in columns] for row in rows]
     groups = [(name, len(list(keys))) for name, keys in groupby(group for group, _ in columns)]
-    return {
-        "caption": caption,
-        "headers": [header for _, header in columns],
-        "rows": [[row[key] for key in columns] for row in rows],
-        "groups": groups if {name for name, _ in groups} - {"", "here"} else [],
-        "marked": marked,
-    }
+    groups = groups if {name for name, _ in groups} - {"", "here"} else []
+    return {"caption": caption, "headers": headers, "rows": cells, "groups": groups, "marked": marked}

@@ -12,9 +12,10 @@ import signal
 import statistics
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,12 @@ from scipy.stats import ttest_rel
 from ..config_yaml import lookup
 from ..engine.trainer import DIVERGED
 from ..files import atomic_write, machine, now, printable
-from .paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, PaperRow
+from .paper import FL, LEADS, PaperRow
 
 CONSOLE, RESULT = "console.txt", "result.json"
 OF_LINE = ["title", "kind", "paper_title", "published", "overrides", "config"]  # of a method, not of one run
-KINDS = ("FL", "OHEM", "CE", "SSD", "FL*")
 AP = "bbox/AP"
 PUBLISHED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ms")
-METRICS = tuple(f"bbox/{name}" for name in PUBLISHED[:6])  # in percent, as COCO's
-# AP of the focal loss and of its rival in the paper, and where.
-_FL_R101 = next(row for row in TABLES["1d"] if row.key == FL.key)
-PAPER = {
-    "OHEM": (_FL_R101.published.AP, BEST_OHEM.published.AP, "Table 1d: COCO, ResNet-101-FPN, 600 px"),
-    "CE": (FL.published.AP, CE.published.AP, "Table 1b: COCO, ResNet-50-FPN, 600 px"),
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,9 @@ class Run:
     images_per_step: int = 0  # SOLVER.IMS_PER_BATCH
     on_gpu: bool = False  # whether it computes there
     row: PaperRow | None = None
+
+    def __str__(self) -> str:
+        return f"{self.title} seed {self.seed}"
 
     def result(self) -> RunResult:
         """Return how it ended, if it has ended with this fingerprint; else a result that is "missing"."""
@@ -98,28 +94,24 @@ class RunResult:
 
     @property
     def ended(self) -> bool:
-        """Return whether there is an outcome, so that it need not be trained again."""
-        return self.status in ("done", "diverged")
+        return self.status in ("done", "diverged")  # it need not be trained again
 
     @property
     def ap(self) -> float:
-        return self.metrics.get("bbox/AP", math.nan)
+        return self.metrics.get(AP, math.nan)
 
     @property
     def detections(self) -> Path:
         return self.folder / "inference" / "coco_instances_results.json"
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the records of Detectron2's metrics.json in the order of their steps.
+        """Return the records of Detectron2's metrics.json by step; of steps done twice, after a stop, the later one."""
+        records = sorted(self._records(), key=lambda record: record["iteration"])
+        return list({record["iteration"]: record for record in records}.values())
 
-        A run that was stopped and went on from a checkpoint has done some steps twice: the later record counts.
-        """
-        by_step = {record["iteration"]: record for record in self._records()}
-        return [by_step[step] for step in sorted(by_step)]
-
-    def last_step(self) -> dict[str, Any] | None:
-        """Return the newest training record; only the end of the file is read, for long runs write long files."""
-        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), None)
+    def last_step(self) -> dict[str, Any]:
+        """Return the newest training record, or {}; only the file's end is read, for long runs write long files."""
+        return next((record for record in reversed(self._records(tail=16384)) if "total_loss" in record), {})
 
     def _records(self, tail: int = sys.maxsize) -> list[dict[str, Any]]:
         records = []
@@ -142,31 +134,35 @@ class RunResult:
         with suppress(OSError, ValueError):  # Detectron2 gives NaN to a model that detects nothing; its AP is 0
             if json.loads(self.detections.read_text(encoding="utf-8")) == []:
                 self.metrics = {k: 0.0 if math.isnan(v) else v for k, v in self.metrics.items()}
-        console = ""
-        with suppress(OSError):
-            console = (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+        path = self.folder / CONSOLE
+        console = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         gpu = re.findall(r"max_mem: (\d+)M", console)  # how Detectron2's printer ends its lines
-        self.peak_memory_of = "GPU" if gpu else "process"
-        self.peak_memory = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        peak = max(map(int, gpu)) * 2**20 if gpu else self.peak_memory
+        self.peak_memory, self.peak_memory_of = peak, "GPU" if gpu else "process"
         self.status, self.error, self.step = "done", "", None
         if exit_code:
             self.status, self.error = "failed", _last_error(console, exit_code)
             with suppress(OSError, ValueError, KeyError, TypeError):  # as the trainer's guard has left it
                 self.step = int(json.loads((self.folder / DIVERGED).read_text(encoding="utf-8"))["iteration"])
                 self.status = "diverged"
-        elif "bbox/AP" not in self.metrics or not self.detections.is_file():
+        elif AP not in self.metrics or not self.detections.is_file():
             self.status, self.error = "failed", "ended well, but left no AP in metrics.json or no detections"
-        # How it is called and where it lies are the asker's to say. A class without an object has no AP; JSON no NaN.
+        # How it is called and where it lies are the asker's to say.
         saved = {k: v for k, v in asdict(self).items() if k not in ("method", "title", "folder", "reused")}
-        saved["metrics"] = {k: None if math.isnan(v) else v for k, v in self.metrics.items()}
-        with atomic_write(self.folder / RESULT) as file:
-            file.write(json.dumps(saved, indent=1, allow_nan=False) + "\n")
+        write_json(self.folder / RESULT, saved, indent=1)
 
 
 def typed(path: Path) -> str:
     """Return the path as a person in this folder would type it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write it with null for what is no number, such as the AP of a class without objects: JSON has no NaN."""
+    clean = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
+    with atomic_write(path) as file:
+        file.write(json.dumps(clean, **options) + "\n")
 
 
 def _last_error(console: str, exit_code: int) -> str:
@@ -188,101 +184,73 @@ class Data:
     val_json: Path
     val_images: Path
 
+    def count_objects(self) -> pd.DataFrame:
+        """Count the objects of each class, by name, in the "training" and the "validation" set, without crowds."""
+        counts = {}
+        for part, path in (("training", self.train_json), ("validation", self.val_json)):
+            truth = json.loads(path.read_text(encoding="utf-8"))
+            found = Counter(a["category_id"] for a in truth["annotations"] if not a.get("iscrowd"))
+            counts[part] = {c["name"]: found[c["id"]] for c in sorted(truth["categories"], key=lambda c: c["id"])}
+        return pd.DataFrame(counts)
+
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked for: rows of one of the paper's tables, trained in one setting.
+    """What was asked for: rows of one of the paper's tables, trained in one setting."""
 
-    Attributes:
-        table: of the paper, such as "1d".
-        profile: "coco", "digits", or a config's name.
-        is_coco: whether the data and the recipe are the paper's.
-        rows: of the table, in the paper's order.
-        seeds: that each row was to be trained with.
-        data: what the rows were trained and evaluated on; None: read from a results.json, which has the counts.
-        command: what a person typed.
-        left_out: titles of the table's rows that this command did not ask for.
-    """
-
-    table: str
-    profile: str
-    is_coco: bool
-    rows: Sequence[PaperRow]
-    seeds: Sequence[int]
-    data: Data | None
-    command: str
-    left_out: Sequence[str] = ()
-
-    @property
-    def headline(self) -> str:
-        """Return a title that names the paper's network and size only where they are ours."""
-        name, _, subject = CAPTIONS[self.table].partition(": ")
-        return CAPTIONS[self.table] if self.is_coco else f"{name} on “{self.profile}”: {subject.partition(';')[0]}"
+    table: str  # of the paper, such as "1d"
+    profile: str  # "coco", "digits", or a config's name
+    is_coco: bool  # whether the data and the recipe are the paper's
+    rows: Sequence[PaperRow]  # in the paper's order
+    seeds: Sequence[int]  # that each row was to be trained with
+    data: Data | None  # None: read from a results.json, which has the counts
+    command: str  # what a person typed
+    left_out: Sequence[str] = ()  # titles of the table's rows that this command did not ask for
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """AP of a method minus that of a rival with the same seed; as a results.json has it.
-
-    Attributes:
-        focal, rival: the methods.
-        kind: of the rival, such as "OHEM".
-        picked_of: number of methods of this kind that are done, which the rival may be the best of.
-        difference_by_seed: over the seeds that both have done.
-        mean: of them; NaN without any.
-        interval_95: the t interval of the mean; None with fewer than two seeds.
-        excludes_zero: whether the interval does; None without one.
-        paper_difference: of the two kinds in the paper; None where it compares none.
-        interval_holds_paper_difference: None without one of the two.
-    """
+    """AP of a method minus that of a rival with the same seed; as a results.json has it."""
 
     focal: str
     rival: str
-    kind: str
-    picked_of: int
-    difference_by_seed: dict[int, float]
-    mean: float
-    interval_95: tuple[float, float] | None
-    excludes_zero: bool | None
-    paper_difference: float | None
-    interval_holds_paper_difference: bool | None
+    kind: str  # of the rival, such as "OHEM"
+    picked_of: int  # number of methods of this kind that are done, which the rival may be the best of
+    difference_by_seed: dict[int, float]  # over the seeds that both have done
+    mean: float  # of them; NaN without any
+    interval_95: tuple[float, float] | None  # the t interval of the mean; None with fewer than two seeds
+    excludes_zero: bool | None  # whether the interval does; None without one
+    paper_difference: float | None  # of the two kinds in the paper; None where it compares none
+    interval_holds_paper_difference: bool | None  # None without one of the two
 
 
 def compare(runs: pd.DataFrame, method: str, rival: str) -> Comparison:
     """Compare two methods over the seeds that both have done."""
     aps = runs.pivot(index="seed", columns="method", values=AP)[[method, rival]].dropna()
     difference, kind = aps[method] - aps[rival], runs.kind[runs.method == rival].iloc[0]
-    paper = round(PAPER[kind][0] - PAPER[kind][1], 1) if kind in PAPER else None
+    paper = round(LEADS[kind][0] - LEADS[kind][1], 1) if kind in LEADS else None
     interval = None
     if len(aps) > 1:
         with warnings.catch_warnings():  # that equal differences lose precision
             warnings.simplefilter("ignore", RuntimeWarning)
             interval = tuple(map(float, ttest_rel(aps[method], aps[rival]).confidence_interval(0.95)))
-    return Comparison(
-        method,
-        rival,
-        kind,
-        picked_of=runs[runs.kind == kind].dropna(subset=AP).method.nunique(),
-        difference_by_seed=difference.to_dict(),
-        mean=float(difference.mean()),
-        interval_95=interval,
-        excludes_zero=interval and (interval[0] > 0 or interval[1] < 0),
-        paper_difference=paper,
-        interval_holds_paper_difference=interval and paper and interval[0] <= paper <= interval[1],
-    )
+    excludes_zero = interval and (interval[0] > 0 or interval[1] < 0)
+    holds_paper = interval and paper and interval[0] <= paper <= interval[1]
+    count = runs[runs.kind == kind].dropna(subset=AP).method.nunique()
+    by_seed, mean = difference.to_dict(), float(difference.mean())
+    return Comparison(method, rival, kind, count, by_seed, mean, interval, excludes_zero, paper, holds_paper)
 
 
 def tabulate_runs(study: Study, results: Sequence[RunResult]) -> pd.DataFrame:
     """Return a table with one row a run, by method in the study's order.
 
-    Its columns are the keys of the lines and the runs of a results.json; the metrics of runs that are done, such as
-    "bbox/AP"; and what the paper published, such as "paper/AP". What is missing is NaN.
+    Its columns are the keys of the lines and runs of a results.json, the metrics of runs that are done, such as
+    "bbox/AP", and what the paper published, such as "paper/AP". What is missing is NaN.
     """
     asked = {row.recipe if study.is_coco else row.method: row for row in study.rows}
-    runs = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
-    runs = _with_numbers(pd.DataFrame(runs, dtype=object))
-    shared = runs.groupby("title")["method"].transform("nunique") > 1
-    runs.loc[shared, "title"] += " " + runs.method
+    found = [_describe(row, run) for method, row in asked.items() for run in results if run.method == method]
+    runs = _with_numbers(pd.DataFrame(found, dtype=object))
+    runs.loc[runs.groupby("title").method.transform("nunique") > 1, "title"] += " " + runs.method
     return runs
 
 
@@ -297,9 +265,9 @@ def read_results(path: str | os.PathLike) -> tuple[Study, pd.DataFrame]:
 
 def _with_numbers(runs: pd.DataFrame) -> pd.DataFrame:
     metrics = pd.DataFrame([run.metrics if run.status == "done" else {} for run in runs.itertuples()], runs.index)
-    metrics = metrics.reindex(columns=dict.fromkeys([*METRICS, *metrics]))
-    paper = pd.DataFrame([published or {} for published in runs.published], runs.index)
-    paper = paper.reindex(columns=list(PUBLISHED)).add_prefix("paper/")
+    metrics = metrics.reindex(columns=dict.fromkeys([*(f"bbox/{name}" for name in PUBLISHED[:6]), *metrics]))
+    paper = pd.DataFrame([p or {} for p in runs.published], runs.index, list(PUBLISHED)).add_prefix("paper/")
+    runs["console"] = runs.folder.map(lambda folder: Path(folder) / CONSOLE)
     numbers = ["seconds", "step_seconds", "positives_per_image", "negatives_per_image"]
     return pd.concat([runs.astype(dict.fromkeys(numbers, float)), metrics.astype(float), paper.astype(float)], axis=1)
 
@@ -330,11 +298,11 @@ def _describe(row: PaperRow, run: RunResult) -> dict[str, Any]:
     words = list(itertools.dropwhile(lambda word: not key.fullmatch(word), run.command))
     steps, batch = lookup(config, "SOLVER.MAX_ITER"), lookup(config, "SOLVER.IMS_PER_BATCH")
     return {
-        **{f.name: getattr(run, f.name) for f in fields(run)},
+        **vars(run),
         "title": printable(run.title, limit=120, quotes=False),
-        "kind": next((word for word in run.title.split() if word in KINDS), "other"),  # what title_of begins with
+        "kind": row.kind,
         "paper_title": row.title,
-        "published": row.published and {name: getattr(row.published, name) for name in PUBLISHED},
+        "published": row.published and asdict(row.published),
         "command": shlex.join(run.command),
         "overrides": {key: value for key, value in zip(words[::2], words[1::2]) if key not in ("SEED", "OUTPUT_DIR")},
         "config": config,

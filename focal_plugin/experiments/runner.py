@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..engine.trainer import DIVERGED
-from ..files import TEMPORARY, atomic_write
-from .results import CONSOLE, RESULT, Run, RunResult, typed
+from ..files import TEMPORARY
+from .results import CONSOLE, RESULT, Run, RunResult, typed, write_json
 
 _RUN, _LOCK, _JOB = "run.json", "lock", "slurm_job"  # run.json says that a folder is ours, and for which fingerprint
 _POLL, _LOG, _GRACE = 0.25, 10.0, 5.0  # seconds between looks, between lines, and for a stopped run to save itself
-# The training dies with whoever waits for it, even by kill -9, and never trains on unseen beside the next attempt:
-# PR_SET_PDEATHSIG is 1, and lasts through exec. Linux alone has it.
+# The training dies with the thread that waits for it, even by kill -9, and never trains on unseen beside the next
+# attempt: PR_SET_PDEATHSIG is 1, and lasts through exec. Linux alone has it.
 _TIED = """\
 import ctypes, os, sys
 if sys.platform == "linux":
@@ -36,16 +37,12 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fresh: bool = False) -> list[RunResult]:
-    """Train every run in its folder and return their results in the order of ``runs``; say on stderr how far they are.
+    """Train runs, each in a folder of its own, and return their results in this order; say on stderr how far they are.
 
     A run that fails does not stop the others. What has ended before (trained, or diverged) is not trained again as
     long as its configuration, its data and the code are the same; what was stopped goes on from its last checkpoint;
-    what failed is tried again. Ctrl-C, SIGTERM and SIGHUP end the processes and raise KeyboardInterrupt.
-
-    Args:
-        runs: what to train, each in a folder of its own.
-        executor: where.
-        fresh: first empty the folders of earlier runs.
+    what failed is tried again. ``fresh`` first empties the folders of earlier runs. Ctrl-C, SIGTERM and SIGHUP end the
+    processes and raise KeyboardInterrupt.
 
     Raises:
         OSError: a folder cannot be made, or holds something else; see :func:`check_folder`.
@@ -85,22 +82,22 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
     results = {run: result for run in runs if (result := run.result()).ended}
     for run, result in results.items():
         result.reused = True
-        say(f"{_name(run)}: reused, {_outcome(result)} (--fresh trains it again)")
+        say(f"{run}: reused, {_outcome(result)} (--fresh trains it again)")
     waiting, shown = [run for run in runs if run not in results], time.monotonic()
     while waiting or jobs:
         free = executor.slots - len(jobs)
         batch, waiting = waiting[:free], waiting[free:]
         for run, job in zip(batch, executor.submit(batch) if batch else ()):
             jobs[run] = job
-            say(f"{_name(run)}: started, console in {typed(run.folder / CONSOLE)}")
+            say(f"{run}: started, console in {typed(run.folder / CONSOLE)}")
         time.sleep(_POLL)
         for run in [run for run, job in jobs.items() if job.done()]:
-            error, result = jobs.pop(run).exception(), run.result()
-            if error or result.status == "missing":
-                result.status = "failed"
-                result.error = f"{type(error).__name__}: {error}" if error else "left no result"
-            results[run] = result
-            say(f"{_name(run)}: {_outcome(result)}")
+            job = jobs.pop(run)
+            error = job.exception()
+            results[run] = result = run.result() if error else job.result()
+            if error:
+                result.status, result.error = "failed", f"{type(error).__name__}: {error}"
+            say(f"{run}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
             shown = time.monotonic()
             say(_progress(runs, results, jobs, executor.parallel))
@@ -112,17 +109,16 @@ def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mappi
     words, times, steps_left = [], [], 0
     for run in runs:
         record = run.result().last_step()
-        step = record["iteration"] + 1 if record else 0
-        times += [record["time"]] if record and "time" in record else []
+        step = record.get("iteration", -1) + 1
+        times += [record["time"]] if "time" in record else []
         steps_left += 0 if run in results else run.max_iter - step
         if run in jobs:
             state = f"{step:,}/{run.max_iter:,} loss {record['total_loss']:.3g}" if record else "starting"
-            words.append(f"{_name(run)} {'evaluating' if step >= run.max_iter else state}")
+            words.append(f"{run} {'evaluating' if step >= run.max_iter else state}")
     states = ["running" if run in jobs else results[run].status if run in results else "waiting" for run in runs]
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
     seconds = steps_left * statistics.median(times or [0]) / min(parallel, len(runs) - len(results))
-    left = f"; about {format_duration(seconds)} left" if seconds else ""
-    return f"{', '.join(words)}; {counts}{left}"
+    return f"{', '.join(words)}; {counts}" + (f"; about {format_duration(seconds)} left" if seconds else "")
 
 
 def format_duration(seconds: float) -> str:
@@ -135,10 +131,6 @@ def format_duration(seconds: float) -> str:
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _name(run: Run) -> str:
-    return f"{run.title} seed {run.seed}"
 
 
 def _outcome(result: RunResult) -> str:
@@ -180,21 +172,19 @@ def check_folder(run: Run, fresh: bool = False) -> int:
             return known["attempts"]
     except FileNotFoundError:
         if _left_in(run.folder):
-            text = f"{run.folder} is not empty and no earlier run; choose another output folder"
-            raise FileExistsError(text) from None
+            problem = "is not empty and no earlier run; choose another output folder"
+            raise FileExistsError(f"{run.folder} {problem}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileExistsError(f"{path} cannot be read ({error}): move its folder away, or see what is wrong") from error
     if not fresh and any(run.folder.glob("*.pth")):
-        raise FileExistsError(
-            f"{run.folder} holds a run of another config, data or code: --fresh trains it again there and deletes the "
-            "earlier one; another --output keeps it"
-        )
+        way_out = "--fresh trains it again there and deletes the earlier one; another --output keeps it"
+        raise FileExistsError(f"{run.folder} holds a run of another config, data or code: {way_out}")
     return 0
 
 
 def _left_in(folder: Path) -> list[Path]:
     ours = {_LOCK, _JOB, _RUN, _RUN + TEMPORARY, _JOB + TEMPORARY}
-    return [path for path in folder.iterdir() if path.name not in ours] if folder.is_dir() else []
+    return [path for path in folder.glob("*") if path.name not in ours]
 
 
 def _forget(folder: Path) -> None:
@@ -215,84 +205,6 @@ def _take(lock: FileLock, timeout: float) -> bool:
     return True
 
 
-class _Training:
-    """A run in a process of its own, which starts when no other process trains in the folder: a job of run_all."""
-
-    def __init__(self, run: Run, parallel: int, threads: int):
-        self._run, self._result, self._error = run, run.result(), None
-        self._result.parallel, self._result.threads = parallel, threads
-        self._process: subprocess.Popen | None = None
-        self._has_ended, self._begun = False, 0.0
-        self._lock = FileLock(run.folder / _LOCK)
-
-    def exception(self) -> BaseException | None:
-        """Return why it could not be started; None if it was."""
-        return self._error
-
-    def done(self) -> bool:
-        """Return whether it has ended, and is written down; start it once the folder is free."""
-        if self._has_ended or not (self._process or _take(self._lock, timeout=0)):
-            return self._has_ended
-        try:
-            if self._process is None:
-                self._has_ended = self._run.result().ended  # in the hands of another
-                if not self._has_ended:
-                    self._start()
-            elif (ended := os.wait4(self._process.pid, os.WNOHANG))[0]:
-                self._has_ended = True
-                self._end(*ended[1:])
-        except OSError as error:
-            self._error, self._has_ended = error, True
-        if self._has_ended:
-            self._lock.release()
-        return self._has_ended
-
-    def stop(self, number: int) -> None:
-        """Send a signal to the training and all that it has started; one that has not begun never does."""
-        if self._process is None:
-            self._has_ended = True
-        elif not self._has_ended:
-            self._signal(number)
-
-    def _start(self) -> None:
-        folder, result = self._run.folder, self._result
-        result.attempts = check_folder(self._run) + 1
-        if result.attempts == 1:
-            _forget(folder)
-        _write_json(folder / _RUN, {"fingerprint": self._run.fingerprint, "attempts": result.attempts})
-        for left_by_earlier in (RESULT, DIVERGED):
-            (folder / left_by_earlier).unlink(missing_ok=True)
-        if (folder / CONSOLE).exists():
-            (folder / CONSOLE).rename(folder / f"console.{result.attempts - 1}.txt")
-        env = dict(os.environ, PYTHONUNBUFFERED="1")
-        if not self._run.on_gpu:
-            names = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
-            env.update({f"{name}_NUM_THREADS": str(result.threads) for name in names})
-        self._begun = time.monotonic()
-        with (folder / CONSOLE).open("wb") as console:
-            # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
-            words = [sys.executable, "-c", _TIED, *self._run.command[1:]]
-            output = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": subprocess.STDOUT}
-            self._process = subprocess.Popen(words, **output, env=env, start_new_session=True)
-
-    def _end(self, status: int, usage: Any) -> None:
-        self._signal(signal.SIGKILL)  # to data workers that it has left behind
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        self._result.peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self._result.finish(self._process.returncode, time.monotonic() - self._begun)
-        for path in self._run.folder.glob("model_[0-9]*.pth") if self._result.ended else ():
-            path.unlink()  # those were for going on
-
-    def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(content) + "\n")
-
-
 class InlineExecutor:
     """Children of this process, ``parallel`` at a time, with so many threads each on a CPU; they end with it."""
 
@@ -300,37 +212,81 @@ class InlineExecutor:
 
     def __init__(self, parallel: int, threads: int):
         self.slots = self.parallel = parallel
-        self._threads = threads
+        self._threads, self._groups, self._is_stopped = threads, set(), False
 
-    def submit(self, runs: Sequence[Run]) -> list[_Training]:
-        return [_Training(run, self.parallel, self._threads) for run in runs]
+    def submit(self, runs: Sequence[Run]) -> list[Future]:
+        pool = ThreadPoolExecutor(len(runs))
+        jobs = [pool.submit(self._train, run) for run in runs]
+        pool.shutdown(wait=False)
+        return jobs
 
-    def cancel(self, jobs: Sequence[_Training]) -> None:
-        """End trainings: by SIGTERM, at which they write a checkpoint, and SIGKILL."""
-        deadline = time.monotonic() + _GRACE
+    def cancel(self, jobs: Sequence[Future]) -> None:
+        """End trainings: by SIGTERM, at which they write a checkpoint, and SIGKILL; what waits never begins."""
+        self._is_stopped = True
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for job in jobs:
-                job.stop(number)
-            while not all(job.done() for job in jobs) and (number == signal.SIGKILL or time.monotonic() < deadline):
-                time.sleep(0.05)
+            for group in list(self._groups):
+                _signal(group, number)
+            wait(jobs, _GRACE)
+
+    def _train(self, run: Run) -> RunResult:
+        """Train once no other process trains in the folder, unless one has done it by then."""
+        lock = FileLock(run.folder / _LOCK)
+        while not (_take(lock, _POLL) or self._is_stopped):
+            pass
+        try:
+            result = run.result()
+            if not (self._is_stopped or result.ended):
+                self._train_here(run, result)
+            return result
+        finally:
+            lock.release()
+
+    def _train_here(self, run: Run, result: RunResult) -> None:
+        folder = run.folder
+        result.parallel, result.threads, result.attempts = self.parallel, self._threads, check_folder(run) + 1
+        if result.attempts == 1:
+            _forget(folder)
+        write_json(folder / _RUN, {"fingerprint": run.fingerprint, "attempts": result.attempts})
+        for left_by_earlier in (RESULT, DIVERGED):
+            (folder / left_by_earlier).unlink(missing_ok=True)
+        if (folder / CONSOLE).exists():
+            (folder / CONSOLE).rename(folder / f"console.{result.attempts - 1}.txt")
+        libraries = () if run.on_gpu else ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+        threads = {f"{name}_NUM_THREADS": str(self._threads) for name in libraries}
+        begun, words = time.monotonic(), [sys.executable, "-c", _TIED, *run.command[1:]]
+        with (folder / CONSOLE).open("wb") as console:
+            # A session of its own: Ctrl-C reaches only us, and we end the child with its data workers.
+            options = {"env": {**os.environ, "PYTHONUNBUFFERED": "1", **threads}, "start_new_session": True}
+            child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=console, stderr=console, **options)
+        self._groups.add(child.pid)
+        _, status, usage = os.wait4(child.pid, 0)
+        _signal(child.pid, signal.SIGKILL)  # to data workers that it has left behind
+        self._groups.remove(child.pid)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        result.peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        result.finish(child.returncode, time.monotonic() - begun)
+        for path in folder.glob("model_[0-9]*.pth") if result.ended else ():
+            path.unlink()  # those were for going on
+
+
+def _signal(group: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 class SubmititExecutor:
-    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm")."""
+    """submitit's jobs: processes on this machine ("local") or in a SLURM queue ("slurm").
+
+    Args:
+        folder: for submitit's own files.
+        num_gpus: of each job; 0: it computes on the CPU, with so many ``threads``.
+        options: more of submitit's parameters, such as slurm_partition or timeout_min.
+
+    Raises:
+        ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
+    """
 
     def __init__(self, kind: str, folder: Path, parallel: int, threads: int, num_gpus: int, options: Mapping = {}):
-        """
-        Args:
-            kind: "local" or "slurm".
-            folder: for submitit's own files.
-            parallel: jobs at a time.
-            threads: of each job on a CPU.
-            num_gpus: of each job; 0: it computes on the CPU.
-            options: more of submitit's parameters, such as slurm_partition or timeout_min.
-
-        Raises:
-            ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
-        """
         try:
             import submitit
         except ImportError as error:
@@ -358,7 +314,7 @@ class SubmititExecutor:
             except FailedJobError as error:  # sbatch has refused
                 raise ValueError(f"--executor {self._kind}: {error}") from error
         for run in new:
-            _write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
+            write_json(run.folder / _JOB, [jobs[run].job_id, run.fingerprint])
         return [jobs[run] for run in runs]
 
     def _queued(self, run: Run) -> Any:
@@ -368,9 +324,7 @@ class SubmititExecutor:
         with suppress(OSError, ValueError):
             job_id, fingerprint = json.loads((run.folder / _JOB).read_text(encoding="utf-8"))
             job = SlurmJob(self._folder, job_id)
-            if fingerprint == run.fingerprint and not job.done(force_check=True):
-                return job
-        return None
+            return job if fingerprint == run.fingerprint and not job.done(force_check=True) else None
 
     def cancel(self, jobs: Sequence[Any]) -> None:
         """End local jobs; those in a queue survive us."""
@@ -383,15 +337,13 @@ class SubmititExecutor:
 class _Task(InlineExecutor):
     """A training as submitit's job, which goes on where it was after a preemption or the end of its time."""
 
-    def __call__(self, run: Run) -> None:
-        (job,) = self._jobs = self.submit([run])
+    def __call__(self, run: Run) -> RunResult:
+        self._jobs = self.submit([run])
         try:
-            while not job.done():
-                time.sleep(_POLL)
+            wait(self._jobs)
         finally:
             self.cancel(self._jobs)
-        if job.exception():
-            raise job.exception()
+        return self._jobs[0].result()
 
     def checkpoint(self, run: Run) -> Any:
         from submitit.helpers import DelayedSubmission

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 
 from focal_plugin import get_config
 from focal_plugin.config import config_dir
-from focal_plugin.experiments.paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, config_texts, title_of, write_configs
+from focal_plugin.experiments.paper import BEST_OHEM, CAPTIONS, CE, FL, TABLES, title_of
 
 PAPER = config_dir() / "paper"
 ROWS = [row for rows in TABLES.values() for row in rows]
@@ -53,18 +53,17 @@ def test_what_the_paper_says_of_its_tables():
     assert fl_600.ms == 122 and ap["1d"][FL.key] == fl_600.AP == 36.0
 
 
-def test_the_yamls_are_those_of_the_tables(tmp_path):
-    texts = config_texts()
-    assert {path.name for path in PAPER.glob("*.yaml")} == {*texts, "Base-paper.yaml"}
-    for name, text in texts.items():
-        assert (PAPER / name).read_text() == text, f"{name}: run python -m focal_plugin.experiments.paper"
-    contents = {yaml.safe_dump(yaml.safe_load(text)) for text in texts.values()}
-    assert len(contents) == len(texts) == 44  # one for each distinct recipe
-
-    for name in ("R-50-600_gone.yaml", "Base-paper.yaml", "mine.yaml"):
-        (tmp_path / name).write_text("")
-    assert len(write_configs(tmp_path)) == 44
-    assert {path.name for path in tmp_path.iterdir()} == {*texts, "Base-paper.yaml", "mine.yaml"}
+def test_a_yaml_says_what_its_row_does_and_nothing_else(configs):
+    base = get_config("paper/Base-paper.yaml")
+    assert {path.stem for path in PAPER.glob("*.yaml")} == {*(row.recipe for row in ROWS), "Base-paper"}
+    assert len({cfg.dump() for cfg in configs}) == 44  # one for each distinct recipe
+    for row, cfg in zip(ROWS, configs):
+        depth, size = map(int, row.network.split("-")[1:])
+        settings = {"MODEL.WEIGHTS": f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl", **row.overrides(base)}
+        settings |= {"MODEL.RESNETS.DEPTH": depth, "INPUT.MIN_SIZE_TRAIN": (size,), "INPUT.MIN_SIZE_TEST": size}
+        settings |= {f"INPUT.MAX_SIZE_{split}": round(size * 1000 / 600) for split in ("TRAIN", "TEST")}
+        expected = get_config("paper/Base-paper.yaml", [word for pair in settings.items() for word in pair])
+        assert cfg == expected, f"configs/paper/{row.recipe}.yaml: to say on top of its base {settings}"
 
 
 def test_solver_and_image_size_are_the_papers(configs):
