@@ -120,7 +120,7 @@ def verdict(study: Study, runs: pd.DataFrame) -> list[str]:
     is_lost = "FL" in set(runs.kind) - set(done.kind)
     scope = "No run of FL is done, so nothing is compared with it. " if is_lost else ""
     if len(seeds) == 1:
-        first += ". One seed says nothing about chance"
+        first += "; one seed says nothing about chance"
         scope += f"One seed ({seeds[0]}): another may order the methods differently."
     else:
         scope += f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). The deviation is over seeds only: another data "
