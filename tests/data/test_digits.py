@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
@@ -55,13 +56,16 @@ def read_bytes(folder):
 # --- deterministic ---
 
 
-def test_two_roots_hold_the_same_bytes(tmp_path):
+def test_two_roots_hold_the_same_bytes_and_parameters_do_not_share_a_folder(tmp_path):
     first, second = (make_digits(tmp_path / root, **SMALL) for root in ("a", "b"))
-    assert len(read_bytes(first)) == 12 + 6 + 2
-    assert read_bytes(first) == read_bytes(second)
+    assert len(read_bytes(first)) == 12 + 6 + 2 and read_bytes(first) == read_bytes(second)
     times = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     assert make_digits(tmp_path / "a", **SMALL) == first  # and rewrites nothing
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == times
+    small = make_digits(tmp_path / "a", **SMALL, image_size=64)
+    assert len({first, small, make_digits(tmp_path / "a", num_train=1, num_val=1, seed=1)}) == 3
+    assert read_json(small, "train")["images"][0]["width"] == 64
+    assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
 
 
 def test_hash_seed_and_threads_change_nothing_and_registering_loads_no_scikit_learn():
@@ -127,15 +131,13 @@ def test_boxes_are_tight_to_visible_ink(monkeypatch):
 
     monkeypatch.setattr(digits, "_lay_ink", spy)
     for index in range(20):
-        _, boxes, _ = draw_scene("train", index)
-        for box, change in laid[: len(boxes)]:
-            x, y, width, height = box
-            inside = change[y : y + height, x : x + width]
-            assert change.sum() == inside.sum()
-            assert inside.max() >= 40
-            assert all(edge.max() >= 8 for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
-        assert [box for box, _ in laid[: len(boxes)]] == boxes
         laid.clear()
+        _, boxes, _ = draw_scene("train", index)
+        assert [box for box, _ in laid[: len(boxes)]] == boxes
+        for (x, y, width, height), change in laid[: len(boxes)]:
+            inside = change[y : y + height, x : x + width]
+            assert change.sum() == inside.sum() and inside.max() >= 40
+            assert all(edge.max() >= 8 for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
 
 
 def test_scrambled_ink_is_no_source():
@@ -147,32 +149,28 @@ def test_scrambled_ink_is_no_source():
 # --- the files ---
 
 
-def test_json_is_valid_coco(folder):
+def test_json_is_valid_coco_that_detectron2_and_the_coco_api_read(folder):
     for split, count in (("train", 40), ("val", 10)):
         content = read_json(folder, split)
-        assert [image["id"] for image in content["images"]] == list(range(1, count + 1))
-        assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+        images, annotations = content["images"], content["annotations"]
+        assert [image["id"] for image in images] == list(range(1, count + 1))
+        assert [a["id"] for a in annotations] == list(range(1, len(annotations) + 1))
         assert content["categories"] == [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
         assert "CC BY 4.0" in content["info"]["source"]
-        for index, row in enumerate(content["images"]):  # each file is its scene, however many others there are
+        for index, row in enumerate(images):  # each file is its scene, however many others there are
             image, boxes, labels = draw_scene(split, index)
-            own = [a for a in content["annotations"] if a["image_id"] == index + 1]
+            own = [a for a in annotations if a["image_id"] == index + 1]
             with Image.open(folder / split / row["file_name"]) as file:
                 assert file.size == (row["width"], row["height"]) == (128, 128)
                 assert file.mode == "RGB" and (np.asarray(file) == image).all()
-            assert [tuple(a["bbox"]) for a in own] == boxes
-            assert [a["category_id"] - 1 for a in own] == labels
+            assert [(tuple(a["bbox"]), a["category_id"] - 1) for a in own] == list(zip(boxes, labels))
             assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in own)
-
-
-def test_detectron2_and_the_coco_api_read_it(folder):
-    loaded = load_coco_json(str(folder / "train.json"), str(folder / "train"))
-    content = read_json(folder, "train")
-    assert len(loaded) == 40 and all(os.path.isfile(record["file_name"]) for record in loaded)
-    assert sum(len(record["annotations"]) for record in loaded) == len(content["annotations"])
-    assert any(not record["annotations"] for record in loaded), "scenes without an object are part of the set"
-    coco = COCO(str(folder / "train.json"))
-    assert len(coco.loadRes(content["annotations"]).getAnnIds()) == len(content["annotations"])
+        loaded = load_coco_json(str(folder / f"{split}.json"), str(folder / split))
+        assert len(loaded) == count and all(os.path.isfile(record["file_name"]) for record in loaded)
+        assert sum(len(record["annotations"]) for record in loaded) == len(annotations)
+        assert len(COCO(str(folder / f"{split}.json")).loadRes(annotations).getAnnIds()) == len(annotations)
+        if split == "train":
+            assert any(not record["annotations"] for record in loaded), "scenes without an object are part of the set"
 
 
 def test_numbers_out_of_range_are_refused(tmp_path):
@@ -194,14 +192,6 @@ def test_missing_scikit_learn_says_what_to_type(tmp_path, monkeypatch):
 # --- once, and whole ---
 
 
-def test_parameters_do_not_share_a_folder(tmp_path):
-    folders = {make_digits(tmp_path, num_train=1, num_val=1, seed=seed) for seed in (0, 1)}
-    small = make_digits(tmp_path, num_train=1, num_val=1, image_size=64)
-    assert len({*folders, small}) == 3
-    assert read_json(small, "train")["images"][0]["width"] == 64
-    assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     def die(split, index, **kwargs):
@@ -215,19 +205,15 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     assert not written(tmp_path)
 
 
-def test_what_a_killed_run_leaves_is_not_trusted(tmp_path):
-    whole = make_digits(tmp_path / "whole", **SMALL)
-    root = tmp_path / "killed"
-    digits._write_split(root / f".{whole.name}.draft", "train", 2, 128, 0)
-    assert read_bytes(make_digits(root, **SMALL)) == read_bytes(whole)
-    assert written(root) == [root / whole.name]
-
-
-@pytest.mark.parametrize("lost", ["train.json", "val/000003.png"])
-def test_a_damaged_folder_is_replaced(tmp_path, lost):
+@pytest.mark.parametrize("lost", ["train.json", "val/000003.png", "all but a draft"])
+def test_what_is_damaged_or_left_by_a_killed_run_is_replaced(tmp_path, lost):
     folder = make_digits(tmp_path, **SMALL)
     before = read_bytes(folder)
-    (folder / lost).unlink()
+    if (folder / lost).exists():
+        (folder / lost).unlink()
+    else:
+        shutil.rmtree(folder)
+        digits._write_split(tmp_path / f".{folder.name}.draft", "train", 2, 128, 0)
     assert read_bytes(make_digits(tmp_path, **SMALL)) == before
     assert written(tmp_path) == [folder]
 
@@ -262,15 +248,12 @@ def test_larger_scenes_have_names_and_folders_of_their_own():
         assert f"size{size}-" in meta.json_file and meta.lazily_generated and f"{name}_train" in DatasetCatalog
 
 
-def test_metadata_follows_the_variable(registered, monkeypatch, tmp_path):
+def test_metadata_follows_the_variable_and_a_name_that_someone_else_took_is_left_alone(
+    registered, monkeypatch, tmp_path, caplog
+):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
     assert str(tmp_path / "elsewhere") in DatasetCatalog.get("digits_val")[0]["file_name"]
-    assert os.path.isfile(MetadataCatalog.get("digits_val").json_file)
-    assert not registered.exists()
-
-
-def test_a_name_that_someone_else_took_is_left_alone(registered, monkeypatch, caplog):
+    assert os.path.isfile(MetadataCatalog.get("digits_val").json_file) and not registered.exists()
     monkeypatch.setitem(DatasetCatalog.data, "digits_val", list)
     register_digits()
-    assert DatasetCatalog.get("digits_val") == []
-    assert "'digits_val' is registered already" in caplog.text
+    assert DatasetCatalog.get("digits_val") == [] and "'digits_val' is registered already" in caplog.text

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from gradients import value_and_gradient
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from focal_plugin.losses import blockwise, sigmoid_focal_loss, softmax_focal_loss
@@ -14,6 +15,7 @@ from focal_plugin.losses.focal import LabelLoss
 from focal_plugin.losses.formulas import Focal
 
 N, A, K, H, W = 2, 3, 4, 5, 6
+both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 
 
 def conv_output(memory_format):
@@ -21,13 +23,12 @@ def conv_output(memory_format):
     return (3 * torch.randn(N, A * K, H, W)).contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@both_formats
 def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
-    x = conv_output(memory_format)
-    logits = x.view(N, A, K, H, W)
+    logits = conv_output(memory_format).view(N, A, K, H, W)
     layout = Layout(logits, 2)
     flat = layout.flat(logits)
-    assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous()
+    assert flat.data_ptr() == logits.data_ptr() and flat.is_contiguous()
     assert flat.shape == ((N * A, K, H * W) if memory_format == torch.contiguous_format else (N * H * W * A, K, 1))
     assert torch.equal(layout.unflat(flat), logits)
     # Labels and logits go the same way: label r of the one belongs to the logits r of the other.
@@ -52,14 +53,12 @@ STRIDES = {
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
     labels = torch.randint(-1, x.shape[-1] + 1, x.shape[:-1])
-    results = []
-    for leaf in (x.clone(memory_format=torch.contiguous_format).requires_grad_(), x.detach().requires_grad_()):
-        loss = sigmoid_focal_loss(leaf, labels, reduction=reduction)
-        results.append((loss, torch.autograd.grad(loss.sum(), leaf)))
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    copies = x.clone(memory_format=torch.contiguous_format), x
+    results = (value_and_gradient(sigmoid_focal_loss, y, labels, reduction=reduction) for y in copies)
+    assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@both_formats
 @pytest.mark.parametrize("block", [1, 7, 64, 10**6])
 @pytest.mark.parametrize("kind", ["labels", "dense", "softmax"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -81,7 +80,7 @@ def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, r
             results.append(value_and_gradient(scaled, x, **options))
             assert results[-1][1].stride() == x.stride()
     # Vectorized and scalar code of the same function may differ in the last place.
-    torch.testing.assert_close(results[:2], results[2:], rtol=1e-5, atol=1e-9)
+    assert_close(results[:2], results[2:], rtol=1e-5, atol=1e-9)
 
 
 class Reads(TorchDispatchMode):
@@ -101,7 +100,7 @@ class Reads(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@both_formats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
     x = torch.randn(N, 2 * 80, H, W).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
@@ -116,21 +115,15 @@ def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
     assert x.grad.dtype == dtype and x.grad.stride() == x.stride()
 
 
-def test_an_anchors_loss_is_the_sum_over_its_classes():
-    x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
-    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))(x, labels, class_dim=2)
-    torch.testing.assert_close(loss, sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2))
-    assert loss.shape == labels.shape
-
-
-def test_gradient_of_weighted_anchors():
+def test_an_anchors_loss_is_the_sum_over_its_classes_and_so_is_its_weighted_gradient():
     """One factor for all anchors takes a way of its own, and must give what any other does."""
-    x, labels = torch.randn(3, 4, 5), torch.randint(-1, 6, (3, 4))
-    for weight in (torch.tensor(3.0).expand(3, 4), torch.rand(3, 4)):
-        _, got = value_and_gradient(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, weight=weight)
-        per_logit = weight[..., None].expand_as(x).clone()
-        _, want = value_and_gradient(sigmoid_focal_loss, x, labels, 0.25, 2.0, weight=per_logit)
-        torch.testing.assert_close(got, want)
+    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))
+    x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
+    assert_close(loss(x, labels, class_dim=2), sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2))
+    for weight in (torch.tensor(3.0).expand(N, A, H, W), torch.rand(N, A, H, W)):
+        _, got = value_and_gradient(loss, x, labels, class_dim=2, weight=weight)
+        per_logit = weight.unsqueeze(2).expand_as(x).clone()
+        assert_close(got, value_and_gradient(sigmoid_focal_loss, x, labels, class_dim=2, weight=per_logit)[1])
 
 
 def test_only_logits_and_labels_are_kept_for_the_backward_pass():

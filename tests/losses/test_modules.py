@@ -21,8 +21,7 @@ def test_equals_its_function(name, alpha):
 
 def test_alpha_moves_with_the_module_and_keeps_its_digits():
     assert SigmoidFocalLoss([0.5, 0.5]).to("meta").class_alpha.is_meta
-    alpha = torch.tensor([0.1, 0.999])
-    module = SigmoidFocalLoss(alpha).bfloat16()
+    module = SigmoidFocalLoss(alpha := torch.tensor([0.1, 0.999])).bfloat16()
     alpha.fill_(0)
     assert torch.equal(module.class_alpha, torch.tensor([0.1, 0.999]))
 
