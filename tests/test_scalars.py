@@ -10,12 +10,15 @@ from detectron2.utils.events import EventStorage
 from focal_plugin.scalars import DeferredScalars, flush_scalars
 
 
-def test_on_the_cpu_nothing_is_put_off():
+def test_on_the_cpu_nothing_is_put_off_and_copies_and_pickles_start_empty():
     scalars = DeferredScalars()
     scalars.put({"a": torch.tensor(1.0)})  # outside a training loop nothing happens
     with EventStorage(7) as storage:
         scalars.put({"a": torch.tensor(1), "b": torch.tensor(2)})
         assert storage.latest() == {"a": (1.0, 7), "b": (2.0, 7)}
+    scalars._pending = object()
+    for clone in (copy.deepcopy(scalars), pickle.loads(pickle.dumps(scalars))):
+        assert clone._pending is None
 
 
 class OnGPU(DeferredScalars):
@@ -40,13 +43,6 @@ def test_a_step_is_flushed_under_its_own_iteration_and_scope():
         assert storage.latest() == {"one/a": (1.0, 7)}
         flush_scalars()
         assert storage.latest() == {"one/a": (1.0, 7), "two/a": (2.0, 8)}
-
-
-def test_copies_and_pickles_start_empty():
-    scalars = DeferredScalars()
-    scalars._pending = object()
-    for clone in (copy.deepcopy(scalars), pickle.loads(pickle.dumps(scalars))):
-        assert clone._pending is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
