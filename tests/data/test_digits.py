@@ -32,7 +32,7 @@ def registered(tmp_path, monkeypatch):
     """`digits_train` and `digits_val` as they come, but small and in a folder of their own."""
     small_make, small_folder = digits.make_digits, digits._folder
     monkeypatch.setattr(digits, "make_digits", lambda root, image_size: small_make(root, **SMALL))
-    monkeypatch.setattr(digits, "_folder", lambda root, *args, **size: small_folder(root, *(args or SMALL.values())))
+    monkeypatch.setattr(digits, "_folder", lambda root, *a, **size: small_folder(root, *(a or SMALL.values()), **size))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_digits()
     yield tmp_path / "digits"
@@ -53,9 +53,6 @@ def read_bytes(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- deterministic ---
-
-
 def test_two_roots_hold_the_same_bytes_and_parameters_do_not_share_a_folder(tmp_path):
     first, second = (make_digits(tmp_path / root, **SMALL) for root in ("a", "b"))
     assert len(read_bytes(first)) == 12 + 6 + 2 and read_bytes(first) == read_bytes(second)
@@ -68,7 +65,9 @@ def test_two_roots_hold_the_same_bytes_and_parameters_do_not_share_a_folder(tmp_
     assert draw_scene("train", 0, image_size=192)[0].shape == (192, 192, 3)
 
 
-def test_hash_seed_and_threads_change_nothing_and_registering_loads_no_scikit_learn():
+def test_seeds_splits_and_scenes_differ_and_hash_seed_threads_and_registering_change_nothing():
+    keys = itertools.product(("train", "val"), (0, 1), (0, 1))
+    assert len({draw_scene(split, index, seed=seed)[0].tobytes() for split, index, seed in keys}) == 8
     code = (
         "import hashlib, sys; from focal_plugin.data.digits import draw_scene, register_digits\n"
         "register_digits(); assert 'sklearn' not in sys.modules\n"
@@ -80,19 +79,13 @@ def test_hash_seed_and_threads_change_nothing_and_registering_loads_no_scikit_le
     assert elsewhere.stdout.split() == here
 
 
-def test_seeds_splits_and_scenes_differ():
-    keys = itertools.product(("train", "val"), (0, 1), (0, 1))
-    assert len({draw_scene(split, index, seed=seed)[0].tobytes() for split, index, seed in keys}) == 8
-
-
-# --- what the scenes hold ---
-
-
 def test_no_handwriting_is_in_both_splits():
     train, val = (np.concatenate(source_indices(split)) for split in ("train", "val"))
     assert sorted([*train, *val]) == list(range(1797))
-    images = digits._load_handwriting()[0].reshape(1797, 64)
-    assert not {image.tobytes() for image in images[train]} & {image.tobytes() for image in images[val]}
+    images = [image.tobytes() for image in digits._load_handwriting()[0]]
+    assert not {images[i] for i in train} & {images[i] for i in val}
+    rng = np.random.default_rng(0)  # nor is scrambled ink anyone's
+    assert not any(digits._draw_scrambled_source(rng, "train").tobytes() in images for _ in range(50))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -140,15 +133,6 @@ def test_boxes_are_tight_to_visible_ink(monkeypatch):
             assert all(edge.max() >= 8 for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
 
 
-def test_scrambled_ink_is_no_source():
-    rng = np.random.default_rng(0)
-    sources = {image.tobytes() for image in digits._load_handwriting()[0]}
-    assert not any(digits._draw_scrambled_source(rng, "train").tobytes() in sources for _ in range(50))
-
-
-# --- the files ---
-
-
 def test_json_is_valid_coco_that_detectron2_and_the_coco_api_read(folder):
     for split, count in (("train", 40), ("val", 10)):
         content = read_json(folder, split)
@@ -173,23 +157,16 @@ def test_json_is_valid_coco_that_detectron2_and_the_coco_api_read(folder):
             assert any(not record["annotations"] for record in loaded), "scenes without an object are part of the set"
 
 
-def test_numbers_out_of_range_are_refused(tmp_path):
+def test_numbers_out_of_range_and_missing_scikit_learn_say_what_to_do(tmp_path, monkeypatch):
     for wrong in ({"num_train": 0}, {"num_val": 0}, {"image_size": 32}, {"seed": -1}):
         with pytest.raises(ValueError, match=f"not .*{next(iter(wrong.values()))}"):
             make_digits(tmp_path, **wrong)
-    assert not written(tmp_path)
-
-
-def test_missing_scikit_learn_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     digits._load_handwriting.cache_clear()
     source_indices.cache_clear()
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         make_digits(tmp_path, **SMALL)
     assert not written(tmp_path)
-
-
-# --- once, and whole ---
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -227,9 +204,6 @@ def test_of_several_at_once_one_draws_and_all_end_with_a_whole_set(tmp_path, mon
     assert written(tmp_path) == [make_digits(tmp_path, **SMALL)]
 
 
-# --- the catalog ---
-
-
 def test_registering_draws_nothing_until_the_first_load(registered):
     assert not registered.exists()
     meta = MetadataCatalog.get("digits_val")
@@ -240,9 +214,6 @@ def test_registering_draws_nothing_until_the_first_load(registered):
     assert os.path.isfile(meta.json_file) and os.path.isdir(meta.image_root)
     assert registered in digits.Path(meta.json_file).parents
     assert meta.thing_dataset_id_to_contiguous_id == {digit + 1: digit for digit in range(10)}
-
-
-def test_larger_scenes_have_names_and_folders_of_their_own():
     for name, size in (("digits", 128), ("digits_192px", 192), ("digits_256px", 256)):
         meta = MetadataCatalog.get(f"{name}_val")
         assert f"size{size}-" in meta.json_file and meta.lazily_generated and f"{name}_train" in DatasetCatalog

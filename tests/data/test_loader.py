@@ -39,22 +39,15 @@ def test_it_can_start_at_any_batch(batch, groups, make_stream):
     assert first(stream, 4 * 10) == want[4 * batch : 4 * batch + 40]
 
 
-def test_without_groups_it_is_upstreams_order(make_stream):
+def test_without_groups_it_is_upstreams_order_and_groups_share_batches_and_lose_nothing(make_stream):
     for seed in (1, 2):
         assert [index for index, _ in first(make_stream(seed=seed), 50)] == first(TrainingSampler(10, seed=seed), 50)
-    assert first(make_stream(seed=1), 50) != first(make_stream(seed=2), 50)
-
-
-def test_groups_share_batches_and_nothing_is_lost(make_stream):
     groups = [0, 1, 1, 0, 1, 1, 1, 0, 1, 0]
     samples = first(make_stream(groups=groups), 400)
     for at in range(0, 400, 4):
         assert len({groups[index] for index, _ in samples[at : at + 4]}) == 1
     positions = sorted(position for _, position in samples)
     assert positions == sorted(set(positions)) and positions[-1] < 410  # at most a batch of each group waits
-
-
-# ------------------------------ the loader
 
 
 @pytest.fixture
@@ -91,11 +84,6 @@ def test_every_sampler_of_upstream_can_go_on(sampler, config):
     assert batches(again, 4) == want[5:]
 
 
-def test_a_sampler_that_does_not_exist(config):
-    with pytest.raises(ValueError, match="Unknown training sampler: Nothing"):
-        build_train_loader(config("DATALOADER.SAMPLER_TRAIN", "Nothing"))
-
-
 def test_data_workers_change_nothing_not_even_the_models_random_numbers(config):
     results = []
     for workers in ("0", "1", "2"):
@@ -106,12 +94,13 @@ def test_data_workers_change_nothing_not_even_the_models_random_numbers(config):
     assert results[0] == results[1] == results[2]
 
 
-def test_images_are_seeded_by_their_place(config):
+def test_images_are_seeded_by_their_place_and_a_fault_of_the_mapper_is_not_theirs(config):
     """The same image, at another place of the stream, is augmented in another way."""
     dataset = build_train_loader(config()).dataset
     assert torch.equal(dataset[3, 7]["image"], dataset[3, 7]["image"])
-    shapes = {tuple(dataset[3, place]["image"].shape) for place in range(8)}
-    assert len(shapes) > 1
+    assert len({tuple(dataset[3, place]["image"].shape) for place in range(8)}) > 1
+    with pytest.raises(KeyError, match="my own fault"):
+        build_train_loader(config(), lambda image: image["my own fault"]).dataset[0, 0]
 
 
 def test_a_mapper_that_returns_none_gets_another(make_stream):
@@ -122,31 +111,20 @@ def test_a_mapper_that_returns_none_gets_another(make_stream):
         SeededDataset(images, lambda d: None, make_stream(), 0)[3, 0]
 
 
-def test_a_fault_of_the_mapper_is_not_the_images(config):
-    loader = build_train_loader(config(), lambda image: image["my own fault"])
-    with pytest.raises(KeyError, match="my own fault"):
-        loader.dataset[0, 0]
-
-
 def test_a_data_set_that_does_not_say_how_wide_its_images_are(config, caplog, monkeypatch):
-    cfg = config()
-    dicts = DatasetCatalog.get("loader_test")
-    for image in dicts:
-        del image["width"], image["height"]
+    dicts = [{k: v for k, v in d.items() if k not in ("width", "height")} for d in DatasetCatalog.get("loader_test")]
     monkeypatch.setattr("focal_plugin.data.loader.get_detection_dataset_dicts", lambda *a, **k: dicts)
-    assert len(batches(build_train_loader(cfg), 2)) == 2
+    assert len(batches(build_train_loader(config()), 2)) == 2
     assert "not grouped by aspect ratio" in caplog.text
 
 
-def test_no_image_is_left(config, tmp_path):
-    cfg = config("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True")
+def test_no_sampler_of_this_name_and_no_image_left(config):
+    with pytest.raises(ValueError, match="Unknown training sampler: Nothing"):
+        build_train_loader(config("DATALOADER.SAMPLER_TRAIN", "Nothing"))
     path = Path(MetadataCatalog.get("loader_test").json_file)
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
     with pytest.raises(ValueError, match=r"loader_test.*DATALOADER\.FILTER_EMPTY_ANNOTATIONS is False"):
-        build_train_loader(cfg)
-
-
-# ------------------------------ random numbers
+        build_train_loader(config("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True"))
 
 
 def draw():
