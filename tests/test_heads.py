@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from focal_plugin import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, SSDHead
+from focal_plugin import FocalHead, OHEMHead, SSDHead
 from focal_plugin.heads import AnchorTargets
 from focal_plugin.losses import sigmoid_focal_loss, softmax_focal_loss
 from focal_plugin.mining import mine_hard_examples
@@ -27,15 +27,15 @@ def make_head(cls=OHEMHead, num_classes=K, **kwargs):
     return cls(input_shape=shapes, num_classes=num_classes, num_anchors=A, conv_dims=[8], **kwargs)
 
 
-def make_case(num_images=2, seed=0):
+def make_case(num_images=2, seed=0, num_classes=K, num_outputs=K, background=0.7):
     """Logits of two levels, and targets of R anchors."""
     g = torch.Generator().manual_seed(seed)
-    logits = [3 * torch.randn(num_images, A * K, h, w, generator=g) for h, w in SIZES]
-    labels = torch.randint(-1, K + 1, (num_images, R), generator=g)
-    labels[torch.rand(labels.shape, generator=g) < 0.7] = K
+    logits = [3 * torch.randn(num_images, A * num_outputs, h, w, generator=g) for h, w in SIZES]
+    labels = torch.randint(-1, num_classes + 1, (num_images, R), generator=g)
+    labels[(torch.rand(labels.shape, generator=g) < background) & (labels >= 0)] = num_classes
     xy = torch.randint(0, 30, (R, 2), generator=g).float()
     anchors = torch.cat([xy, xy + torch.randint(5, 20, (R, 2), generator=g)], dim=1)
-    box_losses = torch.rand(labels.shape, generator=g) * 5 * ((labels >= 0) & (labels < K))
+    box_losses = torch.rand(labels.shape, generator=g) * 5 * ((labels >= 0) & (labels < num_classes))
     pred_boxes = anchors + torch.randint(0, 8, (num_images, R, 4), generator=g)
     return logits, AnchorTargets(labels, anchors, lambda: box_losses, lambda: pred_boxes)
 
@@ -46,13 +46,17 @@ def flatten(logits, num_outputs=K):
     return torch.cat(levels, dim=1)
 
 
-def test_focal_head_equals_the_loss_over_transposed_logits():
+def test_focal_head_equals_the_loss_over_transposed_logits_and_labels_out_of_range_are_refused():
     logits, targets = make_case()
     out = make_head(FocalHead, alpha=0.3, gamma=1.5).losses(logits, targets)
     want = sigmoid_focal_loss(flatten(logits), targets.labels, 0.3, 1.5, "sum")
     assert_close(out.loss_cls, want, rtol=1e-6, atol=0)
     assert torch.equal(out.box_mask, (targets.labels >= 0) & (targets.labels < K))
     assert out.num_examples is None
+    targets.labels[1, 5] = K + 1
+    for head in (FocalHead, OHEMHead):
+        with pytest.raises(ValueError, match=r"labels must be in \[-1, 3\].*got values from -1 to 4"):
+            make_head(head).losses(logits, targets)
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -68,7 +72,8 @@ def test_ohem_trains_on_what_the_naive_selection_keeps(scope, rank_by, nms_boxes
     keys = {"scope": scope, "rank_by": rank_by, "nms_boxes": nms_boxes, "nms_per_label": nms_per_label}
     head = make_head(ohem_batch_size=12, normalizer=normalizer, box_loss_on=box_loss_on, **keys, **options)
     leaves = [x.requires_grad_() for x in logits]
-    out = head.losses(leaves, targets)
+    with EventStorage() as storage:
+        out = head.losses(leaves, targets)
 
     per_anchor = sigmoid_focal_loss(flatten(logits), labels, -1.0, 0.0).sum(-1)
     ranks = (per_anchor + targets.box_losses() if rank_by == "cls+box" else per_anchor).detach()
@@ -90,6 +95,11 @@ def test_ohem_trains_on_what_the_naive_selection_keeps(scope, rank_by, nms_boxes
         assert torch.equal(out.box_mask, foreground & kept) and out.num_boxes == out.box_mask.sum()
     else:
         assert torch.equal(out.box_mask, foreground) and out.num_boxes is None
+    logged = {key: value for key, (value, _) in storage.latest().items()}
+    assert 2 * logged["ohem/num_pos"] == (kept & foreground).sum()
+    assert 2 * (logged["ohem/num_pos"] + logged["ohem/num_neg"]) == kept.sum()
+    for name, anchors in (("kept", kept), ("dropped", (labels >= 0) & ~kept)):
+        assert logged[f"ohem/loss_{name}"] == pytest.approx(ranks[anchors].mean().item(), rel=1e-5)
     # Only the kept anchors have a gradient.
     out.loss_cls.backward()
     assert torch.equal((flatten([x.grad for x in leaves]) != 0).any(-1), kept)
@@ -106,62 +116,27 @@ def test_ohem_of_everything_is_cross_entropy_and_of_a_focal_loss_warns(caplog):
     assert "FOCAL_LOSS_GAMMA 0.0" in caplog.text
 
 
-def test_ohem_logs_what_it_kept():
-    logits, targets = make_case(seed=3)
-    with EventStorage() as storage:
-        out = make_head(ohem_batch_size=10, nms_thresh=0.0).losses(logits, targets)
-        logged = {k: v for k, (v, _) in storage.latest().items()}
-    assert 2 * (logged["ohem/num_pos"] + logged["ohem/num_neg"]) == 20
-    assert 2 * logged["ohem/num_pos"] == out.box_mask.sum()
-    ranks = sigmoid_focal_loss(flatten(logits), targets.labels, -1.0, 0.0).sum(-1)
-    total, num_valid = ranks.sum().item(), (targets.labels >= 0).sum().item()
-    assert logged["ohem/loss_kept"] == pytest.approx(out.loss_cls.item() / 20, rel=1e-5)
-    assert logged["ohem/loss_dropped"] == pytest.approx((total - out.loss_cls.item()) / (num_valid - 20), rel=1e-5)
+CHOICES = r"must be one of (image, batch|cls, cls\+box|anchors, predicted|selected, positives)"
+BAD_VALUES = {
+    "must be one of .*FocalHead, OHEMHead": ["FOCAL.HEAD FocalHed"],
+    "must be one of focal, focal_star": ["FOCAL.LOSS ghm"],
+    CHOICES: [f"OHEM.{key} x" for key in ("SCOPE", "RANK_BY", "NMS_BOXES", "NORMALIZER", "BOX_LOSS_ON")],
+    "must be (ema or batch|smooth_l1, iou)": ["FOCAL.NORMALIZER sum", "RETINANET.BBOX_REG_LOSS_TYPE l2"],
+    r"must be in \[0, 1\]": ["RETINANET.FOCAL_LOSS_ALPHA 1.5", "FOCAL.MIN_LOW_QUALITY_IOU 1.5"],
+    "must be a finite number >= 0": ["RETINANET.FOCAL_LOSS_GAMMA -2.0", "OHEM.NEG_POS_RATIO -1.0"],
+    "must be a finite number( > 0)?, got": ["FOCAL.STAR_BETA nan", "SSD.NEG_POS_RATIO 0.0"],
+    "must be (between 0 and 1|an IoU)": ["RETINANET.PRIOR_PROB 0.0", "OHEM.NMS_THRESH 1.5"],
+    "must be at least 1": ["OHEM.BATCH_SIZE 0"],
+    "must have one value a class: 3 expected, got 1": ["FOCAL.CLASS_ALPHA [0.5]"],
+    r"must hold numbers in \[0, 1\]": ["FOCAL.CLASS_ALPHA [0.5,1.5,0.1]"],
+}
 
 
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("FOCAL.HEAD", "FocalHed", "must be one of .*FocalHead, OHEMHead"),
-        ("FOCAL.LOSS", "ghm", "must be one of focal, focal_star"),
-        ("RETINANET.FOCAL_LOSS_ALPHA", "1.5", r"must be in \[0, 1\]"),
-        ("RETINANET.FOCAL_LOSS_GAMMA", "-2.0", "must be a finite number >= 0"),
-        ("RETINANET.PRIOR_PROB", "0.0", "must be between 0 and 1"),
-        ("RETINANET.BBOX_REG_LOSS_TYPE", "l2", "must be smooth_l1, iou"),
-        ("FOCAL.NORMALIZER", "sum", "must be ema or batch"),
-        ("FOCAL.MIN_LOW_QUALITY_IOU", "1.5", "must be in"),
-        ("FOCAL.STAR_BETA", "nan", "must be a finite number"),
-        ("FOCAL.CLASS_ALPHA", "[0.5]", "must have one value a class: 3 expected, got 1"),
-        ("FOCAL.CLASS_ALPHA", "[0.5, 1.5, 0.1]", r"must hold numbers in \[0, 1\]"),
-        ("OHEM.BATCH_SIZE", "0", "must be at least 1"),
-        ("OHEM.NMS_THRESH", "1.5", "must be an IoU"),
-        ("OHEM.NEG_POS_RATIO", "-1.0", "must be a finite number >= 0"),
-        ("OHEM.SCOPE", "gpu", "must be one of image, batch"),
-        ("OHEM.RANK_BY", "box", r"must be one of cls, cls\+box"),
-        ("OHEM.NMS_BOXES", "gt", "must be one of anchors, predicted"),
-        ("OHEM.NORMALIZER", "ema", "must be one of selected, positives"),
-        ("OHEM.BOX_LOSS_ON", "all", "must be one of selected, positives"),
-        ("SSD.NEG_POS_RATIO", "0.0", "must be a finite number > 0"),
-    ],
-)
-def test_bad_values_name_their_key(refused, key, value, message):
-    head = {"OHEM": "OHEMHead", "SSD": "SSDHead"}.get(key.split(".")[0], "FocalHead")
-    refused(f"MODEL.{key} {message}", "MODEL.FOCAL.HEAD", head, f"MODEL.{key}", value)
-
-
-def test_own_head_is_found_by_name(tiny_config, make_batch, monkeypatch):
-    class HalfHead(FocalHead):
-        def losses(self, pred_logits, targets):
-            out = super().losses(pred_logits, targets)
-            return out._replace(loss_cls=out.loss_cls / 2)
-
-    monkeypatch.setattr(RETINANET_HEAD_REGISTRY, "_obj_map", dict(RETINANET_HEAD_REGISTRY._obj_map))
-    RETINANET_HEAD_REGISTRY.register(HalfHead)
-    results = []
-    for name in ("FocalHead", "HalfHead"):
-        torch.manual_seed(0)
-        results.append(build_model(tiny_config("MODEL.FOCAL.HEAD", name))(make_batch([1]))["loss_cls"].item())
-    assert results[1] == pytest.approx(results[0] / 2)
+@pytest.mark.parametrize("setting, message", [(text, key) for key, texts in BAD_VALUES.items() for text in texts])
+def test_bad_values_name_their_key(refused, setting, message):
+    key, value = f"MODEL.{setting}".split()
+    head = {"OHEM": "OHEMHead", "SSD": "SSDHead"}.get(key.split(".")[1], "FocalHead")
+    refused(f"{key} {message}", "MODEL.FOCAL.HEAD", head, key, value)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -179,45 +154,10 @@ def test_focal_loss_never_asks_for_a_value(loss, class_alpha, memory_format):
         out.loss_cls.item()
 
 
-def test_own_classification_loss_is_what_ohem_ranks_by():
-    class Mine(OHEMHead):
-        def classification_loss(self, logits, labels):
-            return sigmoid_focal_loss(logits, labels, 0.25, 1.0).sum(dim=-1)
-
-    logits, targets = make_case(seed=4)
-    got = make_head(Mine, ohem_batch_size=9).losses(logits, targets)
-    want = make_head(ohem_batch_size=9, alpha=0.25, gamma=1.0).losses(logits, targets)
-    assert_close(got.loss_cls, want.loss_cls)
-    assert torch.equal(got.box_mask, want.box_mask)
-
-
-@pytest.mark.parametrize("head", [FocalHead, OHEMHead])
-def test_labels_out_of_range_are_refused(head):
-    logits, targets = make_case()
-    targets.labels[1, 5] = K + 1
-    with pytest.raises(ValueError, match=r"labels must be in \[-1, 3\].*got values from -1 to 4"):
-        make_head(head).losses(logits, targets)
-
-
-# ------------------------------ SSDHead
-
 CE = ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1.0", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0")
 
 
-def make_ssd_case(num_classes, memory_format=torch.contiguous_format, positives=(5, 0, 1), seed=0):
-    """Logits of two levels; an image without a positive is among them, and ignored anchors in each."""
-    g = torch.Generator().manual_seed(seed)
-    logits = [3 * torch.randn(len(positives), A * (num_classes + 1), h, w, generator=g) for h, w in SIZES]
-    logits = [x.contiguous(memory_format=memory_format).requires_grad_() for x in logits]
-    labels = torch.full((len(positives), R), num_classes)
-    for row, num in zip(labels, positives):
-        places = torch.randperm(R, generator=g)
-        row[places[:num]] = torch.randint(num_classes, (num,), generator=g)
-        row[places[num : num + 7]] = -1
-    return logits, AnchorTargets(labels, torch.rand(R, 4, generator=g), None, None)
-
-
-def naive_ssd(x, labels, num_classes, anchor_losses, ratio=3):
+def naive_ssd(x, labels, num_classes, anchor_losses, ratio):
     """Image by image: all positives, and the hardest negatives by sorting."""
     total, positive_part = 0, 0
     for scores, label in zip(anchor_losses(x, labels), labels):
@@ -227,36 +167,31 @@ def naive_ssd(x, labels, num_classes, anchor_losses, ratio=3):
     return total, positive_part
 
 
-def cross_entropy(x, labels):
-    return F.cross_entropy(x.transpose(1, 2), labels.clamp(min=0), reduction="none")
-
-
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.25, "gamma": 2.0, "neg_pos_ratio": 1.0}], ids=["ce", "focal"])
 @pytest.mark.parametrize("num_classes", [1, 2, 80])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("positives", [(5, 0, 1), (0, 0), (60,)], ids=str)
-def test_loss_and_gradient_equal_the_naive_ones(num_classes, memory_format, positives):
-    logits, targets = make_ssd_case(num_classes, memory_format, positives)
+@pytest.mark.parametrize("background", [0.0, 0.97, 1.0])
+def test_ssd_loss_and_gradient_equal_the_naive_ones(options, num_classes, memory_format, background):
+    ratio = int(options.get("neg_pos_ratio", 3))
+    logits, targets = make_case(3, 0, num_classes, num_classes + 1, background)
+    labels, logits = targets.labels, [x.contiguous(memory_format=memory_format).requires_grad_() for x in logits]
+    labels[1][labels[1] >= 0] = num_classes  # an image without a positive
     with EventStorage() as storage:
-        out = make_head(SSDHead, num_classes).losses(logits, targets)
-    kept = {k: v for k, (v, _) in storage.latest().items()}
-    want, part = naive_ssd(flatten(logits, num_classes + 1), targets.labels, num_classes, cross_entropy)
+        out = make_head(SSDHead, num_classes, **options).losses(logits, targets)
+    anchor_losses = partial(softmax_focal_loss, alpha=0.25, gamma=2.0)
+    if not options:
+        anchor_losses = lambda x, y: F.cross_entropy(x.transpose(1, 2), y.clamp(min=0), reduction="none")  # noqa: E731
+    want, part = naive_ssd(flatten(logits, num_classes + 1), labels, num_classes, anchor_losses, ratio)
     gradients = (torch.autograd.grad(loss, logits, retain_graph=True) for loss in (out.loss_cls, want))
     assert_close((out.loss_cls, out.loss_cls_pos), (want, torch.as_tensor(part)), rtol=1e-5, atol=1e-6)
     assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
     # All boxes are trained, and both losses are divided by the positives: by the model's normaliser.
-    assert out.box_mask.sum() == sum(positives)
-    assert out.num_examples is None and out.num_boxes is None
-    assert kept["ohem/num_pos"] * len(positives) == pytest.approx(sum(positives))
-    negatives = [min(3 * max(p, 1), len(row) - p - 7) for p, row in zip(positives, targets.labels)]
-    assert kept["ohem/num_neg"] * len(positives) == pytest.approx(sum(negatives))
-
-
-def test_ratio_and_softmax_focal_loss():
-    (logits, targets), options = make_ssd_case(3), {"alpha": 0.25, "gamma": 2.0}
-    out = make_head(SSDHead, **options, neg_pos_ratio=1.0).losses(logits, targets)
-    want, _ = naive_ssd(flatten(logits, 4), targets.labels, 3, partial(softmax_focal_loss, **options), ratio=1)
-    assert_close(out.loss_cls, want)
+    positives = ((labels >= 0) & (labels < num_classes)).sum(1)
+    assert out.box_mask.sum() == positives.sum() and out.num_examples is None and out.num_boxes is None
+    negatives = torch.minimum(ratio * positives.clamp(min=1), (labels == num_classes).sum(1))
+    for name, kept in (("pos", positives), ("neg", negatives)):
+        assert storage.latest()[f"ohem/num_{name}"][0] * 3 == pytest.approx(kept.sum().item())
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 80])

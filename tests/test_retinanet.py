@@ -1,9 +1,7 @@
 """FocalRetinaNet against stock RetinaNet, and on the inputs that break losses; its matcher and its IoU loss."""
 
 import copy
-import logging
 import math
-import pickle
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from focal_plugin import FocalRetinaNet, add_focal_config
-from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.retinanet import LowQualityMatcher, iou_loss
 
 
@@ -90,25 +87,6 @@ def test_stock_state_dict_loads_strictly_and_inference_is_identical(tiny_config,
             assert len(a) == len(b) > 0
             assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
             assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
-
-
-def test_stock_checkpoint_loads_without_a_word(tiny_config, tmp_path, caplog, monkeypatch):
-    """As the model zoo's: a pickle of arrays that knows no normaliser."""
-    cfg = tiny_config()
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    stock = build(cfg, seed=2)
-    arrays = {k: v.numpy() for k, v in stock.state_dict().items()}
-    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
-    ours = build(tiny_config(), seed=1)
-    # Detectron2's loggers do not hand their records up to where pytest listens.
-    for name in ("detectron2", "fvcore"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
-    with caplog.at_level("WARNING"):
-        SafeCheckpointer(ours).load(str(tmp_path / "zoo.pkl"))
-    assert not caplog.records
-    assert ours.loss_normalizer == 100
-    for name, value in stock.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -186,44 +164,30 @@ def test_all_ignored_and_no_image_at_all(tiny_config, head, num_images):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_classification_loss_is_logged_in_its_two_parts(tiny_config, make_batch, head):
-    """The positive part against the loss of all anchors but the foreground ones, which are made to be ignored."""
-    model = build(tiny_config(*HEADS[head], "MODEL.FOCAL.NORMALIZER", "batch"))
+def test_classification_loss_is_logged_in_its_two_parts(case, head):
+    """The positive part against the loss of all anchors but the background ones, which are made to be ignored."""
+    model, (anchors, logits, labels, deltas, boxes) = case(*HEADS[head], "MODEL.FOCAL.NORMALIZER", "batch")
     with EventStorage() as storage:
-        losses = model(make_batch([2, 1]))
-        logged = {k: v for k, (v, _) in storage.latest().items()}
-    positive, negative = logged["loss_cls/positive"], logged["loss_cls/negative"]
-    assert positive + negative == pytest.approx(losses["loss_cls"].item(), rel=1e-5)
-    assert positive > 0 and negative > 0
-    if "ohem" in head or head == "ssd":
-        return  # what is ignored changes what else is mined: test_heads.py
-
-    label_anchors = model.label_anchors
-
-    def without_background(*args):
-        labels, boxes = label_anchors(*args)
-        return [y.masked_fill(y == model.num_classes, -1) for y in labels], boxes
-
-    model.label_anchors = without_background  # and without an event storage
-    assert model(make_batch([2, 1]))["loss_cls"].item() == pytest.approx(positive, rel=1e-5)
+        loss = model.losses(anchors, logits, labels, deltas, boxes)["loss_cls"].item()
+    positive, negative = (storage.latest()[f"loss_cls/{part}"][0] for part in ("positive", "negative"))
+    assert positive > 0 and negative > 0 and positive + negative == pytest.approx(loss, rel=1e-5)
+    if "ohem" not in head and head != "ssd":  # what is ignored changes what else is mined: test_heads.py
+        labels = [y.masked_fill(y == model.num_classes, -1) for y in labels]
+        loss = model.losses(anchors, logits, labels, deltas, boxes)["loss_cls"]  # and without an event storage
+        assert loss.item() == pytest.approx(positive, rel=1e-5)
 
 
-def test_normalizers(tiny_config, make_batch):
-    batch = make_batch([2, 1])
-    ema, per_batch = (build(tiny_config("MODEL.FOCAL.NORMALIZER", n)) for n in ("ema", "batch"))
-    losses, _ = step(ema, batch)
+def test_normalizers(case):
+    (ema, outputs), (per_batch, _) = (case("MODEL.FOCAL.NORMALIZER", n) for n in ("ema", "batch"))
+    losses = ema.losses(*outputs)
     with EventStorage() as storage:
-        per_batch(batch)
-    num_pos = 2 * storage.latest()["num_pos_anchors"][0]
+        want = per_batch.losses(*outputs)
+    num_pos = 3 * storage.latest()["num_pos_anchors"][0]
     assert ema.loss_normalizer.item() == pytest.approx(0.9 * 100 + 0.1 * num_pos)
-    want, _ = step(per_batch, batch)
     for key in losses:
-        assert losses[key] * ema.loss_normalizer.item() == pytest.approx(want[key] * num_pos, rel=1e-5)
+        assert losses[key].item() * ema.loss_normalizer.item() == pytest.approx(want[key].item() * num_pos, rel=1e-5)
     for running_mean in (True, False):  # never asks a tensor for its value
         assert ema.to("meta")._normalizer(torch.zeros((), dtype=torch.long, device="meta"), running_mean).is_meta
-
-
-# ------------------------------ from the head's outputs on: layouts and dtypes, what OHEM is given and divides by
 
 
 @pytest.fixture
@@ -259,12 +223,10 @@ def losses_and_what_the_head_saw(model, outputs):
     return model.losses(*outputs), *seen
 
 
-@pytest.mark.usefixtures("levels")
-@pytest.mark.parametrize("head", ["focal", "ohem", "ssd"])
-def test_channels_last_gives_the_same(case, head):
-    model_and_outputs, formats = case(*HEADS[head]), (torch.contiguous_format, torch.channels_last)
-    results = (losses_of_outputs(*model_and_outputs, lambda x, f=f: x.contiguous(memory_format=f)) for f in formats)
-    assert_close(*results, rtol=1e-6, atol=1e-9)
+def stock_box_loss(model, outputs, mask, *kind):
+    anchors, _, _, deltas, boxes = outputs
+    flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
+    return _dense_box_regression_loss(anchors, model.box2box_transform, flat, boxes, mask, *kind).item()
 
 
 @pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
@@ -272,19 +234,14 @@ def test_box_losses_and_boxes_given_to_the_head_are_upstreams(case, box_loss, be
     keys = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", str(beta))
     model, outputs = case(*HEADS["ohem"], *keys)
     _, targets, _ = losses_and_what_the_head_saw(model, outputs)
-    anchors, _, _, deltas, boxes = outputs
-    flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
-    foreground = (targets.labels >= 0) & (targets.labels < 3)
-    assert foreground.sum() > 5
-    got = targets.box_losses()
-    assert (got[~foreground] == 0).all()
+    foreground, got = (targets.labels >= 0) & (targets.labels < 3), targets.box_losses()
+    assert foreground.sum() > 5 and (got[~foreground] == 0).all()
     for i, j in foreground.nonzero().tolist()[:10]:
         only = torch.zeros_like(foreground)
         only[i, j] = True
-        want = _dense_box_regression_loss(anchors, model.box2box_transform, flat, boxes, only, box_loss, beta)
-        assert got[i, j].item() == pytest.approx(want.item(), rel=1e-5)
-    for i, image_deltas in enumerate(torch.cat(flat, dim=1)):
-        want = model.box2box_transform.apply_deltas(image_deltas, Boxes.cat(anchors).tensor)
+        assert got[i, j].item() == pytest.approx(stock_box_loss(model, outputs, only, box_loss, beta), rel=1e-5)
+    for i, image_deltas in enumerate(torch.cat([permute_to_N_HWA_K(x, 4) for x in outputs[3]], dim=1)):
+        want = model.box2box_transform.apply_deltas(image_deltas, Boxes.cat(outputs[0]).tensor)
         assert torch.equal(targets.pred_boxes()[i], want)
 
 
@@ -294,36 +251,35 @@ def test_ohem_divides_by_what_its_keys_say(case, normalizer, box_loss_on):
     opts = ("MODEL.OHEM.NORMALIZER", normalizer, "MODEL.OHEM.BOX_LOSS_ON", box_loss_on, "MODEL.OHEM.BATCH_SIZE", "200")
     model, outputs = case(*HEADS["ohem"], *opts, "MODEL.OHEM.NMS_THRESH", "0.0")
     got, targets, out = losses_and_what_the_head_saw(model, outputs)
-    anchors, _, _, deltas, boxes = outputs
     num_pos = ((targets.labels >= 0) & (targets.labels < 3)).sum().item()
     running_mean = 0.9 * 100 + 0.1 * num_pos
     assert model.loss_normalizer.item() == pytest.approx(running_mean)
     num_examples = 600 if normalizer == "selected" else running_mean
     assert got["loss_cls"].item() == pytest.approx(out.loss_cls.item() / num_examples, rel=1e-5)
-    flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
-    box_loss = _dense_box_regression_loss(anchors, model.box2box_transform, flat, boxes, out.box_mask)
+    box_loss = stock_box_loss(model, outputs, out.box_mask)
     num_boxes = out.box_mask.sum().item() if box_loss_on == "selected" else running_mean
     assert 0 < out.box_mask.sum() < num_pos or box_loss_on == "positives"
-    assert got["loss_box_reg"].item() == pytest.approx(box_loss.item() / num_boxes, rel=1e-5)
+    assert got["loss_box_reg"].item() == pytest.approx(box_loss / num_boxes, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head", ["focal", "ohem batch"])
-def test_half_precision_outputs_of_the_head(case, head, dtype):
+@pytest.mark.usefixtures("levels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["focal", "ohem", "ohem batch", "ssd"])
+def test_layout_and_dtype_of_the_heads_outputs(case, head, dtype):
     """As under autocast: the losses are those of the rounded outputs in float32, the gradients keep the dtype."""
     model_and_outputs = case(*HEADS[head])
-    low, low_gradients = losses_of_outputs(*model_and_outputs, lambda x: x.to(dtype))
-    full, full_gradients = losses_of_outputs(*model_and_outputs, lambda x: x.to(dtype).float())
-    assert_close(low, full, rtol=1e-6, atol=0)
-    assert_close(low_gradients, tuple(x.to(dtype) for x in full_gradients))  # dtypes, too
+    want, want_gradients = losses_of_outputs(*model_and_outputs, lambda x: x.to(dtype).float())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        cast = {"dtype": dtype, "memory_format": layout}
+        losses, gradients = losses_of_outputs(*model_and_outputs, lambda x, cast=cast: x.to(**cast))
+        assert_close(losses, want, rtol=1e-6, atol=1e-9)
+        assert_close(gradients, tuple(x.to(dtype) for x in want_gradients))  # dtypes, too
 
-
-# ------------------------------ the matcher and the plain IoU loss
 
 THRESHOLDS = [0.4, 0.5], [0, -1, 1]
 
 
-def test_low_quality_floor():
+def test_matcher_equals_detectron2s_but_for_the_floor():
     boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [100, 100, 104, 104], [500, 500, 510, 510]]))
     anchors = Boxes(torch.tensor([[0.0, 0, 10, 11], [98, 98, 108, 108], [0, 3, 10, 13], [300, 300, 310, 310]]))
     iou = pairwise_iou(boxes, anchors)
@@ -332,20 +288,17 @@ def test_low_quality_floor():
     assert Matcher(*THRESHOLDS, allow_low_quality_matches=True)(iou)[1].tolist() == [1, 1, 1, 1]
     assert LowQualityMatcher(*THRESHOLDS)(iou)[1].tolist() == [1, 1, 1, 0]
     assert LowQualityMatcher(*THRESHOLDS, 0.4)(iou)[1].tolist() == [1, 0, 1, 0]
+    for seed in range(20):
+        boxes = Boxes(random_boxes(60, seed, size=80))
+        iou = pairwise_iou(boxes[:6], boxes)
+        want = Matcher(*THRESHOLDS, allow_low_quality_matches=True)(iou)
+        assert all(torch.equal(a, b) for a, b in zip(LowQualityMatcher(*THRESHOLDS)(iou), want))
 
 
 def random_boxes(num, seed, size=12):
     g = torch.Generator().manual_seed(seed)
     xy = torch.randint(0, size, (num, 2), generator=g)
     return torch.cat([xy, xy + torch.randint(1, size, (num, 2), generator=g)], dim=1).double()
-
-
-def test_matcher_equals_detectron2s_at_the_default():
-    for seed in range(20):
-        boxes = Boxes(random_boxes(60, seed, size=80))
-        iou = pairwise_iou(boxes[:6], boxes)
-        want = Matcher(*THRESHOLDS, allow_low_quality_matches=True)(iou)
-        assert all(torch.equal(a, b) for a, b in zip(LowQualityMatcher(*THRESHOLDS)(iou), want))
 
 
 def test_iou_loss_equals_counting_pixels_finite_differences_and_giou_where_the_union_is_a_box():
@@ -357,31 +310,21 @@ def test_iou_loss_equals_counting_pixels_finite_differences_and_giou_where_the_u
     assert_close(iou_loss(b, a), giou_loss(b, a))
     a, b = random_boxes(20, 2), random_boxes(20, 3) + 0.5  # half pixels apart, where no edge meets another
     assert gradcheck(iou_loss, (a.requires_grad_(), b.requires_grad_()))
-
-
-def test_iou_loss_of_no_boxes_and_degenerate_boxes():
     assert iou_loss(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
-    point = torch.ones(1, 4, requires_grad=True)
+    point = torch.ones(1, 4, requires_grad=True)  # a box without area
     loss = iou_loss(point, torch.full((1, 4), 2.0)).sum()
     loss.backward()
     assert loss == 1 and torch.isfinite(point.grad).all()
 
 
-# ------------------------------ errors and use without a cfg
-
-
-def test_config_without_the_keys_says_what_to_call(tiny_config):
+def test_without_a_cfg(tiny_config, make_batch):
+    """@configurable: explicit arguments, a stock head refused; nor with one that lacks the plugin's keys."""
     cfg = tiny_config()
     del cfg.MODEL["FOCAL"]
     with pytest.raises(ValueError, match="add_focal_config"):
         build_model(cfg)
     add_focal_config(cfg)
-    build_model(cfg)
-
-
-def test_without_a_cfg(tiny_config, make_batch):
-    """@configurable: explicit arguments, a stock head refused."""
-    model = build(tiny_config())
+    model = build(cfg)
     names = ("backbone", "head_in_features", "anchor_generator", "box2box_transform", "anchor_matcher", "num_classes")
     parts = {name: getattr(model, name) for name in names} | {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
     again = FocalRetinaNet(head=model.head, normalizer="batch", **parts)

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from coco_files import content, found
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
-from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from focal_plugin import get_config
 from focal_plugin.data.dataset_check import check_coco
@@ -23,7 +18,7 @@ from focal_plugin.files import printable
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
 
 
-def test_a_good_data_set_has_no_findings(check):
+def test_a_good_data_set_has_no_findings_and_its_boxes_are_counted_by_class_and_image(check):
     report = check(content(), cfg=get_config("retina_focal.yaml", ["INPUT.MIN_SIZE_TRAIN", "(480,)"]))
     assert report.findings == [] and not report.errors and not report.fatal and report.to_dict()["ok"] is True
     summary, text = report.summary, report.to_text()
@@ -31,6 +26,13 @@ def test_a_good_data_set_has_no_findings(check):
     assert counts.items() <= summary.items() and summary["box_sizes"]["min"] == pytest.approx(20)
     assert summary["anchors"]["boxes"] == 8 and summary["anchors"]["unmatched"] == 0
     assert "4 images (4 with objects; 4 files looked at), 8 annotations" in text and text.endswith("Nothing found.")
+    data = content()
+    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
+    report = check(data)
+    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in report.summary["classes"]}
+    assert by_name == {"three": (5, 2), "seven": (0, 0)}
+    table = ["id  class  boxes   share  images", " 3  three      5  100.0%       2", " 7  seven      0    0.0%       0"]
+    assert "\n".join(table) in report.to_text()
 
 
 KEYS = {"images": ("id", "file_name", "width", "height"), "annotations": ("id", "image_id", "category_id", "bbox")}
@@ -166,16 +168,6 @@ def test_what_detectron2_takes_is_fine_and_plain_polygons_cost_no_second_reading
         assert check(case).findings == []
 
 
-def test_classes_are_counted_by_box_and_by_image(check):
-    data = content()
-    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
-    report = check(data)
-    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in report.summary["classes"]}
-    assert by_name == {"three": (5, 2), "seven": (0, 0)}
-    table = ["id  class  boxes   share  images", " 3  three      5  100.0%       2", " 7  seven      0    0.0%       0"]
-    assert "\n".join(table) in report.to_text()
-
-
 def test_xyxy_boxes_are_suspected(check):
     data = content()
     for row, (x, y) in zip(data["annotations"], np.random.default_rng(0).uniform((20, 15), (40, 30), (8, 2)).tolist()):
@@ -209,30 +201,6 @@ def test_images_without_objects(check):
         assert report.summary["images_with_objects"] == 1 and report.summary["crowds"] == 2
 
 
-def test_what_is_said_of_odd_boxes_is_what_detectron2_does():
-    def mapped(box):
-        row = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
-        transforms = T.TransformList([T.ResizeTransform(48, 64, 96, 128)])
-        row = utils.transform_instance_annotations(row, transforms, (96, 128))
-        instances = utils.filter_empty_instances(utils.annotations_to_instances([row], (96, 128)))
-        return instances.gt_boxes.tensor.tolist()
-
-    assert mapped([4, 4, 0, 3]) == [] and mapped([64, 4, 5, 3]) == [] and mapped([-9, 4, 5, 3]) == []
-    assert mapped([14, 4, -5, 3]) == [[18, 8, 28, 14]]  # turned over, to the left of its corner
-    assert mapped([60, 4, 6, 3]) == [[120, 8, 128, 14]]
-
-
-def test_an_annotation_with_id_zero_counts_as_missed_in_pycocotools():
-    for first_id, is_found in ((1, True), (0, False)):
-        truth, data = COCO(), content(1)
-        truth.dataset = {**data, "annotations": [{**data["annotations"][0], "id": first_id}]}
-        truth.createIndex()
-        result = truth.loadRes([{"image_id": 0, "category_id": 3, "bbox": [4, 4, 20, 20], "score": 1.0}])
-        evaluation = COCOeval(truth, result, "bbox")
-        evaluation.evaluate()
-        assert evaluation.evalImgs[0]["dtMatches"].any() == is_found
-
-
 def test_text_out_of_the_file_cannot_write_to_the_terminal(check):
     data = content()
     data["categories"][0]["name"] = "\x1b[2J\nred"
@@ -243,8 +211,6 @@ def test_text_out_of_the_file_cannot_write_to_the_terminal(check):
         text = printable(value)
         assert len(text) <= 60 and text.isprintable() and text.encode()
 
-
-# ------------------------------ the tool
 
 main = runpy.run_path(str(TOOL))["main"]
 
@@ -267,19 +233,13 @@ def test_the_tool(folder, capsys):
     report = json.loads(out)
     assert report["findings"][0]["code"] == "nonfinite_boxes" and report["images_looked_at"] == 4
     assert err == ""  # no progress bar where it is no terminal
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{folder}/nowhere.json", "{folder}"], "no file"),
-        (["{folder}", "{folder}"], "no file"),
-        (["{tool}", "{folder}/nowhere"], "no folder"),
-        (["{tool}", "{folder}", "--config-file", "nowhere.yaml"], "nowhere.yaml"),
-        (["{tool}", "{folder}", "INPUT.MIN_SIZES", "3"], "INPUT.MIN_SIZES"),
-    ],
-)
-def test_bad_usage(folder, capsys, arguments, message):
-    assert main([argument.format(folder=folder, tool=TOOL) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err
+    for *arguments, message in (
+        (f"{folder}/nowhere.json", images, "no file"),
+        (images, images, "no file"),
+        (str(path), f"{folder}/nowhere", "no folder"),
+        (str(path), images, "--config-file", "nowhere.yaml", "nowhere.yaml"),
+        (str(path), images, "INPUT.MIN_SIZES", "3", "INPUT.MIN_SIZES"),
+    ):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err

@@ -35,10 +35,6 @@ def test_broken_and_mis_sized_images(check, folder):
     assert "'2.png': 48 x 64, in the json 64 x 48" in report.to_text()
     assert not any(str(folder / "images") in example for finding in report.findings for example in finding.examples)
     assert found(check(content(), images="sample")).keys() == set(codes[1:])
-    for i in range(3):  # the loader stops at each of them
-        with pytest.raises((OSError, utils.SizeMismatchError)):
-            image = utils.read_image(folder / "images" / f"{i}.png", "BGR")
-            utils.check_image_size({"width": SIZE[0], "height": SIZE[1]}, image)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -72,6 +68,7 @@ def test_names_that_leave_the_folder_are_errors_and_links_and_absolute_ones_note
         image["file_name"] = name
     (folder / "images" / "1.png").rename(folder / "images" / "1..png")
     assert check(data).findings == []
+    data["images"][0]["file_name"] = "0.png"
     (folder / "images" / "0.png").rename(folder / "moved.png")
     (folder / "images" / "0.png").symlink_to(folder / "moved.png")
     data["images"][1]["file_name"] = str(folder / "images" / "1..png")

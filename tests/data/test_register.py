@@ -85,17 +85,13 @@ def test_missing_files(cells, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not json", "is not json"),
         (b"\x89PNG\xff", "is not json"),
         ("[]", "lacks a list of images and of annotations and of categories"),
         ({"annotations": {}}, "lacks a list of annotations"),
         ({"categories": []}, "has no categories"),
-        ({"categories": [{"id": 1}]}, "without a name"),
         *(({"categories": [{"id": i, "name": "a"}]}, "without a whole number as id") for i in ("1", True, 1.0)),
         *(({"categories": [{"id": 1, "name": name}]}, "without a name") for name in (5, None)),
-        ({"categories": ["a\nb"]}, "without a name"),
         ({"categories": [{"id": 1, "name": "a"}] * 2}, "two categories with the"),
-        (json.dumps(CONTENT)[:-1], r"is not json .*char \d+"),
         ("\ufeff" + json.dumps(CONTENT), r"is not json .*byte order mark"),
     ],
 )

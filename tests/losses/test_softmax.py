@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from gradients import value_and_gradient
 from torch.testing import assert_close
 
-from focal_plugin.losses import sigmoid_focal_loss, softmax_focal_loss
+from focal_plugin.losses import softmax_focal_loss
 
 
 def naive(x, labels, weights, gamma):
@@ -40,12 +40,6 @@ def test_gamma_0_is_cross_entropy_and_torch_agrees_on_the_gradient():
     assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
-def test_two_classes_are_a_sigmoid_of_the_difference():
-    x, labels = 4 * torch.randn(30, 2), torch.randint(0, 2, (30,))
-    want = sigmoid_focal_loss(x[:, :1] - x[:, 1:], labels, 0.25, 2.0)[:, 0]
-    assert_close(softmax_focal_loss(x, labels, 0.25, 2.0), want)
-
-
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_large_logits_are_finite_and_exact(gamma, dtype):
@@ -66,11 +60,8 @@ def test_large_logits_are_finite_and_exact(gamma, dtype):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"alpha": 2.0}, r"alpha must be in \[0, 1\]"),
         ({"alpha": 0.25, "background": False}, "one value a class"),
         ({"alpha": [0.5, 0.5]}, "3 expected, got 2"),
-        ({"gamma": -1.0}, "gamma must be"),
-        ({"reduction": "avg"}, "reduction must be"),
         ({"inputs": torch.randn(4, 1)}, "2 classes or more"),
         ({"targets": torch.tensor([0, 1, 2, 3])}, r"labels must be in \[-1, 2\].*from 0 to 3"),
         ({"targets": torch.rand(4, 3)}, "integer labels of shape"),
