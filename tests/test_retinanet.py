@@ -45,7 +45,7 @@ BOX_LOSSES = [("smooth_l1", 0.0), ("smooth_l1", 0.1), ("giou", 0.0), ("diou", 0.
 @pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize("box_loss, beta", BOX_LOSSES)
 def test_losses_and_gradients_equal_stock(tiny_config, make_batch, box_loss, beta):
-    """Over several steps, so that the normaliser's running mean is covered; same seed, so the same weights.
+    """Over several steps, so that the normalizer's running mean is covered; same seed, so the same weights.
 
     Stock computes 1 - p_t by subtraction, which costs it digits that the closed form keeps: a gradient further than
     1e-5 from stock's must be nearer than stock's to float64.
@@ -85,8 +85,8 @@ def test_stock_state_dict_loads_strictly_and_inference_is_identical(tiny_config,
         for a, b in zip(ours(make_batch([1, 0])), stock(make_batch([1, 0]))):
             a, b = a["instances"], b["instances"]
             assert len(a) == len(b) > 0
-            assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
-            assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+            assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor) and torch.equal(a.scores, b.scores)
+            assert torch.equal(a.pred_classes, b.pred_classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

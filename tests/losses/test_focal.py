@@ -43,34 +43,40 @@ def assert_relative(got, want, tolerance):
     assert (error <= tolerance * want.abs()).all(), (error / want.abs().clamp(min=TINY)).max()
 
 
+# Of two classes: the loss of the one that a label names is computed apart from that of the others. 2 is background.
+of_two_classes = pytest.mark.parametrize("label", [0, 2], ids=["positive", "negative"])
+
+
+@of_two_classes
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("label", [0, 1], ids=["positive", "negative"])
 def test_float32_equals_float64_over_logits_of_200(gamma, label):
-    x = torch.cat([torch.linspace(-200, 200, 20001), torch.linspace(-20, 20, 20001)])[:, None]
+    x = torch.cat([torch.linspace(-200, 200, 20001), torch.linspace(-20, 20, 20001)])[:, None].expand(-1, 2)
     labels = torch.full((len(x),), label)
     results = (loss_and_gradient(x, labels, dtype, gamma) for dtype in (torch.float32, torch.float64))
     for got, want in zip(*results):
         assert_relative(got, want, 1e-5)
 
 
+@of_two_classes
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("label", [0, 1])
 def test_float64_equals_many_digits(gamma, label):
     """The closed form itself, against Python's arithmetic of 200 digits."""
     mpmath = pytest.importorskip("mpmath")
     mpmath.mp.dps = 200
 
-    def focal(x):
-        x_t, a = (x, mpmath.mpf(0.25)) if label == 0 else (-x, mpmath.mpf(0.75))
+    def focal(x, is_class):
+        x_t, a = (x, mpmath.mpf(0.25)) if is_class else (-x, mpmath.mpf(0.75))
         return a * (1 / (1 + mpmath.exp(x_t))) ** mpmath.mpf(gamma) * mpmath.log(1 + mpmath.exp(-x_t))
 
     logits = [-200.0, -37.5, -17.0, -4.6, -0.1, 0.0, 0.3, 5.0, 18.0, 20.5, 40.0, 200.0]
-    wants = ([float(f(mpmath.mpf(x))) for x in logits] for f in (focal, lambda x: mpmath.diff(focal, x)))
-    x = torch.tensor(logits, dtype=torch.float64)[:, None]
-    wants = [torch.tensor(want, dtype=torch.float64)[:, None] for want in wants]
-    for targets in (torch.full((len(x),), label), torch.full_like(x, 1 - label)):  # labels, and dense
-        for got, want, rtol in zip(loss_and_gradient(x, targets, torch.float64, gamma), wants, (1e-12, 1e-11)):
-            assert_close(got, want, rtol=rtol, atol=0)
+    x = torch.tensor(logits, dtype=torch.float64)[:, None].expand(-1, 2)
+    dense = torch.tensor([label == 0, False]).expand_as(x).double()
+    for targets, column in product((torch.full((len(x),), label), dense), (0, 1)):
+        loss, gradient = (y[:, column] for y in loss_and_gradient(x, targets, torch.float64, gamma))
+        exact = partial(focal, is_class=column == label)
+        want, slope = ([float(f(mpmath.mpf(x))) for x in logits] for f in (exact, partial(mpmath.diff, exact)))
+        assert_close(loss, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
+        assert_close(gradient, torch.tensor(slope, dtype=torch.float64), rtol=1e-11, atol=0)
 
 
 def test_upstream_is_not_finite_where_this_is():
@@ -137,15 +143,14 @@ def test_gradcheck(gamma):
 @pytest.mark.parametrize("gamma, beta", [(2.0, 1.0), (4.0, 0.0), (0.5, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_star_equals_its_formula_and_derivative(gamma, beta, dtype):
-    x = torch.linspace(-200, 200, 4001, dtype=dtype)[:, None]
-    for label, y in ((0, 1), (1, -1)):
-        labels = torch.full((len(x),), label)
-        loss, gradient = value_and_gradient(sigmoid_focal_loss_star, x, labels, -1, gamma, beta=beta)
-        z = gamma * y * x.double() + beta
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        assert_relative(loss.double(), F.softplus(-z, threshold=1000) / gamma, tolerance)
-        # eq. (11): y (p*_t - 1)
-        assert_relative(gradient.double(), -y * torch.sigmoid(-z), tolerance)
+    x, tolerance = torch.linspace(-200, 200, 4001, dtype=dtype)[:, None], 1e-5 if dtype == torch.float32 else 1e-12
+    labels = torch.zeros(len(x), dtype=torch.long)  # the first of two classes
+    loss, gradient = value_and_gradient(sigmoid_focal_loss_star, x.expand(-1, 2), labels, -1, gamma, beta=beta)
+    y = torch.tensor([1, -1])
+    z = gamma * y * x.double() + beta
+    assert_relative(loss.double(), F.softplus(-z, threshold=1000) / gamma, tolerance)
+    # eq. (11): y (p*_t - 1)
+    assert_relative(gradient.double(), -y * torch.sigmoid(-z), tolerance)
 
 
 def test_star_equals_fvcores_without_beta_and_refuses_gamma_0_and_infinite_beta():
@@ -207,9 +212,8 @@ def test_nothing_to_learn_is_0_and_connected(labels, function):
         assert loss == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize(
-    "name, values, message",
-    [
+def test_bad_arguments_are_named():
+    for name, values, message in (
         ("alpha", (1.5, float("nan"), None, "0.25"), r"alpha must be (in \[0, 1\]|a number or one number a class)"),
         ("alpha", ([0.1, 0.2], torch.rand(2)), "one value a class: 3 expected, got 2"),
         ("alpha", ([0.1, 0.2, 2.0],), r"numbers in \[0, 1\]"),
@@ -221,12 +225,10 @@ def test_nothing_to_learn_is_0_and_connected(labels, function):
         ("targets", (torch.zeros(4, 3, dtype=torch.complex64),), "real numbers"),
         ("targets", (torch.rand(4), torch.zeros(5).long()), r"integer labels of shape|of shape \(5,\)"),
         ("inputs", (torch.zeros(4, 3).long(),), "floating-point logits"),
-    ],
-)
-def test_bad_arguments_are_named(name, values, message):
-    for value in values:
-        with pytest.raises(ValueError, match=message):
-            sigmoid_focal_loss(**{"inputs": torch.randn(4, 3), "targets": torch.tensor([0, 1, 2, 3]), name: value})
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=message):
+                sigmoid_focal_loss(**{"inputs": torch.randn(4, 3), "targets": torch.tensor([0, 1, 2, 3]), name: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

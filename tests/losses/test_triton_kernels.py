@@ -23,7 +23,6 @@ triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_kernels = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="no GPU, and not in the interpreter")
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda" or INTERPRETED, reason="no GPU")
 
 FORMULAS = [Focal(0.0), Focal(0.5), Focal(1.0), Focal(2.0), Focal(5.0), FocalStar(2.0, 1.0)]
 # Anchors side by side as a convolution writes them, classes side by side as channels_last does; one tile and several.
@@ -140,7 +139,7 @@ def test_compiles_for_a_gpu_with_wide_loads(is_gradient, anchors_adjoin):
         assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx
 
 
-@needs_gpu
+@pytest.mark.skipif(DEVICE != "cuda" or INTERPRETED, reason="no GPU")
 def test_no_step_of_it_waits_for_the_gpu_and_the_eager_path_is_there_too(monkeypatch):
     x = torch.randn(2, 9 * 80, 50, 76, device="cuda", requires_grad=True)
     y = torch.randint(-1, 81, (2, 9, 50, 76), device="cuda")
