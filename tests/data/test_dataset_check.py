@@ -121,8 +121,7 @@ def test_what_is_no_coco_json_is_the_only_finding(check):
         (b"\xef\xbb\xbf{}", "not_json", "byte order mark"),
         (b'{"images": [' + b"[" * 100_000, "not_json", "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not_json", "4300"),
-        (b"[]", "no_coco", "images and of annotations and of categories"),
-        (b"17", "no_coco", "images and of annotations and of categories"),
+        *((text, "no_coco", "images and of annotations and of categories") for text in (b"[]", b"17")),
     ):
         report = check(text)
         assert [finding.code for finding in report.findings] == [code]
