@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch.testing import assert_close
 
-from focal_plugin import RETINANET_HEAD_REGISTRY, FocalHead, OHEMHead, SSDHead
+from focal_plugin import FocalHead, OHEMHead, SSDHead
 from focal_plugin.heads import AnchorTargets
 from focal_plugin.losses import sigmoid_focal_loss, softmax_focal_loss
 from focal_plugin.mining import mine_hard_examples
@@ -26,15 +27,15 @@ def make_head(cls=OHEMHead, num_classes=K, **kwargs):
     return cls(input_shape=shapes, num_classes=num_classes, num_anchors=A, conv_dims=[8], **kwargs)
 
 
-def make_case(num_images=2, seed=0):
+def make_case(num_images=2, seed=0, num_classes=K, num_outputs=K, background=0.7):
     """Logits of two levels, and targets of R anchors."""
     g = torch.Generator().manual_seed(seed)
-    logits = [3 * torch.randn(num_images, A * K, h, w, generator=g) for h, w in SIZES]
-    labels = torch.randint(-1, K + 1, (num_images, R), generator=g)
-    labels[torch.rand(labels.shape, generator=g) < 0.7] = K
+    logits = [3 * torch.randn(num_images, A * num_outputs, h, w, generator=g) for h, w in SIZES]
+    labels = torch.randint(-1, num_classes + 1, (num_images, R), generator=g)
+    labels[(torch.rand(labels.shape, generator=g) < background) & (labels >= 0)] = num_classes
     xy = torch.randint(0, 30, (R, 2), generator=g).float()
     anchors = torch.cat([xy, xy + torch.randint(5, 20, (R, 2), generator=g)], dim=1)
-    box_losses = torch.rand(labels.shape, generator=g) * 5 * ((labels >= 0) & (labels < K))
+    box_losses = torch.rand(labels.shape, generator=g) * 5 * ((labels >= 0) & (labels < num_classes))
     pred_boxes = anchors + torch.randint(0, 8, (num_images, R, 4), generator=g)
     return logits, AnchorTargets(labels, anchors, lambda: box_losses, lambda: pred_boxes)
 
@@ -45,35 +46,36 @@ def flatten(logits, num_outputs=K):
     return torch.cat(levels, dim=1)
 
 
-def test_focal_head_equals_the_loss_over_transposed_logits():
+def test_focal_head_equals_the_loss_over_transposed_logits_and_labels_out_of_range_are_refused():
     logits, targets = make_case()
     out = make_head(FocalHead, alpha=0.3, gamma=1.5).losses(logits, targets)
     want = sigmoid_focal_loss(flatten(logits), targets.labels, 0.3, 1.5, "sum")
-    torch.testing.assert_close(out.loss_cls, want, rtol=1e-6, atol=0)
+    assert_close(out.loss_cls, want, rtol=1e-6, atol=0)
     assert torch.equal(out.box_mask, (targets.labels >= 0) & (targets.labels < K))
     assert out.num_examples is None
+    targets.labels[1, 5] = K + 1
+    for head in (FocalHead, OHEMHead):
+        with pytest.raises(ValueError, match=r"labels must be in \[-1, 3\].*got values from -1 to 4"):
+            make_head(head).losses(logits, targets)
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("rank_by", ["cls", "cls+box"])
 @pytest.mark.parametrize("nms_boxes", ["anchors", "predicted"])
-@pytest.mark.parametrize("nms_per_label", [True, False])
-@pytest.mark.parametrize("ratio", [0.0, 3.0])
+@pytest.mark.parametrize("nms", [(0.0, True), (3.0, True), (0.0, False), (3.0, False)], ids=str)
 @pytest.mark.parametrize("normalizer", ["selected", "positives"])
 @pytest.mark.parametrize("box_loss_on", ["selected", "positives"])
-def test_ohem_trains_on_what_the_naive_selection_keeps(
-    scope, rank_by, nms_boxes, nms_per_label, ratio, normalizer, box_loss_on
-):
+def test_ohem_trains_on_what_the_naive_selection_keeps(scope, rank_by, nms_boxes, normalizer, box_loss_on, nms):
     logits, targets = make_case(seed=1)
-    labels = targets.labels
+    labels, (ratio, nms_per_label) = targets.labels, nms
     options = {"nms_thresh": 0.4, "neg_pos_ratio": ratio}
     keys = {"scope": scope, "rank_by": rank_by, "nms_boxes": nms_boxes, "nms_per_label": nms_per_label}
     head = make_head(ohem_batch_size=12, normalizer=normalizer, box_loss_on=box_loss_on, **keys, **options)
     leaves = [x.requires_grad_() for x in logits]
-    out = head.losses(leaves, targets)
+    with EventStorage() as storage:
+        out = head.losses(leaves, targets)
 
-    flat = flatten(logits)
-    per_anchor = sigmoid_focal_loss(flat, labels, -1.0, 0.0).sum(-1)
+    per_anchor = sigmoid_focal_loss(flatten(logits), labels, -1.0, 0.0).sum(-1)
     ranks = (per_anchor + targets.box_losses() if rank_by == "cls+box" else per_anchor).detach()
     boxes = targets.pred_boxes() if nms_boxes == "predicted" else targets.anchors.expand(2, -1, -1)
     options.update(num_classes=K, batch_size=12, per_label=nms_per_label)
@@ -86,88 +88,54 @@ def test_ohem_trains_on_what_the_naive_selection_keeps(
         pooled = mine_hard_examples(ranks.flatten(), boxes.flatten(0, 1), labels.flatten(), groups=image, **options)
         kept.view(-1)[pooled] = True
 
-    torch.testing.assert_close(out.loss_cls, per_anchor[kept].sum(), rtol=1e-6, atol=0)
+    assert_close(out.loss_cls, per_anchor[kept].sum(), rtol=1e-6, atol=0)
     foreground = (labels >= 0) & (labels < K)
     assert (out.num_examples is None) if normalizer == "positives" else out.num_examples == kept.sum()
     if box_loss_on == "selected":
         assert torch.equal(out.box_mask, foreground & kept) and out.num_boxes == out.box_mask.sum()
     else:
         assert torch.equal(out.box_mask, foreground) and out.num_boxes is None
+    logged = {key: value for key, (value, _) in storage.latest().items()}
+    assert 2 * logged["ohem/num_pos"] == (kept & foreground).sum()
+    assert 2 * (logged["ohem/num_pos"] + logged["ohem/num_neg"]) == kept.sum()
+    for name, anchors in (("kept", kept), ("dropped", (labels >= 0) & ~kept)):
+        assert logged[f"ohem/loss_{name}"] == pytest.approx(ranks[anchors].mean().item(), rel=1e-5)
     # Only the kept anchors have a gradient.
     out.loss_cls.backward()
     assert torch.equal((flatten([x.grad for x in leaves]) != 0).any(-1), kept)
 
 
-def test_ohem_of_everything_is_cross_entropy():
+def test_ohem_of_everything_is_cross_entropy_and_of_a_focal_loss_warns(caplog):
     logits, targets = make_case(seed=2)
     out = make_head(ohem_batch_size=10**6, nms_thresh=0.0).losses(logits, targets)
     want = make_head(FocalHead, alpha=-1.0, gamma=0.0).losses(logits, targets)
-    torch.testing.assert_close(out.loss_cls, want.loss_cls)
-    assert torch.equal(out.box_mask, want.box_mask)
-    assert out.num_examples == (targets.labels >= 0).sum()
-
-
-def test_ohem_logs_what_it_kept():
-    logits, targets = make_case(seed=3)
-    with EventStorage() as storage:
-        out = make_head(ohem_batch_size=10, nms_thresh=0.0).losses(logits, targets)
-        logged = {k: v for k, (v, _) in storage.latest().items()}
-    assert 2 * (logged["ohem/num_pos"] + logged["ohem/num_neg"]) == 20
-    assert 2 * logged["ohem/num_pos"] == out.box_mask.sum()
-    ranks = sigmoid_focal_loss(flatten(logits), targets.labels, -1.0, 0.0).sum(-1)
-    total, num_valid = ranks.sum().item(), (targets.labels >= 0).sum().item()
-    assert logged["ohem/loss_kept"] == pytest.approx(out.loss_cls.item() / 20, rel=1e-5)
-    assert logged["ohem/loss_dropped"] == pytest.approx((total - out.loss_cls.item()) / (num_valid - 20), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("MODEL.FOCAL.HEAD", "FocalHed", "MODEL.FOCAL.HEAD must be one of .*FocalHead, OHEMHead"),
-        ("MODEL.FOCAL.LOSS", "ghm", "MODEL.FOCAL.LOSS must be one of focal, focal_star"),
-        ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5", r"MODEL.RETINANET.FOCAL_LOSS_ALPHA must be in \[0, 1\]"),
-        ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-2.0", "MODEL.RETINANET.FOCAL_LOSS_GAMMA must be a finite number >= 0"),
-        ("MODEL.RETINANET.PRIOR_PROB", "0.0", "MODEL.RETINANET.PRIOR_PROB must be between 0 and 1"),
-        ("MODEL.FOCAL.STAR_BETA", "nan", "MODEL.FOCAL.STAR_BETA must be a finite number"),
-        ("MODEL.FOCAL.CLASS_ALPHA", "[0.5]", "MODEL.FOCAL.CLASS_ALPHA must have one value a class: 3 expected, got 1"),
-        ("MODEL.FOCAL.CLASS_ALPHA", "[0.5, 1.5, 0.1]", r"MODEL.FOCAL.CLASS_ALPHA must hold numbers in \[0, 1\]"),
-        ("MODEL.OHEM.BATCH_SIZE", "0", "MODEL.OHEM.BATCH_SIZE must be at least 1"),
-        ("MODEL.OHEM.NMS_THRESH", "1.5", "MODEL.OHEM.NMS_THRESH must be an IoU"),
-        ("MODEL.OHEM.NEG_POS_RATIO", "-1.0", "MODEL.OHEM.NEG_POS_RATIO must be a finite number >= 0"),
-        ("MODEL.OHEM.SCOPE", "gpu", "MODEL.OHEM.SCOPE must be one of image, batch"),
-        ("MODEL.OHEM.RANK_BY", "box", r"MODEL.OHEM.RANK_BY must be one of cls, cls\+box"),
-        ("MODEL.OHEM.NMS_BOXES", "gt", "MODEL.OHEM.NMS_BOXES must be one of anchors, predicted"),
-        ("MODEL.OHEM.NORMALIZER", "ema", "MODEL.OHEM.NORMALIZER must be one of selected, positives"),
-        ("MODEL.OHEM.BOX_LOSS_ON", "all", "MODEL.OHEM.BOX_LOSS_ON must be one of selected, positives"),
-        ("MODEL.SSD.NEG_POS_RATIO", "0.0", "MODEL.SSD.NEG_POS_RATIO must be a finite number > 0"),
-        ("MODEL.FOCAL.LOSS", "focal_star", "SSDHead is a softmax: MODEL.FOCAL.LOSS"),
-        ("MODEL.FOCAL.CLASS_ALPHA", "[0.1, 0.2, 0.3]", "SSDHead is a softmax: .*MODEL.FOCAL.CLASS_ALPHA"),
-    ],
-)
-def test_bad_values_name_their_key(refused, key, value, message):
-    head = "SSDHead" if "SSD" in message else "OHEMHead" if ".OHEM." in key else "FocalHead"
-    refused(message, "MODEL.FOCAL.HEAD", head, key, value)
-
-
-def test_ohem_on_a_focal_loss_warns(caplog):
+    assert_close((out.loss_cls, out.box_mask), (want.loss_cls, want.box_mask))
+    assert out.num_examples == (targets.labels >= 0).sum() and not caplog.text
     make_head(gamma=2.0)
     assert "FOCAL_LOSS_GAMMA 0.0" in caplog.text
 
 
-def test_own_head_is_found_by_name(tiny_config, make_batch, monkeypatch):
-    monkeypatch.setattr(RETINANET_HEAD_REGISTRY, "_obj_map", dict(RETINANET_HEAD_REGISTRY._obj_map))
+CHOICES = r"must be one of (image, batch|cls, cls\+box|anchors, predicted|selected, positives)"
+BAD_VALUES = {
+    "must be one of .*FocalHead, OHEMHead": ["FOCAL.HEAD FocalHed"],
+    "must be one of focal, focal_star": ["FOCAL.LOSS ghm"],
+    CHOICES: [f"OHEM.{key} x" for key in ("SCOPE", "RANK_BY", "NMS_BOXES", "NORMALIZER", "BOX_LOSS_ON")],
+    "must be (ema or batch|smooth_l1, iou)": ["FOCAL.NORMALIZER sum", "RETINANET.BBOX_REG_LOSS_TYPE l2"],
+    r"must be in \[0, 1\]": ["RETINANET.FOCAL_LOSS_ALPHA 1.5", "FOCAL.MIN_LOW_QUALITY_IOU 1.5"],
+    "must be a finite number >= 0": ["RETINANET.FOCAL_LOSS_GAMMA -2.0", "OHEM.NEG_POS_RATIO -1.0"],
+    "must be a finite number( > 0)?, got": ["FOCAL.STAR_BETA nan", "SSD.NEG_POS_RATIO 0.0"],
+    "must be (between 0 and 1|an IoU)": ["RETINANET.PRIOR_PROB 0.0", "OHEM.NMS_THRESH 1.5"],
+    "must be at least 1": ["OHEM.BATCH_SIZE 0"],
+    "must have one value a class: 3 expected, got 1": ["FOCAL.CLASS_ALPHA [0.5]"],
+    r"must hold numbers in \[0, 1\]": ["FOCAL.CLASS_ALPHA [0.5,1.5,0.1]"],
+}
 
-    @RETINANET_HEAD_REGISTRY.register()
-    class HalfHead(FocalHead):
-        def losses(self, pred_logits, targets):
-            out = super().losses(pred_logits, targets)
-            return out._replace(loss_cls=out.loss_cls / 2)
 
-    results = []
-    for name in ("FocalHead", "HalfHead"):
-        torch.manual_seed(0)
-        results.append(build_model(tiny_config("MODEL.FOCAL.HEAD", name))(make_batch([1])))
-    assert results[1]["loss_cls"].item() == pytest.approx(results[0]["loss_cls"].item() / 2)
+@pytest.mark.parametrize("setting, message", [(text, key) for key, texts in BAD_VALUES.items() for text in texts])
+def test_bad_values_name_their_key(refused, setting, message):
+    key, value = f"MODEL.{setting}".split()
+    head = {"OHEM": "OHEMHead", "SSD": "SSDHead"}.get(key.split(".")[1], "FocalHead")
+    refused(f"{key} {message}", "MODEL.FOCAL.HEAD", head, key, value)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -185,45 +153,10 @@ def test_focal_loss_never_asks_for_a_value(loss, class_alpha, memory_format):
         out.loss_cls.item()
 
 
-def test_own_classification_loss_is_what_ohem_ranks_by():
-    class Mine(OHEMHead):
-        def classification_loss(self, logits, labels):
-            return sigmoid_focal_loss(logits, labels, 0.25, 1.0).sum(dim=-1)
-
-    logits, targets = make_case(seed=4)
-    got = make_head(Mine, ohem_batch_size=9).losses(logits, targets)
-    want = make_head(ohem_batch_size=9, alpha=0.25, gamma=1.0).losses(logits, targets)
-    torch.testing.assert_close(got.loss_cls, want.loss_cls)
-    assert torch.equal(got.box_mask, want.box_mask)
-
-
-@pytest.mark.parametrize("head", [FocalHead, OHEMHead])
-def test_labels_out_of_range_are_refused(head):
-    logits, targets = make_case()
-    targets.labels[1, 5] = K + 1
-    with pytest.raises(ValueError, match=r"labels must be in \[-1, 3\].*got values from -1 to 4"):
-        make_head(head).losses(logits, targets)
-
-
-# ------------------------------ SSDHead
-
 CE = ("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1.0", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0")
 
 
-def make_ssd_case(num_classes, memory_format=torch.contiguous_format, positives=(5, 0, 1), seed=0):
-    """Logits of two levels; an image without a positive is among them, and ignored anchors in each."""
-    g = torch.Generator().manual_seed(seed)
-    logits = [3 * torch.randn(len(positives), A * (num_classes + 1), h, w, generator=g) for h, w in SIZES]
-    logits = [x.contiguous(memory_format=memory_format).requires_grad_() for x in logits]
-    labels = torch.full((len(positives), R), num_classes)
-    for row, num in zip(labels, positives):
-        places = torch.randperm(R, generator=g)
-        row[places[:num]] = torch.randint(num_classes, (num,), generator=g)
-        row[places[num : num + 7]] = -1
-    return logits, AnchorTargets(labels, torch.rand(R, 4, generator=g), None, None)
-
-
-def naive_ssd(x, labels, num_classes, anchor_losses, ratio=3):
+def naive_ssd(x, labels, num_classes, anchor_losses, ratio):
     """Image by image: all positives, and the hardest negatives by sorting."""
     total, positive_part = 0, 0
     for scores, label in zip(anchor_losses(x, labels), labels):
@@ -233,39 +166,31 @@ def naive_ssd(x, labels, num_classes, anchor_losses, ratio=3):
     return total, positive_part
 
 
-def cross_entropy(x, labels):
-    rows = F.cross_entropy(x.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none")
-    return rows.view_as(labels)
-
-
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.25, "gamma": 2.0, "neg_pos_ratio": 1.0}], ids=["ce", "focal"])
 @pytest.mark.parametrize("num_classes", [1, 2, 80])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("positives", [(5, 0, 1), (0, 0), (60,)], ids=str)
-def test_loss_and_gradient_equal_the_naive_ones(num_classes, memory_format, positives):
-    logits, targets = make_ssd_case(num_classes, memory_format, positives)
+@pytest.mark.parametrize("background", [0.0, 0.97, 1.0])
+def test_ssd_loss_and_gradient_equal_the_naive_ones(options, num_classes, memory_format, background):
+    ratio = int(options.get("neg_pos_ratio", 3))
+    logits, targets = make_case(3, 0, num_classes, num_classes + 1, background)
+    labels, logits = targets.labels, [x.contiguous(memory_format=memory_format).requires_grad_() for x in logits]
+    labels[1][labels[1] >= 0] = num_classes  # an image without a positive
     with EventStorage() as storage:
-        out = make_head(SSDHead, num_classes).losses(logits, targets)
-        kept = {k: v for k, (v, _) in storage.latest().items()}
-    want, part = naive_ssd(flatten(logits, num_classes + 1), targets.labels, num_classes, cross_entropy)
-    torch.testing.assert_close(out.loss_cls, want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.loss_cls_pos, torch.as_tensor(part), rtol=1e-5, atol=1e-6)
-    got, expected = torch.autograd.grad(out.loss_cls, logits), torch.autograd.grad(want, logits)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        out = make_head(SSDHead, num_classes, **options).losses(logits, targets)
+    anchor_losses = partial(softmax_focal_loss, alpha=0.25, gamma=2.0)
+    if not options:
+        anchor_losses = lambda x, y: F.cross_entropy(x.transpose(1, 2), y.clamp(min=0), reduction="none")  # noqa: E731
+    want, part = naive_ssd(flatten(logits, num_classes + 1), labels, num_classes, anchor_losses, ratio)
+    gradients = (torch.autograd.grad(loss, logits, retain_graph=True) for loss in (out.loss_cls, want))
+    assert_close((out.loss_cls, out.loss_cls_pos), (want, torch.as_tensor(part)), rtol=1e-5, atol=1e-6)
+    assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
     # All boxes are trained, and both losses are divided by the positives: by the model's normaliser.
-    assert out.box_mask.sum() == sum(positives)
-    assert out.num_examples is None and out.num_boxes is None
-    assert kept["ohem/num_pos"] * len(positives) == pytest.approx(sum(positives))
-    negatives = [min(3 * max(p, 1), len(row) - p - 7) for p, row in zip(positives, targets.labels)]
-    assert kept["ohem/num_neg"] * len(positives) == pytest.approx(sum(negatives))
-
-
-def test_ratio_and_softmax_focal_loss():
-    logits, targets = make_ssd_case(3)
-    options = {"alpha": 0.25, "gamma": 2.0}
-    out = make_head(SSDHead, **options, neg_pos_ratio=1.0).losses(logits, targets)
-    want, _ = naive_ssd(flatten(logits, 4), targets.labels, 3, partial(softmax_focal_loss, **options), ratio=1)
-    torch.testing.assert_close(out.loss_cls, want)
+    positives = ((labels >= 0) & (labels < num_classes)).sum(1)
+    assert out.box_mask.sum() == positives.sum() and out.num_examples is None and out.num_boxes is None
+    negatives = torch.minimum(ratio * positives.clamp(min=1), (labels == num_classes).sum(1))
+    for name, kept in (("pos", positives), ("neg", negatives)):
+        assert storage.latest()[f"ohem/num_{name}"][0] * 3 == pytest.approx(kept.sum().item())
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 80])
@@ -274,7 +199,7 @@ def test_scores_are_a_softmax(num_classes, dtype, scale):
     x = (scale * torch.randn(2, A * (num_classes + 1), 4, 3)).to(dtype)
     scores = make_head(SSDHead, num_classes).detection_logits(x).sigmoid()
     want = x.view(2, A, num_classes + 1, 4, 3).double().softmax(dim=2)[:, :, :-1].flatten(1, 2)
-    torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
+    assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
     assert make_head(SSDHead).detection_logits(torch.zeros(0, A * 4, 5, 5)).shape == (0, A * 3, 5, 5)
 
 
@@ -298,7 +223,9 @@ def test_detections_are_those_of_the_softmax(tiny_config, make_batch):
         assert all((all_scores - s).abs().min() < 1e-6 for s in instances.scores)
 
 
-def test_from_the_config(tiny_config):
+def test_from_the_config(tiny_config, refused):
+    for key, value in (("MODEL.FOCAL.LOSS", "focal_star"), ("MODEL.FOCAL.CLASS_ALPHA", "[0.1, 0.2, 0.3]")):
+        refused(f"SSDHead is a softmax: .*{key}", "MODEL.FOCAL.HEAD", "SSDHead", key, value)
     opts = ("MODEL.FOCAL.HEAD", "SSDHead", *CE, "MODEL.OHEM.NMS_THRESH", "0.7", "MODEL.OHEM.SCOPE", "batch")
     head = build_model(tiny_config(*opts, "MODEL.SSD.NEG_POS_RATIO", "2.0")).head
     assert isinstance(head, SSDHead)

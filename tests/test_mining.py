@@ -54,33 +54,23 @@ OPTIONS = list(itertools.product([1, 16, 128], [0.0, 0.3, 0.5, 0.6, 0.7], [0.0, 
 @pytest.mark.parametrize("size", [0, 1, 60, 400])
 def test_equals_naive_for_every_option(num_classes, tied, size):
     generator = torch.Generator().manual_seed(size + num_classes + tied)
-    losses, boxes, labels = examples(size, num_classes, generator, tied)
+    arguments = examples(size, num_classes, generator, tied)
     for batch_size, nms_thresh, ratio, per_label in OPTIONS:
         options = {"num_classes": num_classes, "batch_size": batch_size, "nms_thresh": nms_thresh}
         options |= {"neg_pos_ratio": ratio, "per_label": per_label}
-        got = mine_hard_examples(losses, boxes, labels, **options)
-        assert got.tolist() == naive(losses, boxes, labels, **options), options
-
-
-@pytest.mark.parametrize("per_label", [True, False])
-@pytest.mark.parametrize("ratio", [0.0, 3.0])
-def test_equals_naive_over_many_blocks(per_label, ratio):
-    """Enough examples, and enough of them suppressed, that several blocks of every size are gone through."""
-    generator = torch.Generator().manual_seed(7)
-    losses, boxes, labels = examples(9000, 3, generator, tied=False, background=0.99)
-    options = {"num_classes": 3, "batch_size": 512, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
-    assert mine_hard_examples(losses, boxes, labels, **options).tolist() == naive(losses, boxes, labels, **options)
+        assert mine_hard_examples(*arguments, **options).tolist() == naive(*arguments, **options), options
 
 
 @pytest.mark.parametrize("per_label", [True, False])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0])
-def test_groups_do_not_suppress_each_other(per_label, ratio):
-    generator = torch.Generator().manual_seed(3)
-    losses, boxes, labels = examples(300, 2, generator, tied=False, background=0.4)
-    groups = torch.randint(0, 4, (300,), generator=generator)
-    options = {"num_classes": 2, "batch_size": 100, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
-    got = mine_hard_examples(losses, boxes, labels, groups=groups, **options)
-    assert got.tolist() == naive(losses, boxes, labels, **options, groups=groups)
+@pytest.mark.parametrize("size, background, num_groups", [(9000, 0.99, 1), (300, 0.4, 4)], ids=str)
+def test_equals_naive_over_many_blocks_and_over_groups(per_label, ratio, size, background, num_groups):
+    """Enough examples, and enough suppressed, that several blocks are gone through; groups suppress only their own."""
+    generator = torch.Generator().manual_seed(7)
+    arguments = examples(size, 3, generator, False, background)
+    options = {"num_classes": 3, "batch_size": 512, "nms_thresh": 0.3, "neg_pos_ratio": ratio, "per_label": per_label}
+    options["groups"] = torch.randint(0, num_groups, (size,), generator=generator) if num_groups > 1 else None
+    assert mine_hard_examples(*arguments, **options).tolist() == naive(*arguments, **options)
 
 
 def test_no_matrix_of_all_pairs(monkeypatch):
@@ -93,12 +83,10 @@ def test_no_matrix_of_all_pairs(monkeypatch):
         return overlaps(boxes, groups, rows, cols, thresh)
 
     monkeypatch.setattr(mining, "_overlaps", spy)
-    generator = torch.Generator().manual_seed(5)
-    xy = 1000 * torch.rand(100_000, 2, generator=generator)
+    torch.manual_seed(5)
+    xy, losses, labels = 1000 * torch.rand(100_000, 2), torch.rand(100_000), torch.full((100_000,), 4)
     boxes = torch.cat([xy, xy + 30], dim=1)
-    losses, labels = torch.rand(100_000, generator=generator), torch.full((100_000,), 4)
-    kept = mine_hard_examples(losses, boxes, labels, num_classes=4, batch_size=128, nms_thresh=0.5)
-    assert len(kept) == 128
+    assert len(mine_hard_examples(losses, boxes, labels, num_classes=4, batch_size=128, nms_thresh=0.5)) == 128
     assert max(sizes) <= mining._LARGEST_BLOCK**2
     assert sum(sizes) < 10**6  # of 10**10 pairs
 
@@ -111,17 +99,14 @@ def test_takes_no_part_in_the_graph_and_all_ignored_keeps_nothing():
     assert kept.shape == (0,) and kept.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
+def test_bad_arguments_are_named():
+    for change, message in (
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"neg_pos_ratio": -1.0}, "neg_pos_ratio must be"),
         ({"boxes": torch.rand(3, 4)}, r"shapes \(R,\)"),
         ({"groups": torch.zeros(2)}, "groups must have the shape"),
-    ],
-)
-def test_bad_arguments_are_named(change, message):
-    arguments = {"losses": torch.rand(5), "boxes": torch.rand(5, 4), "labels": torch.zeros(5, dtype=torch.long)}
-    options = {"num_classes": 1, "batch_size": 3, "nms_thresh": 0.5}
-    with pytest.raises(ValueError, match=message):
-        mine_hard_examples(**{**arguments, **options, **change})
+    ):
+        arguments = {"losses": torch.rand(5), "boxes": torch.rand(5, 4), "labels": torch.zeros(5, dtype=torch.long)}
+        options = {"num_classes": 1, "batch_size": 3, "nms_thresh": 0.5}
+        with pytest.raises(ValueError, match=message):
+            mine_hard_examples(**{**arguments, **options, **change})

@@ -8,6 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import value_and_gradient
+from torch.testing import assert_close
 
 from focal_plugin.config import config_dir
 from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
@@ -32,15 +34,10 @@ def ours(registry):
     return registry.module_dict["FocalPluginLoss"]
 
 
-@pytest.fixture(scope="module")
-def theirs(registry):
-    return registry.module_dict["FocalLoss"]
-
-
 def make_case(scale=3.0, dtype=torch.float64, n=N, channels=C):
     g = torch.Generator().manual_seed(0)
     pred = scale * torch.randn(n, channels, generator=g, dtype=torch.float64)
-    return pred.to(dtype).requires_grad_(), torch.randint(0, C + 1, (n,), generator=g)
+    return pred.to(dtype), torch.randint(0, C + 1, (n,), generator=g)
 
 
 def make_weight(*shape):
@@ -48,34 +45,31 @@ def make_weight(*shape):
     return torch.where(weight < 0.3, 0.0, weight)
 
 
-def value_and_grad(loss, pred, *args, **kwargs):
-    out = loss(pred, *args, **kwargs)
-    upstream = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
-    return out.detach(), torch.autograd.grad(out, pred, upstream)[0]
-
-
 @pytest.mark.parametrize("shape", [None, (N,), (N, 1), (N, C), (N * C,)], ids=str)
-def test_equals_mmdets(ours, theirs, shape):
-    pred, labels = make_case()
-    one_hot = F.one_hot(labels, C + 1)[:, :C]
-    options = {"gamma": 2.0, "alpha": 0.3, "loss_weight": 1.7}
-    weight = None if shape is None else make_weight(*shape)
+def test_equals_mmdets(ours, registry, shape):
+    (pred, labels), options = make_case(), {"gamma": 2.0, "alpha": 0.3, "loss_weight": 1.7}
+    one_hot, weight = F.one_hot(labels, C + 1)[:, :C], None if shape is None else make_weight(*shape)
     for reduction, factor in (("mean", None), ("mean", 0.0), ("mean", torch.tensor(5.0)), ("sum", None), ("none", 5.0)):
         for target, reference in ((labels, labels), (one_hot.double(), one_hot.double()), (one_hot, one_hot.double())):
-            expected = value_and_grad(theirs(**options, reduction=reduction), pred, reference, weight, factor)
+            theirs = registry.module_dict["FocalLoss"](**options, reduction=reduction)
+            expected = value_and_gradient(theirs, pred, reference, weight, factor)
             # Once as the constructor's reduction, once as the call's.
             for loss, override in ((ours(**options, reduction=reduction), None), (ours(**options), reduction)):
-                actual = value_and_grad(loss, pred, target, weight, factor, reduction_override=override)
-                torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0 if factor == 0 else 1e-14)
+                actual = value_and_gradient(loss, pred, target, weight, factor, reduction_override=override)
+                assert_close(actual, expected, rtol=1e-9, atol=0 if factor == 0 else 1e-14)
 
 
-def test_finite_and_refusing_where_mmdets_is(ours, theirs):
+def test_finite_and_refusing_where_mmdets_is_and_nothing_is_0(ours, registry):
+    theirs = registry.module_dict["FocalLoss"]
     pred, target = make_case(scale=40.0, dtype=torch.float32)
-    assert value_and_grad(ours(gamma=0.5), pred, target)[1].isfinite().all()
-    assert value_and_grad(theirs(gamma=0.5), pred, target)[1].isnan().any()
+    assert value_and_gradient(ours(gamma=0.5), pred, target)[1].isfinite().all()
+    assert value_and_gradient(theirs(gamma=0.5), pred, target)[1].isnan().any()
     for loss in (ours(), theirs()):
         with pytest.raises(ValueError, match=r"avg_factor can.*not be used with reduction=.sum"):
             loss(pred, target, None, 5.0, "sum")
+    for weight, avg_factor in ((None, None), (None, 0.0), (torch.zeros(0), 0.0), (torch.zeros(0, C), None)):
+        loss, grad = value_and_gradient(ours(), *make_case(n=0), weight, avg_factor)
+        assert loss == 0 and grad.shape == (0, C)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +87,14 @@ def test_weight_0_ignores_whatever_the_logit_is(ours, targets, shape):
     if targets == "dense":
         target = labels = F.one_hot(target, C + 1)[:, :C].double()
     for reduction, bad in (("mean", float("nan")), ("none", float("inf"))):
-        loss, poisoned = ours(use_sigmoid, reduction=reduction), pred.detach().masked_fill(gone, bad).requires_grad_()
-        expected, actual = value_and_grad(loss, pred, target, weight), value_and_grad(loss, poisoned, labels, weight)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        loss, poisoned = ours(use_sigmoid, reduction=reduction), pred.masked_fill(gone, bad)
+        arguments = (pred, target), (poisoned, labels)
+        expected, actual = (value_and_gradient(loss, *each, weight) for each in arguments)
+        assert_close(actual, expected, rtol=0, atol=0)
         assert actual[1][gone].eq(0).all() and actual[1][~gone].ne(0).all()
     if shape == (N,) and use_sigmoid:  # as does the label -1
-        weight = (weight > 0).double()
-        expected = value_and_grad(ours(), pred, target.to(torch.uint8), weight)
-        actual = value_and_grad(ours(), pred, target.masked_fill(weight == 0, -1))
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        calls = (target.to(torch.uint8), (weight > 0).double()), (target.masked_fill(weight == 0, -1),)
+        assert_close(*(value_and_gradient(ours(), pred, *args) for args in calls), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -122,28 +115,20 @@ def test_what_mmdet_has_not_is_the_plugins_function(ours, function, arguments, o
         loss = function(x, target, **arguments)
         return 2 * (loss if loss.dim() == 1 else loss.sum(dim=1)).mul(weight).sum() / 7.0
 
-    actual = value_and_grad(ours(**options, **arguments, loss_weight=2.0), pred, target, weight, 7.0)
+    actual = value_and_gradient(ours(**options, **arguments, loss_weight=2.0), pred, target, weight, 7.0)
     # mmdet divides by 7 and the epsilon of float32.
-    rtol, atol = (1e-7, 1e-7) if dtype == torch.float64 else (1e-2, 1e-7)
-    torch.testing.assert_close(actual, value_and_grad(expected, pred), rtol=rtol, atol=atol)
+    rtol = 1e-7 if dtype == torch.float64 else 1e-2
+    assert_close(actual, value_and_gradient(expected, pred), rtol=rtol, atol=1e-7)
     assert actual[1].dtype == dtype and actual[0].dtype == weight.dtype
 
 
-def test_nothing_is_0_and_connected(ours):
-    for weight, avg_factor in ((None, None), (None, 0.0), (torch.zeros(0), 0.0), (torch.zeros(0, C), None)):
-        loss, grad = value_and_grad(ours(), *make_case(n=0), weight, avg_factor)
-        assert loss == 0 and grad.shape == (0, C)
-
-
-@pytest.mark.parametrize(
-    "options, arguments, message",
-    [
+def test_bad_values_are_named(ours):
+    for options, arguments, message in (
         ({"activated": True}, (), "activated=True.*logits, not probabilities"),
         ({"loss": "ohem"}, (), "focal, focal_star; got 'ohem'"),
         ({"loss": "focal_star", "use_sigmoid": False}, (), "focal_star.*needs use_sigmoid=True"),
         ({"loss": "focal_star", "gamma": 0}, (), "gamma must be .* > 0"),
-        ({"reduction": "avg"}, (), "reduction must be .*'avg'"),
-        ({}, (LOGITS, LABELS, None, None, "avg"), "reduction must be .*'avg'"),
+        *(({"reduction": r}, (LOGITS, LABELS, None, None, "avg"), "reduction must be .*'avg'") for r in ("avg", "sum")),
         ({}, (torch.zeros(N), torch.zeros(N)), r"pred must be logits \(N, C\)"),
         ({}, (LOGITS, torch.zeros(N, dtype=torch.bool)), "target of torch.bool"),
         ({}, (LOGITS, LABELS[1:]), r"shape \(11,\)"),
@@ -151,12 +136,9 @@ def test_nothing_is_0_and_connected(ours):
         ({"use_sigmoid": False}, (LOGITS, LABELS, torch.ones(N, C)), "weight must have 12 values"),
         ({}, (LOGITS, LABELS - 2, ONES), r"labels must be in \[-1, 3\].*-2"),
         ({"use_sigmoid": False}, (LOGITS, LABELS + C, ONES), r"labels must be in \[-1, 2\]"),
-    ],
-)
-def test_bad_values_are_named(ours, options, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        loss = ours(**options)
-        loss(*arguments)
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(**options)(*arguments)
 
 
 @pytest.mark.parametrize("missing, message", [("mmdet", "mim install"), ("mmengine", "mmengine")])
@@ -170,12 +152,11 @@ def test_without_mmdet(missing, message, monkeypatch):
         importlib.import_module("focal_plugin.mmdet")
 
 
-@pytest.fixture
-def load_config(registry):
-    return importlib.import_module("mmengine.config").Config.fromfile
+def load_config(path):
+    return importlib.import_module("mmengine.config").Config.fromfile(path)
 
 
-def test_config_is_mmdets_but_for_the_loss(load_config, ours, tmp_path):
+def test_config_is_mmdets_but_for_the_loss(ours, tmp_path):
     (tmp_path / "stock.py").write_text('_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"')
     stock, mine = load_config(tmp_path / "stock.py"), load_config(CONFIG).to_dict()
     assert mine.pop("custom_imports")["imports"] == ["focal_plugin.mmdet"]
@@ -187,7 +168,7 @@ def test_config_is_mmdets_but_for_the_loss(load_config, ours, tmp_path):
 
 
 @pytest.mark.parametrize("use_sigmoid", [True, False])
-def test_retina_head(load_config, registry, use_sigmoid):
+def test_retina_head(registry, use_sigmoid):
     from mmdet.structures.bbox import HorizontalBoxes  # noqa: F401, registers the type
     from mmengine.structures import InstanceData
 
@@ -212,4 +193,4 @@ def test_retina_head(load_config, registry, use_sigmoid):
         total.backward()
         results.append([total.detach(), *(p.grad for p in model.parameters())])
     assert results[0][0] > 0
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert_close(*results, rtol=1e-4, atol=1e-6)

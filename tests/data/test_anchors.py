@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -56,61 +54,52 @@ def test_sizes_are_those_of_resize_shortest_edge():
 
 
 def boxes_of(width, height, count=300, image=(800, 800)):
-    rng = np.random.default_rng(0)
-    xy = rng.uniform(0, 1, (count, 2)) * (image[0] - width, image[1] - height)
-    boxes = np.concatenate([xy, np.tile([width, height], (count, 1))], axis=1).astype(float)
-    return boxes, np.full((count, 2), image)
+    xy = np.random.default_rng(0).uniform(0, 1, (count, 2)) * (image[0] - width, image[1] - height)
+    return np.concatenate([xy, np.tile([width, height], (count, 1))], axis=1).astype(float), np.full((count, 2), image)
 
 
-AS_IS = "INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333"
+def coverage(boxes, *opts, max_boxes=None):
+    cfg = config("INPUT.MIN_SIZE_TRAIN", "(800,)", "INPUT.MAX_SIZE_TRAIN", "1333", *opts)
+    return check_coverage(*boxes, cfg, max_boxes)
 
 
-def test_boxes_that_fit_need_no_hint():
-    result = check_coverage(*boxes_of(100, 100), config(*AS_IS), None)
+def test_boxes_that_fit_need_no_hint_and_few_stand_for_many():
+    result = coverage(boxes_of(100, 100))
     assert result["boxes"] == 300 and result["unmatched"] == 0 and result["share"] == 0
     assert result["hints"] == [] and result["sizes"] is None and result["unmatched_sizes"] is None
+    result = coverage(boxes_of(14, 14, count=1000), max_boxes=50)
+    assert result["boxes"] == 50 and result["share"] > 0.9
+    assert coverage((np.zeros((0, 4)), np.zeros((0, 2)))) == {"boxes": 0}
 
 
 def test_small_boxes_get_sizes_that_match_them():
     boxes = boxes_of(14, 14)
-    result = check_coverage(*boxes, config(*AS_IS), None)
+    result = coverage(boxes)
     assert result["share"] > 0.9 and result["unmatched_sizes"] == pytest.approx([14, 14, 14])
     (hint,) = result["hints"]
     assert "MODEL.ANCHOR_GENERATOR.SIZES" in hint and str(result["sizes"]) in hint
     key, _, pasted = hint[hint.index("MODEL.ANCHOR") :].partition(" ")
-    better = check_coverage(*boxes, config(*AS_IS, key, pasted.strip('"')), None)
-    assert better["share"] < 0.7 * result["share"]
-    assert f"would leave {better['share']:.1%} unmatched" in hint
+    better = coverage(boxes, key, pasted.strip('"'))
+    assert better["share"] < 0.7 * result["share"] and f"would leave {better['share']:.1%} unmatched" in hint
     big = boxes_of(140, 140, image=(8000, 8000))  # scaled down first
-    assert check_coverage(*big, config(*AS_IS), None)["unmatched_sizes"] == pytest.approx([14, 14, 14])
+    assert coverage(big)["unmatched_sizes"] == pytest.approx([14, 14, 14])
 
 
 def test_no_size_helps_long_boxes():
     boxes = boxes_of(400, 40)
-    result = check_coverage(*boxes, config(*AS_IS), None)
+    result = coverage(boxes)
     assert result["share"] == 1 and result["sizes"] is None and result["hints"] == []
-    longer = config(*AS_IS, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.1, 1.0, 2.0]]")
-    assert check_coverage(*boxes, longer, None)["share"] < 0.5
+    assert coverage(boxes, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.1, 1.0, 2.0]]")["share"] < 0.5
 
 
-def test_few_boxes_stand_for_many():
-    result = check_coverage(*boxes_of(14, 14, count=1000), config(*AS_IS), 50)
-    assert result["boxes"] == 50 and result["share"] > 0.9
-    nothing = check_coverage(np.zeros((0, 4)), np.zeros((0, 2)), config(), None)
-    assert nothing == {"boxes": 0}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
+def test_anchors_that_cannot_be_compared():
+    for key, value in (
         ("MODEL.RETINANET.IN_FEATURES", '["res4"]'),
         ("MODEL.RETINANET.IN_FEATURES", "[]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]"),
         ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"),
         ("MODEL.ANCHOR_GENERATOR.NAME", "Nothing"),
         ("INPUT.MIN_SIZE_TRAIN", "()"),
-    ],
-)
-def test_anchors_that_cannot_be_compared(key, value):
-    with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)|^INPUT.MIN_SIZE_TRAIN is empty"):
-        check_coverage(*boxes_of(14, 14), config(key, value), None)
+    ):
+        with pytest.raises(ValueError, match=r"^MODEL\.(RETINANET|ANCHOR)|^INPUT.MIN_SIZE_TRAIN is empty"):
+            coverage(boxes_of(14, 14), key, value)

@@ -1,22 +1,15 @@
-from __future__ import annotations
-
 import contextlib
-import importlib.util
 import json
 import logging
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from coco_files import content, found
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
-from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from focal_plugin import get_config
 from focal_plugin.data.dataset_check import check_coco
@@ -25,25 +18,25 @@ from focal_plugin.files import printable
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
 
 
-def test_a_good_data_set_has_no_findings(check):
-    cfg = get_config("retina_focal.yaml", ["INPUT.MIN_SIZE_TRAIN", "(480,)"])
-    report = check(content(), cfg=cfg)
-    assert report.findings == [] and not report.errors and not report.fatal
-    summary = report.summary
-    assert (summary["images"], summary["annotations"], summary["categories"]) == (4, 8, 2)
-    assert summary["images_with_objects"] == summary["images_looked_at"] == 4
-    assert summary["classes"] == [
-        {"id": 7, "name": "seven", "boxes": 4, "images": 4},
-        {"id": 3, "name": "three", "boxes": 4, "images": 4},
-    ]
-    assert summary["box_sizes"]["min"] == pytest.approx(20)
+def test_a_good_data_set_has_no_findings_and_its_boxes_are_counted_by_class_and_image(check):
+    report = check(content(), cfg=get_config("retina_focal.yaml", ["INPUT.MIN_SIZE_TRAIN", "(480,)"]))
+    assert report.findings == [] and not report.errors and not report.fatal and report.to_dict()["ok"] is True
+    summary, text = report.summary, report.to_text()
+    counts = {"images": 4, "annotations": 8, "categories": 2, "images_with_objects": 4, "images_looked_at": 4}
+    assert counts.items() <= summary.items() and summary["box_sizes"]["min"] == pytest.approx(20)
     assert summary["anchors"]["boxes"] == 8 and summary["anchors"]["unmatched"] == 0
-    text = report.to_text()
     assert "4 images (4 with objects; 4 files looked at), 8 annotations" in text and text.endswith("Nothing found.")
-    assert report.to_dict()["ok"] is True
+    data = content()
+    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
+    report = check(data)
+    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in report.summary["classes"]}
+    assert by_name == {"three": (5, 2), "seven": (0, 0)}
+    table = ["id  class  boxes   share  images", " 3  three      5  100.0%       2", " 7  seven      0    0.0%       0"]
+    assert "\n".join(table) in report.to_text()
 
 
-ANNOTATION_KEYS = "id", "image_id", "category_id", "bbox"
+KEYS = {"images": ("id", "file_name", "width", "height"), "annotations": ("id", "image_id", "category_id", "bbox")}
+KEYS["categories"] = "id", "name"
 REMOVED, NAN, INF = object(), float("nan"), float("inf")
 
 
@@ -73,9 +66,7 @@ FINDINGS = [
     ("fatal", "no_coco", 1, lambda data: data.update(images={})),
     ("fatal", "no_coco", 2, lambda data: (data.pop("annotations"), data.pop("categories"))),
     *each("fatal", "nonfinite_boxes", "annotations", "bbox", [1, 1, NAN, 2], [1, 1, INF, 2], [1, 1, 10**400, 2]),
-    *(("fatal", "missing_key", 1, edit("images", **{key: REMOVED})) for key in ("id", "file_name", "width", "height")),
-    *(("fatal", "missing_key", 1, edit("annotations", **{key: REMOVED})) for key in ANNOTATION_KEYS),
-    *(("fatal", "missing_key", 1, edit("categories", **{key: REMOVED})) for key in ("id", "name")),
+    *(("fatal", "missing_key", 1, edit(section, **{key: REMOVED})) for section in KEYS for key in KEYS[section]),
     *each("fatal", "wrong_type", "images", "width", True, "64", None, 0, -3, 2**31, 64.5, 1e300),
     *each("fatal", "wrong_type", "images", "file_name", None, 3, "", ["2.png"]),
     *each("fatal", "wrong_type", "annotations", "id", True, "1", [1], 2**63, 1.5, NAN),
@@ -122,23 +113,19 @@ def test_every_finding(check, folder, level, code, count, damage):
             load_coco_json(str(folder / "a.json"), str(folder))
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "message"),
-    [
+def test_what_is_no_coco_json_is_the_only_finding(check):
+    for text, code, message in (
         (b"", "not_json", "Expecting value"),
         (b'{"images": [{"id": 1}], "annotations": [{', "not_json", "char 41"),
         (b"\xff\xfe{", "not_json", "position 0"),
         (b"\xef\xbb\xbf{}", "not_json", "byte order mark"),
         (b'{"images": [' + b"[" * 100_000, "not_json", "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not_json", "4300"),
-        (b"[]", "no_coco", "images and of annotations and of categories"),
-        (b"17", "no_coco", "images and of annotations and of categories"),
-    ],
-)
-def test_what_is_no_coco_json_is_the_only_finding(check, text, code, message):
-    report = check(text)
-    assert [finding.code for finding in report.findings] == [code]
-    assert message in report.findings[0].message and report.to_text()
+        *((text, "no_coco", "images and of annotations and of categories") for text in (b"[]", b"17")),
+    ):
+        report = check(text)
+        assert [finding.code for finding in report.findings] == [code]
+        assert message in report.findings[0].message and report.to_text()
 
 
 def test_duplicate_annotations_are_allowed_where_detectron2_allows_them(folder):
@@ -153,56 +140,39 @@ def test_duplicate_annotations_are_allowed_where_detectron2_allows_them(folder):
 
 
 def test_asking_detectron2_registers_nothing_and_logs_nothing(check, caplog):
-    data = content()
-    data["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
-    before = list(DatasetCatalog), {name: MetadataCatalog[name].as_dict() for name in MetadataCatalog.list()}
+    def registered():
+        return list(DatasetCatalog), {name: MetadataCatalog[name].as_dict() for name in MetadataCatalog.list()}
+
+    data, before = content(), registered()
+    edit("annotations", segmentation=[[1, 2, 3, 4]])(data)
     with caplog.at_level(logging.INFO):
         assert found(check(data)).keys() == {"dropped_by_polygons"}
-    assert before == (list(DatasetCatalog), {name: MetadataCatalog[name].as_dict() for name in MetadataCatalog.list()})
+    assert before == registered()
     assert not caplog.records and not logging.getLogger("detectron2.data.datasets.coco").disabled
 
 
-def test_what_detectron2_takes_is_fine(check):
+def test_what_detectron2_takes_is_fine_and_plain_polygons_cost_no_second_reading(check, monkeypatch):
     data = content()
-    data["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 5.5], [1, 2]]
-    data["annotations"][1]["segmentation"] = {"counts": [10, 5], "size": [48, 64]}
-    data["annotations"][2]["segmentation"] = {"counts": "51", "size": [48, 64]}
-    data["annotations"][3].update(segmentation=[], keypoints=[], ignore=0, image_id=1.0, attributes={})
-    data["annotations"][4].update(segmentation=None, keypoints=[1, 2, 2, 4.5, 5, 0], num_keypoints=1)
-    assert check(data).findings == []
+    rows = data["annotations"]
+    rows[1]["segmentation"] = {"counts": [10, 5], "size": [48, 64]}
+    rows[2]["segmentation"] = {"counts": "51", "size": [48, 64]}
+    rows[3].update(segmentation=[], keypoints=[], ignore=0, image_id=1.0, attributes={})
+    rows[4].update(segmentation=None, keypoints=[1, 2, 2, 4.5, 5, 0], num_keypoints=1)
+    for second_reading, case in ((load_coco_json, data), (None, content())):
+        case["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 5.5], [1, 2]]
+        monkeypatch.setattr("focal_plugin.data.dataset_check.load_coco_json", second_reading)
+        assert check(case).findings == []
 
 
-def test_plain_polygons_cost_no_second_reading(check, monkeypatch):
+@pytest.mark.filterwarnings("error")
+def test_xyxy_boxes_are_suspected_and_astronomic_ones_survived(check):
     data = content()
-    data["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 5.5], [1, 2]]
-    monkeypatch.setattr("focal_plugin.data.dataset_check.load_coco_json", None)
-    assert check(data).findings == []
-
-
-def test_classes_are_counted_by_box_and_by_image(check):
-    data = content()
-    data["annotations"] = [{**data["annotations"][0], "id": i + 1, "image_id": i % 2} for i in range(5)]
-    report = check(data)
-    by_name = {entry["name"]: (entry["boxes"], entry["images"]) for entry in report.summary["classes"]}
-    assert by_name == {"three": (5, 2), "seven": (0, 0)}
-    table = ["id  class  boxes   share  images", " 3  three      5  100.0%       2", " 7  seven      0    0.0%       0"]
-    assert "\n".join(table) in report.to_text()
-
-
-def test_xyxy_boxes_are_suspected(check):
-    data = content()
-    rng = np.random.default_rng(0)
-    for row in data["annotations"]:
-        x, y = rng.uniform(20, 40), rng.uniform(15, 30)
+    for row, (x, y) in zip(data["annotations"], np.random.default_rng(0).uniform((20, 15), (40, 30), (8, 2)).tolist()):
         row["bbox"] = [x, y, x + 20, y + 15]
     finding = found(check(data, images="none"))["xyxy_suspected"]
     assert finding.severity == "error" and "corners" in finding.message
     data["annotations"][0]["bbox"] = [30, 30, 5, 5]  # impossible as corners
     assert "xyxy_suspected" not in found(check(data, images="none"))
-
-
-@pytest.mark.filterwarnings("error")
-def test_astronomic_boxes(check):
     data = content()
     for i, box in enumerate([[-1e308, -1e308, 1.7e308, 1.7e308], [1e308, 1, 1e308, 5], [1, 1, 1.7e308, 1.7e308]]):
         data["annotations"][i]["bbox"] = box
@@ -212,44 +182,16 @@ def test_astronomic_boxes(check):
     assert report.summary["anchors"]["boxes"] < 8
 
 
-@pytest.mark.parametrize(
-    ("filter_empty", "text"), [("True", "training leaves them out"), ("False", "training uses them as background")]
-)
-def test_images_without_objects(check, filter_empty, text):
+def test_images_without_objects(check):
     data = content()
     data["annotations"] = data["annotations"][:4]
     data["annotations"][2]["iscrowd"] = data["annotations"][3]["iscrowd"] = 1
-    cfg = get_config("retina_focal.yaml", ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", filter_empty])
-    report = check(data, images="none", cfg=cfg)
-    finding = found(report)["images_without_objects"]
-    assert finding.severity == "note" and finding.count == 3 and text in finding.message
-    assert report.summary["images_with_objects"] == 1 and report.summary["crowds"] == 2
-
-
-def test_what_is_said_of_odd_boxes_is_what_detectron2_does():
-    def mapped(box):
-        row = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
-        transforms = T.TransformList([T.ResizeTransform(48, 64, 96, 128)])
-        row = utils.transform_instance_annotations(row, transforms, (96, 128))
-        instances = utils.filter_empty_instances(utils.annotations_to_instances([row], (96, 128)))
-        return instances.gt_boxes.tensor.tolist()
-
-    assert mapped([4, 4, 0, 3]) == [] and mapped([64, 4, 5, 3]) == [] and mapped([-9, 4, 5, 3]) == []
-    assert mapped([14, 4, -5, 3]) == [[18, 8, 28, 14]]  # turned over, to the left of its corner
-    assert mapped([60, 4, 6, 3]) == [[120, 8, 128, 14]]
-
-
-def test_an_annotation_with_id_zero_counts_as_missed_in_pycocotools():
-    for first_id, ap in ((1, 1), (0, 0)):
-        truth, data = COCO(), content(1)
-        truth.dataset = {**data, "annotations": [{**data["annotations"][0], "id": first_id}]}
-        truth.createIndex()
-        result = truth.loadRes([{"image_id": 0, "category_id": 3, "bbox": [4, 4, 20, 20], "score": 1.0}])
-        evaluation = COCOeval(truth, result, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        assert evaluation.stats[0] == pytest.approx(ap)
+    for filter_empty, text in (("True", "training leaves them out"), ("False", "training uses them as background")):
+        cfg = get_config("retina_focal.yaml", ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", filter_empty])
+        report = check(data, images="none", cfg=cfg)
+        finding = found(report)["images_without_objects"]
+        assert finding.severity == "note" and finding.count == 3 and text in finding.message
+        assert report.summary["images_with_objects"] == 1 and report.summary["crowds"] == 2
 
 
 def test_text_out_of_the_file_cannot_write_to_the_terminal(check):
@@ -263,48 +205,34 @@ def test_text_out_of_the_file_cannot_write_to_the_terminal(check):
         assert len(text) <= 60 and text.isprintable() and text.encode()
 
 
-# ------------------------------ the tool
+main = runpy.run_path(str(TOOL))["main"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("check_dataset", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tool(folder, tool, capsys):
-    path = str(folder / "a.json")
+def test_the_tool(folder, capsys):
+    path, images = folder / "a.json", str(folder / "images")
     assert os.access(TOOL, os.X_OK)
-    Path(path).write_text('{"images": [')
-    assert tool.main([path, str(folder / "images")]) == 1
+    path.write_text('{"images": [')
+    assert main([str(path), images]) == 1
     out, err = capsys.readouterr()
     assert "ERROR (fatal) not_json" in out and err == ""
-    Path(path).write_text(json.dumps(content()))
-    assert tool.main([path, str(folder / "images"), "INPUT.MIN_SIZE_TRAIN", "(480,)", "--fast"]) == 0
-    assert "the headers of 4 looked at" in capsys.readouterr().out
     data = content()
-    data["annotations"][0]["bbox"][2] = float("nan")
-    Path(path).write_text(json.dumps(data))
-    assert tool.main(["--json", path, str(folder / "images"), "INPUT.MIN_SIZE_TRAIN", "(480,)"]) == 1
+    path.write_text(json.dumps(data))
+    assert main([str(path), images, "INPUT.MIN_SIZE_TRAIN", "(480,)", "--fast"]) == 0
+    assert "the headers of 4 looked at" in capsys.readouterr().out
+    edit("annotations", bbox=[4, 4, NAN, 20])(data)
+    path.write_text(json.dumps(data))
+    assert main(["--json", str(path), images, "INPUT.MIN_SIZE_TRAIN", "(480,)"]) == 1
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["findings"][0]["code"] == "nonfinite_boxes" and report["images_looked_at"] == 4
     assert err == ""  # no progress bar where it is no terminal
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{folder}/nowhere.json", "{folder}"], "no file"),
-        (["{folder}", "{folder}"], "no file"),
-        (["{tool}", "{folder}/nowhere"], "no folder"),
-        (["{tool}", "{folder}", "--config-file", "nowhere.yaml"], "nowhere.yaml"),
-        (["{tool}", "{folder}", "INPUT.MIN_SIZES", "3"], "INPUT.MIN_SIZES"),
-    ],
-)
-def test_bad_usage(folder, tool, capsys, arguments, message):
-    assert tool.main([argument.format(folder=folder, tool=TOOL) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err
+    for *arguments, message in (
+        (f"{folder}/nowhere.json", images, "no file"),
+        (images, images, "no file"),
+        (str(path), f"{folder}/nowhere", "no folder"),
+        (str(path), images, "--config-file", "nowhere.yaml", "nowhere.yaml"),
+        (str(path), images, "INPUT.MIN_SIZES", "3", "INPUT.MIN_SIZES"),
+    ):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 
 import numpy as np
@@ -23,9 +21,6 @@ def test_missing_and_strange_images(check, folder):
     assert not check(data, images="none").fatal
 
 
-CODES = "truncated_images", "unreadable_images", "mis_sized_images"
-
-
 def test_broken_and_mis_sized_images(check, folder):
     path = folder / "images" / "0.png"
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -33,35 +28,28 @@ def test_broken_and_mis_sized_images(check, folder):
     path.write_bytes(path.read_bytes()[:-2000])
     (folder / "images" / "1.png").write_text("no image")
     Image.new("RGB", SIZE[::-1]).save(folder / "images" / "2.png")
-    report = check(content())
-    assert {f.code: f.count for f in report.findings} == dict.fromkeys(CODES, 1)
+    report, codes = check(content()), ("truncated_images", "unreadable_images", "mis_sized_images")
+    assert {f.code: f.count for f in report.findings} == dict.fromkeys(codes, 1)
     # Training replaces what cannot be read, up to a limit; a wrong size means that the boxes are wrong.
     assert report.errors == report.findings and [finding.code for finding in report.fatal] == ["mis_sized_images"]
     assert "'2.png': 48 x 64, in the json 64 x 48" in report.to_text()
     assert not any(str(folder / "images") in example for finding in report.findings for example in finding.examples)
-    assert found(check(content(), images="sample")).keys() == set(CODES[1:])
-    for i in range(3):  # the loader stops at each of them
-        with pytest.raises((OSError, utils.SizeMismatchError)):
-            image = utils.read_image(folder / "images" / f"{i}.png", "BGR")
-            utils.check_image_size({"width": SIZE[0], "height": SIZE[1]}, image)
+    assert found(check(content(), images="sample")).keys() == set(codes[1:])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_sizes_after_exif_rotation_are_detectron2s(check, folder, orientation):
-    exif = Image.Exif()
-    exif[274] = orientation
-    data = content()
-    data["images"][0]["file_name"] = "0.jpg"
+    exif, data = Image.Exif(), content()
+    exif[274], data["images"][0]["file_name"] = orientation, "0.jpg"
     Image.new("RGB", SIZE).save(folder / "images" / "0.jpg", exif=exif)
     turned = utils.read_image(folder / "images" / "0.jpg", "BGR").shape[:2] != SIZE[::-1]
     assert turned == (orientation >= 5)
     report = check(data)
     assert [f.code for f in report.findings] == ["mis_sized_images"] * turned
-    if turned:
-        assert "48 x 64, turned by its EXIF orientation" in report.findings[0].examples[0]
+    assert not turned or "48 x 64, turned by its EXIF orientation" in report.findings[0].examples[0]
 
 
-def test_names_that_leave_the_folder(check, folder):
+def test_names_that_leave_the_folder_are_errors_and_links_and_absolute_ones_notes(check, folder):
     (folder / "elsewhere" / "deep").mkdir(parents=True)
     (folder / "images" / "link").symlink_to(folder / "elsewhere" / "deep")
     (folder / "images" / "sub").mkdir()
@@ -76,19 +64,16 @@ def test_names_that_leave_the_folder(check, folder):
         finding = found(check(data, images=images))["escaping_file_names"]
         assert finding.fatal and finding.count == 8
     data = content()
-    data["images"][0]["file_name"] = "sub/../0.png"
-    data["images"][1]["file_name"] = "1..png"
+    for image, name in zip(data["images"], ("sub/../0.png", "1..png")):
+        image["file_name"] = name
     (folder / "images" / "1.png").rename(folder / "images" / "1..png")
     assert check(data).findings == []
-
-
-def test_a_symlinked_or_absolute_image_is_a_note(check, folder):
-    data = content()
+    data["images"][0]["file_name"] = "0.png"
     (folder / "images" / "0.png").rename(folder / "moved.png")
     (folder / "images" / "0.png").symlink_to(folder / "moved.png")
-    data["images"][1]["file_name"] = str(folder / "images" / "1.png")
-    report = check(data)
-    assert {f.code: f.severity for f in report.findings} == {"symlinked_images": "note", "absolute_file_names": "note"}
+    data["images"][1]["file_name"] = str(folder / "images" / "1..png")
+    severities = {finding.code: finding.severity for finding in check(data).findings}
+    assert severities == {"symlinked_images": "note", "absolute_file_names": "note"}
 
 
 def test_the_fast_form_looks_at_a_sample(check, folder):

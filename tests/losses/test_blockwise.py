@@ -1,19 +1,21 @@
-"""The engine: views instead of copies, blocks that leave no trace in the result, and one read for each pass."""
+"""The engine: no copies, blocks that leave no trace in the result, and one read for each pass."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 from gradients import value_and_gradient
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from focal_plugin.losses import blockwise, sigmoid_focal_loss, softmax_focal_loss
 from focal_plugin.losses.args import Weights
-from focal_plugin.losses.blockwise import Layout
 from focal_plugin.losses.focal import LabelLoss
 from focal_plugin.losses.formulas import Focal
 
 N, A, K, H, W = 2, 3, 4, 5, 6
+both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 
 
 def conv_output(memory_format):
@@ -21,45 +23,20 @@ def conv_output(memory_format):
     return (3 * torch.randn(N, A * K, H, W)).contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_what_a_convolution_writes_is_seen_without_a_copy(memory_format):
-    x = conv_output(memory_format)
-    logits = x.view(N, A, K, H, W)
-    layout = Layout(logits, 2)
-    flat = layout.flat(logits)
-    assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous()
-    assert flat.shape == ((N * A, K, H * W) if memory_format == torch.contiguous_format else (N * H * W * A, K, 1))
-    assert torch.equal(layout.unflat(flat), logits)
-    # Labels and logits go the same way: label r of the one belongs to the logits r of the other.
-    where = torch.arange(N * A * H * W).view(N, A, H, W)
-    labels = layout.flat(where.unsqueeze(2))
-    assert torch.equal(layout.unflat(labels).squeeze(2), where)
-    assert torch.equal(layout.flat(where.unsqueeze(2).expand_as(logits)), labels.expand_as(flat))
+STRIDES = [torch.randn(6, 5)[:, ::2], torch.randn(4, 1).expand(4, 3), torch.randn(3, 4, 2).transpose(0, 2)[:, 1:]]
+STRIDES += [torch.randn(3, 4).T, torch.randn(1, 3, 1), torch.randn(0, 3), torch.randn(2, 0)]
 
 
-STRIDES = {
-    "strided": torch.randn(6, 5)[:, ::2],
-    "expanded": torch.randn(4, 1).expand(4, 3),
-    "sliced": torch.randn(3, 4, 2).transpose(0, 2)[:, 1:],
-    "transposed": torch.randn(3, 4).T,
-    "ones": torch.randn(1, 3, 1),
-    "no row": torch.randn(0, 3),
-    "no class": torch.randn(2, 0),
-}
-
-
-@pytest.mark.parametrize("x", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("x", STRIDES, ids=lambda x: f"{tuple(x.shape)} {x.stride()}")
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_any_strides_give_what_a_contiguous_copy_gives(x, reduction):
     labels = torch.randint(-1, x.shape[-1] + 1, x.shape[:-1])
-    results = []
-    for leaf in (x.clone(memory_format=torch.contiguous_format).requires_grad_(), x.detach().requires_grad_()):
-        loss = sigmoid_focal_loss(leaf, labels, reduction=reduction)
-        results.append((loss, torch.autograd.grad(loss.sum(), leaf)))
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    copies = x.clone(memory_format=torch.contiguous_format), x
+    results = (value_and_gradient(sigmoid_focal_loss, y, labels, reduction=reduction) for y in copies)
+    assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@both_formats
 @pytest.mark.parametrize("block", [1, 7, 64, 10**6])
 @pytest.mark.parametrize("kind", ["labels", "dense", "softmax"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -81,7 +58,7 @@ def test_block_size_changes_no_number(monkeypatch, memory_format, block, kind, r
             results.append(value_and_gradient(scaled, x, **options))
             assert results[-1][1].stride() == x.stride()
     # Vectorized and scalar code of the same function may differ in the last place.
-    torch.testing.assert_close(results[:2], results[2:], rtol=1e-5, atol=1e-9)
+    assert_close(results[:2], results[2:], rtol=1e-5, atol=1e-9)
 
 
 class Reads(TorchDispatchMode):
@@ -101,58 +78,39 @@ class Reads(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@both_formats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_read_once_forward_and_once_backward(memory_format, dtype):
+def test_logits_are_read_once_forward_and_once_backward_and_only_they_and_labels_are_kept(memory_format, dtype):
     x = torch.randn(N, 2 * 80, H, W).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     labels = torch.randint(-1, 81, (N, 2, H, W))
+    saved = []
     with Reads(x) as reads:
-        loss = sigmoid_focal_loss(x.view(N, 2, 80, H, W), labels, reduction="sum", class_dim=2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = sigmoid_focal_loss(x.view(N, 2, 80, H, W), labels, reduction="sum", class_dim=2)
         forward = reads.entries
         loss.backward()
         backward = reads.entries - forward
     # The class of each anchor once more: 1/80.
     assert forward == backward == x.numel() + labels.numel()
     assert x.grad.dtype == dtype and x.grad.stride() == x.stride()
+    assert sum(t.nbytes for t in saved) == x.nbytes + labels.numel() and saved[0].data_ptr() == x.data_ptr()
 
 
-def test_an_anchors_loss_is_the_sum_over_its_classes():
-    x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
-    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))(x, labels, class_dim=2)
-    torch.testing.assert_close(loss, sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2))
-    assert loss.shape == labels.shape
-
-
-def test_gradient_of_weighted_anchors():
+def test_an_anchors_loss_is_the_sum_over_its_classes_and_so_is_its_weighted_gradient():
     """One factor for all anchors takes a way of its own, and must give what any other does."""
-    x, labels = torch.randn(3, 4, 5), torch.randint(-1, 6, (3, 4))
-    for weight in (torch.tensor(3.0).expand(3, 4), torch.rand(3, 4)):
-        _, got = value_and_gradient(LabelLoss(Focal(2.0), Weights(0.25, 0.75)), x, labels, weight=weight)
-        per_logit = weight[..., None].expand_as(x).clone()
-        _, want = value_and_gradient(sigmoid_focal_loss, x, labels, 0.25, 2.0, weight=per_logit)
-        torch.testing.assert_close(got, want)
+    loss = LabelLoss(Focal(2.0), Weights(0.25, 0.75))
+    x, labels = conv_output(torch.channels_last).view(N, A, K, H, W), torch.randint(-1, K + 1, (N, A, H, W))
+    assert_close(loss(x, labels, class_dim=2), sigmoid_focal_loss(x, labels, class_dim=2).sum(dim=2))
+    for weight in (torch.tensor(3.0).expand(N, A, H, W), torch.rand(N, A, H, W)):
+        _, got = value_and_gradient(loss, x, labels, class_dim=2, weight=weight)
+        per_logit = weight.unsqueeze(2).expand_as(x).clone()
+        assert_close(got, value_and_gradient(sigmoid_focal_loss, x, labels, class_dim=2, weight=per_logit)[1])
 
 
-def test_only_logits_and_labels_are_kept_for_the_backward_pass():
-    x = torch.randn(10, 80, requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        sigmoid_focal_loss(x, torch.randint(-1, 81, (10,)), reduction="sum")
-    assert sum(t.numel() * t.element_size() for t in saved) == 10 * 80 * 4 + 10
-    assert saved[0].data_ptr() == x.data_ptr()
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """threads(2): as many for torch, and small blocks to share among them, until the test is over."""
-    monkeypatch.setattr(blockwise, "_BLOCK", 64)
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch, threads):
+def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch, request):
     """Blocks on two threads, in which torch itself uses one; elsewhere it goes on with what it had."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    monkeypatch.setattr(blockwise, "_BLOCK", 64)
     seen = []
     block_loss = blockwise.BlockwiseLoss.block_loss
 
@@ -162,26 +120,20 @@ def test_threads_are_ours_and_torchs_setting_is_left_alone(monkeypatch, threads)
 
     monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", spy)
     x, labels = torch.randn(200, 8), torch.randint(-1, 8, (200,))
-    threads(2)
+    torch.set_num_threads(2)
     threaded = softmax_focal_loss(x, labels)
-    assert torch.get_num_threads() == 2
     used, settings = zip(*seen)
     assert threading.get_ident() not in used and set(settings) == {1} and len(seen) == 25
-    threads(1)
+    assert torch.get_num_threads() == 2
+    for mode in (torch.inference_mode, torch.no_grad):  # which our threads take over
+        with mode():
+            loss = sum(sigmoid_focal_loss(x.requires_grad_(), y).sum() for y in (labels, torch.rand(200, 8)))
+        assert not loss.requires_grad and torch.isfinite(loss)
+    torch.set_num_threads(1)
     assert torch.equal(softmax_focal_loss(x, labels), threaded)
     assert threading.get_ident() == seen[-1][0]
-    threads(2)
+    torch.set_num_threads(2)
     monkeypatch.setattr(blockwise.BlockwiseLoss, "block_loss", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         softmax_focal_loss(x, labels)
     assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_threads_take_over_the_callers_mode(threads, mode):
-    x, labels = torch.randn(200, 8, requires_grad=True), torch.randint(-1, 9, (200,))
-    threads(2)
-    with mode():
-        loss = sigmoid_focal_loss(x, labels, reduction="sum")
-        loss = loss + sigmoid_focal_loss(x, torch.rand(200, 8)).sum()
-    assert not loss.requires_grad and torch.isfinite(loss)
