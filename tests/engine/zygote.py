@@ -45,10 +45,11 @@ def start(argv, console, env=None, fault=None, script="train_net.py", folder="."
 
 
 def wait(process, timeout: float = 120) -> int:
-    """Return its exit code, negative for a signal; after the timeout (s) it is killed and that is a failure."""
+    """Return its exit code, negative for a signal; after the timeout (s) all are killed and that is a failure."""
     process.join(timeout)
     if process.exitcode is None:
-        process.kill()
+        for running in multiprocessing.active_children():
+            running.kill()
         raise AssertionError(f"hung for {timeout} s")
     return process.exitcode
 
