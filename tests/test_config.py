@@ -17,19 +17,11 @@ from focal_plugin import add_focal_config, extend_config, get_config, load_confi
 from focal_plugin.config import config_dir, unknown_keys
 from focal_plugin.config_yaml import all_keys, did_you_mean, lookup
 
-COCO = ["retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ohem.yaml", "retina_ohem_1to3.yaml", "retina_ce.yaml"]
 ALL = sorted(p.relative_to(config_dir()).as_posix() for p in config_dir().rglob("*.yaml"))
 
 
 def flat(cfg):
     return {key: lookup(cfg, key) for key in all_keys(cfg)}
-
-
-def upstream(name):
-    cfg = get_cfg()
-    # Upstream's own file with a !!python tag; not through model_zoo, which wants an old setuptools.
-    cfg.merge_from_file(str(Path(detectron2.__file__).parent / "model_zoo" / "configs" / name), allow_unsafe=True)
-    return flat(cfg)
 
 
 def test_adding_twice_changes_nothing_and_upstreams_keys_stay():
@@ -62,10 +54,10 @@ def test_every_key_has_a_comment_and_stands_in_the_docs():
         assert default == (f'"{value}"' if isinstance(value, str) else str(value)), key
 
 
-# Every key of Detectron2 in which a COCO config differs from COCO-Detection/retinanet_R_50_FPN_1x, and why.
+# Every key of Detectron2 in which a config for COCO differs from its own, and why.
 META = {
     "MODEL.META_ARCHITECTURE": "FocalRetinaNet",  # the plugin's
-    "SOLVER.REFERENCE_WORLD_SIZE": 8,  # upstream's recipe is for 8 GPUs, too, and does not say so
+    "SOLVER.REFERENCE_WORLD_SIZE": 8,  # Detectron2's recipe is for 8 GPUs, too, and does not say so
 }
 CE = {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": 0.0}  # cross entropy
 DIFFERENT = {
@@ -82,34 +74,42 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize("name", COCO)
-def test_coco_configs_are_upstreams_but_for_what_is_listed(name):
-    stock, ours = upstream("COCO-Detection/retinanet_R_50_FPN_1x.yaml"), flat(get_config(name))
-    different = {k: ours[k] for k in stock if ours[k] != stock[k]}
-    assert different == DIFFERENT[name]
+# The trained model, where Detectron2's own config has what it was trained from.
+DIFFERENT |= {
+    f"zoo/{path.name}": {**META, "MODEL.WEIGHTS": get_config(f"zoo/{path.name}").MODEL.WEIGHTS}
+    for path in (config_dir() / "zoo").glob("*.yaml")
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_configs_for_coco_are_detectron2s_but_for_what_is_listed(name):
+    path = name if "/" in name else "zoo/retinanet_R_50_FPN_1x.yaml"
+    stock, ours = get_cfg(), flat(get_config(name))
+    # It has a !!python tag; not through model_zoo, which wants an old setuptools.
+    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    stock.merge_from_file(str(folder / path.replace("zoo/", "COCO-Detection/")), allow_unsafe=True)
+    stock, defaults = flat(stock), flat(get_config("Base-FocalRetinaNet.yaml"))
+    assert {k: ours[k] for k in stock if ours[k] != stock[k]} == DIFFERENT[name]
+    assert name != path or all(ours[key] == value for key, value in defaults.items() if key not in stock)
 
 
 def test_coco_configs_differ_in_the_head():
-    heads = {n: (c := get_config(n).MODEL).FOCAL.HEAD + f" {c.OHEM.NEG_POS_RATIO}" for n in COCO}
-    assert heads["retina_ohem.yaml"] == "OHEMHead 0.0" and heads["retina_ohem_1to3.yaml"] == "OHEMHead 3.0"
-    assert {heads[n] for n in ("retina_focal.yaml", "retina_focal_R_101.yaml", "retina_ce.yaml")} == {"FocalHead 0.0"}
+    heads = {n: (c := get_config(n).MODEL).FOCAL.HEAD + f" {c.OHEM.NEG_POS_RATIO}" for n in DIFFERENT}
+    assert heads.pop("retina_ohem.yaml") == "OHEMHead 0.0" and heads.pop("retina_ohem_1to3.yaml") == "OHEMHead 3.0"
+    assert set(heads.values()) == {"FocalHead 0.0"}
     ohem = get_config("retina_ohem.yaml").MODEL.OHEM
     assert (ohem.BATCH_SIZE, ohem.NMS_THRESH) == (128, 0.5)
-
-
-@pytest.mark.parametrize("name", [n for n in ALL if "Base" not in n])
-def test_every_config_builds(name):
-    model = build_model(get_config(name, ["MODEL.DEVICE", "cpu"]))
-    assert type(model).__name__ == "FocalRetinaNet"
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_is_plain_and_what_a_run_writes_down_of_it_can_be_loaded_again(name, tmp_path):
     """OUTPUT_DIR/config.yaml is cfg.dump(), which writes a list that stands in two places as an alias."""
     yaml.safe_load((config_dir() / name).read_text())
-    cfg = load_config(config_dir() / name)
+    cfg = load_config(config_dir() / name, ["MODEL.DEVICE", "cpu"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert load_config(tmp_path / "config.yaml").dump() == cfg.dump()
+    if not re.search("Base|paper|zoo", name):  # those have a test of their own, with their models
+        assert type(build_model(cfg)).__name__ == "FocalRetinaNet"
 
 
 def test_the_way_out_of_aliases_works(tmp_path):
@@ -151,12 +151,6 @@ def test_files_are_read_and_merged_as_detectron2_does(tmp_path, content):
     theirs.merge_from_file(str(tmp_path / "c.yaml"), allow_unsafe=False)
     assert load_config(tmp_path / "c.yaml") == theirs
     assert (theirs != before) == (content != "_BASE_: []")
-
-
-def test_overrides():
-    cfg = get_config("retina_ohem.yaml", ["MODEL.OHEM.BATCH_SIZE", "256", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "2"])
-    assert cfg.MODEL.OHEM.BATCH_SIZE == 256
-    assert cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA == 2.0 and isinstance(cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA, float)
 
 
 # ------------------------------ unknown, and refused
@@ -203,12 +197,10 @@ def test_our_own_keys_and_other_projects_nodes_are_known():
         assert unknown_keys(cfg) == []
 
 
-@pytest.mark.parametrize(
-    "name, hint", [("retina_fokal.yaml", "did you mean retina_focal.yaml"), ("q", "has Base-Focal")]
-)
-def test_missing_file(name, hint):
-    with pytest.raises(FileNotFoundError, match=rf"no config file '{name}'; .*{hint}"):
-        get_config(name)
+def test_missing_file():
+    for name, hint in (("retina_fokal.yaml", "did you mean retina_focal.yaml"), ("q", "has Base-Focal")):
+        with pytest.raises(FileNotFoundError, match=rf"no config file '{name}'; .*{hint}"):
+            get_config(name)
 
 
 def test_keys_of_ones_own(monkeypatch):
@@ -220,7 +212,7 @@ def test_keys_of_ones_own(monkeypatch):
 
     assert extend_config(add_keys) is add_keys  # twice is once
     assert get_config("digits/focal.yaml").MODEL.FOCAL.MINE == 1.0
-    assert get_config("digits/focal.yaml", ["MODEL.FOCAL.MINE", "2"]).MODEL.FOCAL.MINE == 2.0
+    assert repr(get_config("digits/focal.yaml", ["MODEL.FOCAL.MINE", "2"]).MODEL.FOCAL.MINE) == "2.0"
     with pytest.raises(ValueError, match=r"did you mean MODEL\.FOCAL\.MINE"):
         get_config("digits/focal.yaml", ["MODEL.FOCAL.MIN", "2"])
 
@@ -238,9 +230,6 @@ def test_import_registers_and_touches_nothing_else(tmp_path):
         "assert m.get('FocalRetinaNet') is f.FocalRetinaNet and 'digits_train' in d\n"
         "assert 'sklearn' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
-    root = str(config_dir().parent)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    env = {"PYTHONPATH": str(config_dir().parent)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
     assert not list(tmp_path.iterdir())

@@ -3,16 +3,9 @@
 import socket
 
 import pytest
-from zygote import Zygote
+import zygote
 
 from focal_plugin.data import make_digits
-
-
-@pytest.fixture(scope="session")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +49,7 @@ def command(scenes):
 
 
 @pytest.fixture
-def run(zygote, command, tmp_path):
+def run(command, tmp_path):
     """run(KEY, VALUE, ..., fault=...): one attempt in the test's folder, and its exit code; run.text(): all it said."""
     console = tmp_path / "console.txt"
 
@@ -68,19 +61,19 @@ def run(zygote, command, tmp_path):
 
 
 @pytest.fixture
-def pair(zygote, command, tmp_path, unused_port):
+def pair(command, tmp_path, unused_port):
     """pair(...): the same of two workers, as torchrun starts them: both exit codes; pair.texts(): what each said."""
     consoles = [tmp_path / f"console{rank}.txt" for rank in (0, 1)]
 
     def attempt(*opts, flags=("--resume",), fault=None, delay=None, timeout=120):
         env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(unused_port())
-        argv, pids = command(tmp_path / "run", *opts, flags=flags), []
+        argv, started = command(tmp_path / "run", *opts, flags=flags), []
         for rank, console in enumerate(consoles):
-            pids.append(zygote.start(argv, console, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault))
+            started.append(zygote.start(argv, console, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault))
             if delay and not rank:
-                delay(pids[0])
-        return [zygote.wait(pid, timeout) for pid in pids]
+                delay(started[0].pid)
+        return [zygote.wait(process, timeout) for process in started]
 
     attempt.texts = lambda: [console.read_text() for console in consoles]
     return attempt

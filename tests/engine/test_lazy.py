@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zygote
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
@@ -131,7 +132,7 @@ train.init_checkpoint, train.log_period, train.amp.enabled = "", 1, True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the CPU")
-def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(zygote, tmp_path):
+def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
     scenes, out = make_digits(tmp_path / "scenes", num_train=4, num_val=2, image_size=64), tmp_path / "out"
     for name in NAMES:
         (tmp_path / f"{name}.py").write_text((ROOT / "configs" / "lazy" / f"{name}.py").read_text())

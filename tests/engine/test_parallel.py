@@ -11,6 +11,7 @@ from itertools import chain
 
 import pytest
 import torch
+import zygote
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -80,15 +81,15 @@ def work(folder):
 
 
 @pytest.fixture(scope="module")
-def workers(zygote, unused_port, tmp_path_factory):
+def workers(unused_port, tmp_path_factory):
     """What each of the four workers saved; one launch for all cases."""
     folder = tmp_path_factory.mktemp("parallel")
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": "4"}
-    pids = []
+    started = []
     for rank in range(4):
         own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
-        pids.append(zygote.start([folder], folder / f"{rank}.txt", own, script=__file__))
-    codes = [zygote.wait(pid, 300) for pid in pids]
+        started.append(zygote.start([folder], folder / f"{rank}.txt", own, script=__file__))
+    codes = [zygote.wait(process, 300) for process in started]
     assert codes == [0] * 4, "\n".join((folder / f"{rank}.txt").read_text() for rank in range(4))
     return [torch.load(folder / f"{rank}.pth") for rank in range(4)]
 

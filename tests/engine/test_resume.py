@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import zygote
 
 from focal_plugin.engine.preemption import EXIT_PREEMPTED
 
@@ -42,7 +43,7 @@ def assert_same(got, want, where="checkpoint"):
 
 
 @pytest.fixture(scope="session")
-def never_stopped(zygote, command, tmp_path_factory):
+def never_stopped(command, tmp_path_factory):
     """never_stopped(KEY, VALUE, ...): the last checkpoint of such a run, trained once."""
     known = {}
 
@@ -56,7 +57,7 @@ def never_stopped(zygote, command, tmp_path_factory):
     return train
 
 
-def test_killed_at_twenty_random_moments(zygote, command, never_stopped, tmp_path):
+def test_killed_at_twenty_random_moments(command, never_stopped, tmp_path):
     """Steps, checkpoints and evaluations are about equally likely to be hit: the run does little else."""
     moments, killed, folders = random.Random(0), 0, 0
     while killed < 20:
@@ -138,18 +139,17 @@ def test_without_a_seed_too(run, tmp_path):
     assert_same(*ends)
 
 
-def test_sigterm_to_all_processes_in_an_evaluation(zygote, command, never_stopped, tmp_path):
+def test_sigterm_to_all_processes_in_an_evaluation(command, never_stopped, tmp_path):
     """As a scheduler sends it: to data workers too, which must not die before the trainer has saved."""
     opts = (*DATA_WORKERS, "SOLVER.MAX_ITER", "400")
-    pid = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
+    process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     for text in ("Start inference", "Saving checkpoint"):  # once in an evaluation, once in training
         wait_for_text(tmp_path / "console.txt", text)
-        os.killpg(pid, signal.SIGTERM)
-        assert zygote.wait(pid) == EXIT_PREEMPTED, (tmp_path / "console.txt").read_text()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert zygote.wait(process) == EXIT_PREEMPTED, (tmp_path / "console.txt").read_text()
         (tmp_path / "console.txt").unlink()
-        pid = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
-    os.kill(pid, signal.SIGKILL)
-    zygote.wait(pid)
+        process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
+    process.kill()
 
 
 def wait_for_text(path, text, seconds=60):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import zygote
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -91,7 +92,7 @@ def test_bad_input_is_one_message_and_no_traceback(run, flags, opts, message):
     assert re.search(f"^error: .*{message}", run.text(), re.MULTILINE), run.text()
 
 
-def test_no_config_file(zygote, tmp_path):
+def test_no_config_file(tmp_path):
     assert zygote.run([], tmp_path / "console.txt") == 2
     assert "no config" in (tmp_path / "console.txt").read_text()
 

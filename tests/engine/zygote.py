@@ -1,126 +1,90 @@
-"""Real runs of train_net without its six seconds of imports: a process that has imported everything, and forks.
-
-Started by :class:`Zygote`; run as a script it serves one JSON request a line on its standard input.
-"""
+"""Real runs of train_net without its six seconds of imports: forked from a process that has imported everything."""
 
 from __future__ import annotations
 
-import importlib
-import json
+import multiprocessing
 import os
 import resource
 import runpy
 import signal
-import subprocess
 import sys
 import threading
-from contextlib import suppress
+import traceback
 from pathlib import Path
+from unittest.mock import patch
+
+from detectron2.engine import defaults
+from detectron2.utils import comm
+
+from focal_plugin.engine import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread: a process with more cannot be forked safely, and the CPU on every machine.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENV["PYTHONWARNINGS"] = "ignore"
+
+_context = multiprocessing.get_context("forkserver")
+# With what a run imports as it goes, where it is there.
+IMPORTED = ["focal_plugin.engine", "pycocotools.cocoeval", "omegaconf._impl", "PIL.JpegImagePlugin"]
+_context.set_forkserver_preload([*IMPORTED, "torch.utils.tensorboard", "pygments.formatters.terminal256"])
 
 
-class Zygote:
-    """Starts runs by forking; close it when done."""
+def start(argv, console, env=None, fault=None, script="train_net.py", folder="."):
+    """Start a script of tools/ in a folder; return its process.
 
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            env=ENV,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self, argv, console, env=None, fault=None, script="train_net.py", folder=".") -> int:
-        """Starts a script of tools/ in a folder; returns its process id.
-
-        Args:
-            console: file that its output is appended to.
-            env: more environment variables.
-            fault: see :func:`_prepare_fault`.
-        """
-        return self._ask("start", list(map(str, argv)), str(console), env or {}, fault, script, str(folder))
-
-    def wait(self, pid: int, timeout: float = 120) -> int:
-        """Its exit code, negative for a signal; after the timeout (s) it is killed and that is a failure."""
-        timer = threading.Timer(timeout, os.kill, (pid, signal.SIGABRT))
-        timer.start()
-        try:
-            code = self._ask("wait", pid)
-        finally:
-            timer.cancel()
-        assert code != -signal.SIGABRT, f"hung for {timeout} s"
-        return code
-
-    def run(self, argv, console, timeout: float = 120, **kwargs) -> int:
-        return self.wait(self.start(argv, console, **kwargs), timeout)
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(10)
-
-    def _ask(self, *request):
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+    Args:
+        console: file that its output is appended to.
+        env: more environment variables.
+        fault: see :func:`_prepare_fault`.
+    """
+    arguments = (list(map(str, argv)), console, env or {}, fault, script, folder)
+    process = _context.Process(target=_child, args=arguments)
+    with patch.dict(os.environ, ENV):  # of the first call, which starts what is forked
+        process.start()
+    return process
 
 
-def _serve() -> None:
-    # Replies go where nothing else is printed.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    # With what a run imports as it goes.
-    for name in ("pycocotools.cocoeval", "omegaconf._impl", "PIL.JpegImagePlugin", "pygments.formatters.terminal256"):
-        importlib.import_module(name)
-    with suppress(ImportError):
-        importlib.import_module("torch.utils.tensorboard")
-    from detectron2.engine import defaults
+def wait(process, timeout: float = 120) -> int:
+    """Return its exit code, negative for a signal; after the timeout (s) all are killed and that is a failure."""
+    process.join(timeout)
+    if process.exitcode is None:
+        for running in multiprocessing.active_children():
+            running.kill()
+        raise AssertionError(f"hung for {timeout} s")
+    return process.exitcode
 
-    import focal_plugin.engine  # noqa: F401
 
-    defaults.collect_env_info = lambda: "not collected, which takes as long as ten steps"
-    for line in sys.stdin:
-        kind, *rest = json.loads(line)
-        if kind == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(rest[0], 0)[1])
-        else:
-            answer = os.fork()
-            if answer == 0:
-                _child(*rest)
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
+def run(argv, console, timeout: float = 120, **kwargs) -> int:
+    return wait(start(argv, console, **kwargs), timeout)
 
 
 def _child(argv, console, env, fault, script, folder) -> None:
-    code = 70
+    code = 1
     try:
+        multiprocessing.set_start_method("fork", force=True)  # the default again, which data workers are started by
         os.setpgrp()
         output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
             os.dup2(target, stream)
         os.environ.update(env)
         os.chdir(folder)
-        _prepare_fault(fault)
+        defaults.collect_env_info = lambda: "not collected, which takes as long as ten steps"
+        if fault:
+            _prepare_fault(*fault)
         sys.argv = [script, *argv]
         runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
         code = 0
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _prepare_fault(fault) -> None:
+def _prepare_fault(kind, *rest) -> None:
     """What shall go wrong in the run: a kind, and its arguments.
 
     "kill after", s: SIGKILL, so many seconds after its first step has begun.
@@ -132,11 +96,6 @@ def _prepare_fault(fault) -> None:
     "raise in step", n, rank: an error there.
     "file size", bytes: no file may grow larger.
     """
-    if fault is None:
-        return
-    from detectron2.utils import comm
-
-    from focal_plugin.engine import trainer
 
     def kill(number=signal.SIGKILL, rank=None):
         if rank in (None, comm.get_rank()):
@@ -176,7 +135,6 @@ def _prepare_fault(fault) -> None:
     def fail(self):
         raise KeyError("a made-up fault")
 
-    kind, *rest = fault
     {
         "kill after": lambda seconds: at_call(
             trainer.FocalTrainer, "run_step", 1, "before", threading.Timer(seconds, kill).start
@@ -191,7 +149,3 @@ def _prepare_fault(fault) -> None:
         "raise in step": lambda step, rank: in_step(fail, step, rank),
         "file size": lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     }[kind](*rest)
-
-
-if __name__ == "__main__":
-    _serve()
