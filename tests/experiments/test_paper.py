@@ -64,14 +64,12 @@ def test_the_yamls_are_those_of_the_tables(tmp_path):
 def test_solver_image_size_and_anchors_are_the_papers(configs):
     for row, cfg in configs:
         solver, sizes, anchors = cfg.SOLVER, cfg.INPUT, cfg.MODEL.ANCHOR_GENERATOR
-        assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (16, 0.01, 90000)
-        assert (solver.STEPS, solver.GAMMA, solver.WARMUP_ITERS) == ((60000, 80000), 0.1, 500)
+        assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WARMUP_ITERS) == (16, 0.01, 500)
+        assert (solver.MAX_ITER, solver.STEPS, solver.GAMMA) == (90000, (60000, 80000), 0.1)
         assert (solver.OPTIMIZER, solver.MOMENTUM, solver.WEIGHT_DECAY) == ("SGD", 0.9, 1e-4)
-        assert solver.WARMUP_FACTOR == pytest.approx(1 / 3) and sizes.RANDOM_FLIP == "horizontal"
+        assert pytest.approx(1 / 3) == solver.WARMUP_FACTOR and sizes.RANDOM_FLIP == "horizontal"
 
-        depth, size = (101, 600) if row.table == "1d" else (50, 600)
-        if row.table == "1e":
-            depth, size = map(int, row.key.split("-")[1:])
+        depth, size = map(int, row.key.split("-")[1:]) if row.table == "1e" else (101 if row.table == "1d" else 50, 600)
         assert depth == cfg.MODEL.RESNETS.DEPTH and cfg.MODEL.WEIGHTS.endswith(f"MSRA/R-{depth}.pkl")
         assert ((size,), size) == (sizes.MIN_SIZE_TRAIN, sizes.MIN_SIZE_TEST)
         longest = {600: 1000, 800: 1333}.get(size, round(size / 0.6))
@@ -99,13 +97,13 @@ def test_losses_are_the_papers(configs):
             assert loss == ("SSDHead", "focal", -1.0, 0.0) and cfg.MODEL.SSD.NEG_POS_RATIO == 3
             assert retinanet.BBOX_REG_WEIGHTS == (10, 10, 5, 5)
         elif key.startswith("flstar"):
-            assert loss == ("FocalHead", "focal_star", 0.25, numbers["gamma"]) and focal.STAR_BETA == numbers["beta"]
+            assert loss == ("FocalHead", "focal_star", 0.25, numbers["gamma"]) and numbers["beta"] == focal.STAR_BETA
         else:
             assert loss == ("FocalHead", "focal", numbers["alpha"], numbers.get("gamma", 0))
-        assert focal.NORMALIZER == "batch" and focal.MIN_LOW_QUALITY_IOU == 0.4 and retinanet.PRIOR_PROB == 0.01
-        assert (1.0 if key == "ssd" else 0.11) == retinanet.SMOOTH_L1_LOSS_BETA
         box_loss = re.search(r"_(g?iou)$", key)
         assert (box_loss[1] if box_loss else "smooth_l1") == retinanet.BBOX_REG_LOSS_TYPE
+        assert focal.NORMALIZER == "batch" and focal.MIN_LOW_QUALITY_IOU == 0.4 and retinanet.PRIOR_PROB == 0.01
+        assert (1.0 if key == "ssd" else 0.11) == retinanet.SMOOTH_L1_LOSS_BETA
         assert retinanet.IOU_THRESHOLDS == [0.4, 0.5] and retinanet.IOU_LABELS == [0, -1, 1]
         assert (retinanet.SCORE_THRESH_TEST, retinanet.NMS_THRESH_TEST) == (0.05, 0.5)
         if row.table not in ("1c", "1e"):  # whose titles are what they vary
@@ -124,14 +122,11 @@ def test_every_model_builds(configs):
         assert type(model.head).__name__ == cfg.MODEL.FOCAL.HEAD
 
 
-def test_titles_say_what_a_config_does():
+def test_on_another_profile_titles_examples_and_anchors_are_to_its_own():
     cfg = get_config("digits/ohem.yaml", ["MODEL.OHEM.NMS_THRESH", "0.0", "MODEL.OHEM.NEG_POS_RATIO", "3.0"])
     assert title_of(cfg) == "OHEM 1:3 32/no NMS" == title_of(yaml.safe_load(cfg.dump()))
     boxes = ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "-1", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou"]
     assert title_of(get_config("digits/focal.yaml", boxes)) == "FL (γ 2, no α), DIoU"
-
-
-def test_on_another_profile_examples_and_anchors_are_to_its_own():
     base = get_config("digits/Base-digits.yaml")
     examples = {row.key: row.overrides(base).get("MODEL.OHEM.BATCH_SIZE") for row in TABLES["1d"]}
     assert [examples[f"ohem_{batch}_nms0.5"] for batch in (128, 256, 512)] == [32, 64, 128]

@@ -75,12 +75,11 @@ def run(*runs, parallel=1, threads=1, fresh=False):
 
 def attempts(run):
     """What each process that was started in the folder of a run said of itself."""
-    lines = (run.folder / "attempts").read_text().splitlines()
-    return [SimpleNamespace(**json.loads(line)) for line in lines]
+    return [SimpleNamespace(**json.loads(line)) for line in (run.folder / "attempts").read_text().splitlines()]
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
@@ -92,9 +91,6 @@ def has_ended(pid):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (ProcessLookupError, FileNotFoundError):
         return True
-
-
-# --- how runs end ---
 
 
 def test_results_come_in_the_order_of_the_runs_and_no_more_run_at_a_time_than_asked_for(make_run):
@@ -140,29 +136,20 @@ def test_what_cannot_start_is_a_failure(make_run, monkeypatch):
         run(make_run("b"))
 
 
-def test_what_is_saved_is_strict_json(make_run):
+def test_what_is_saved_is_strict_json_and_of_steps_done_twice_the_later_counts(make_run):
     assert run(make_run("nothing detected", "AP", "nan"))[0].ap == 0
     first = make_run("a").result()
     (first.folder / "inference").mkdir(parents=True)
-    (first.folder / "metrics.json").write_text('{"iteration": 1, "bbox/AP": 1.0, "bbox/APl": NaN}\n')
+    lines = [{"iteration": step, "total_loss": loss} for step, loss in [(0, 1), (1, 2), (2, 3), (1, 20), (2, 30)]]
+    lines.append({"iteration": 3, "bbox/AP": 1.0, "bbox/APl": math.nan})
+    text = "".join('{"iterat' * (step == 3) + json.dumps(line) + "\n" for step, line in enumerate(lines))
+    (first.folder / "metrics.json").write_text(text + '{"iteration": 3, "tot')
+    assert first.history()[:-1] == [lines[0], *lines[-3:-1]] and first.last_step() == lines[-2]
     first.finish(1, 2.0)
     saved = json.loads((first.folder / "result.json").read_text(), parse_constant=pytest.fail)
     assert saved["metrics"] == {"bbox/AP": 1.0, "bbox/APl": None}
     second = make_run("a").result()
     assert math.isnan(second.metrics.pop("bbox/APl")) and (second.ap, second.seconds) == (1, 2)
-
-
-def test_of_steps_done_twice_the_later_counts(make_run):
-    result = make_run("a").result()
-    result.folder.mkdir(parents=True)
-    lines = [{"iteration": step, "total_loss": loss} for step, loss in [(0, 1), (1, 2), (2, 3), (1, 20), (2, 30)]]
-    text = "".join('{"iterat' * (step == 3) + json.dumps(line) + "\n" for step, line in enumerate(lines))
-    (result.folder / "metrics.json").write_text(text + '{"iteration": 3, "tot')
-    assert [record["total_loss"] for record in result.history()] == [1, 20, 30]
-    assert result.last_step() == lines[-1]
-
-
-# --- the same command again ---
 
 
 def test_after_a_change_nothing_is_lost_unasked(make_run, capsys):
@@ -211,14 +198,14 @@ def test_what_another_process_trains_is_waited_for(make_run, fresh):
     assert first.result()[0].status == second.status == "done" and len(attempts(second)) == 1
 
 
-# --- stopped ---
-
-
-def test_a_training_can_be_interrupted_in_the_background_too(make_run):
+def test_a_training_can_be_interrupted_in_the_background_and_needs_no_terminal(make_run, monkeypatch):
     """torch ends the workers of a dead training by SIGINT, which a shell has a background job ignore."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (result,) = run(make_run("a"))
-    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN and "int_handler" in attempts(result)[0].sigint
+    with open(os.devnull) as unwritable:
+        monkeypatch.setattr(sys, "stderr", unwritable)
+        (result,) = run(make_run("a"))
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+    assert result.ok and "default_int_handler" in attempts(result)[0].sigint
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -252,9 +239,6 @@ def test_stopped_anywhere_the_same_command_goes_on(make_run, tmp_path, number):
     assert 0 <= again < 40 - 12  # only what was after the last checkpoint was done twice
 
 
-# --- what a person sees ---
-
-
 def test_a_line_now_and_then_says_how_far_it_is(make_run, monkeypatch, capsys):
     monkeypatch.setattr(runner, "_LOG", 0)
     run(make_run("c", "FAIL", "diverged"), make_run("a", "SLEEP", "1"), make_run("b"))
@@ -263,15 +247,6 @@ def test_a_line_now_and_then_says_how_far_it_is(make_run, monkeypatch, capsys):
     assert any(re.fullmatch(pattern, line) for line in lines), lines
     events = [line[8:21] for line in lines if re.search(r"1: (started|done)", line)]
     assert events == ["A seed 1: sta", "A seed 1: don", "B seed 1: sta", "B seed 1: don"]
-
-
-def test_a_dead_terminal_does_not_end_the_table(make_run, monkeypatch):
-    with open(os.devnull) as unwritable:
-        monkeypatch.setattr(sys, "stderr", unwritable)
-        assert run(make_run("a"))[0].ok
-
-
-# --- submitit ---
 
 
 @pytest.fixture
@@ -303,10 +278,10 @@ def test_what_submitit_refuses_is_said(submitit, monkeypatch):
 def test_slurm_gets_one_array_which_a_second_call_follows(submitit, make_run, tmp_path, monkeypatch):
     """A SLURM whose queue takes every job and finishes none, until the file "state" says otherwise."""
     batch, state, bin_dir = (tmp_path / name for name in ("batch.sh", "state", "bin"))
-    bin_dir.mkdir()
     monkeypatch.setenv("PATH", f"{bin_dir}{os.pathsep}{os.environ['PATH']}")
 
     def install(name, line):
+        bin_dir.mkdir(exist_ok=True)
         (bin_dir / name).write_text(f"#!/bin/sh\n{line}\n")
         (bin_dir / name).chmod(0o755)
 
