@@ -74,9 +74,9 @@ class Study1d:
         (result.folder / "config.yaml").write_text(config.dump())
         counts = {"num_pos_anchors": 21.5, "num_neg_anchors": 2931.0}
         counts |= {"ohem/num_pos": 9.5, "ohem/num_neg": 22.5} if row == OHEM else {}
-        times = ((19, 0.2), (39, 0.4), (40, 0.9))
-        history = [json.dumps({"iteration": i, "loss_cls": 1 / i, "time": time, **counts}) for i, time in times]
-        (result.folder / "metrics.json").write_text("\n".join(history))
+        times = {19: 0.2, 39: 0.4, 40: 0.9}
+        history = [{"iteration": i, "loss_cls": 1 / i, "time": times[i], **counts} for i in times]
+        (result.folder / "metrics.json").write_text("\n".join(map(json.dumps, history)))
         vars(result).update(changes)
         return self
 
@@ -95,10 +95,9 @@ class Study1d:
         return "\n".join([*report.verdict(*self.table), *notes])
 
     def write(self):
-        images = [{"id": i, "file_name": f"{i}.png", "width": 48, "height": 48} for i in (1, 2)]
-        truth = {"images": images, "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
-        for image in images:
-            Image.new("RGB", (48, 48)).save(self.folder / image["file_name"])
+        truth = {"images": [{"id": 1, "file_name": "1.png", "width": 48, "height": 48}]}
+        truth["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+        Image.new("RGB", (48, 48)).save(self.folder / "1.png")
         for path, count in ((self.options["data"].val_json, 3), (self.options["data"].train_json, 4)):
             truth["annotations"] = [{"id": i, **BOX, "area": 256, "iscrowd": 0} for i in range(1, count + 1)]
             path.write_text(json.dumps(truth))
@@ -108,20 +107,15 @@ class Study1d:
 def read(folder):
     """A report, read back: its texts, the lines of its tables as cells, and the attributes of its HTML by tag."""
     names = ("index.html", "report.md", "results.json")
-    html, markdown, record = ((folder / name).read_text(encoding="utf-8") for name in names)
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.splitlines()]
+    html, md, record = ((folder / name).read_text(encoding="utf-8") for name in names)
+    record = json.loads(record, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in md.splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if line]
+    tops = md[: md.index("| method")], html[: html.index("<table")]
     tags, parser = defaultdict(list), HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags[tag].append(dict(attributes))
     parser.feed(html)
-    return SimpleNamespace(
-        folder=folder,
-        html=html,
-        markdown=markdown,
-        record=json.loads(record, parse_constant=pytest.fail),  # NaN and Infinity are not JSON
-        cells=[[cell.strip() for cell in line] for line in lines if line],
-        tops=(markdown[: markdown.index("| method")], html[: html.index("<table")]),
-        tags=tags,
-    )
+    return SimpleNamespace(folder=folder, html=html, md=md, record=record, cells=cells, tops=tops, tags=tags)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +165,7 @@ def test_a_committed_study_comes_out_again_in_every_number(tmp_path, monkeypatch
     for part in ("runs", "lines", "comparisons"):
         pd.testing.assert_frame_equal(pd.DataFrame(new.record[part]), pd.DataFrame(old[part]), rtol=1e-9)
     committed = (DOCS / "report.md").read_text(encoding="utf-8").splitlines()
-    assert {line for line in committed if line[:1] == "|"} <= set(new.markdown.splitlines())
+    assert {line for line in committed if line[:1] == "|"} <= set(new.md.splitlines())
     for line, (name, found) in ((own, item) for own in new.record["lines"] for item in own["metrics"].items()):
         values = [run["metrics"][name] for run in old["runs"] if run["method"] == line["method"]]
         values = [value for value in values if value is not None]
@@ -256,8 +250,8 @@ def test_the_page_holds_the_numbers_it_was_given(page):
     ):
         assert line.split(" | ") in page.cells
     for text in ("45.6", "−3.2", "2,931", "2 at a time with 1 thread each", "make demo"):
-        assert text in page.html and text in page.markdown
-    assert "in training set" in page.markdown and "IMS_PER_BATCH: 4" in page.html
+        assert text in page.html and text in page.md
+    assert "in training set" in page.md and "IMS_PER_BATCH: 4" in page.html
 
     done = {run["method"]: run for run in page.record["runs"] if run["status"] == "done"}
     ohem, focal = done[OHEM.method], done[FL.method]
@@ -272,7 +266,7 @@ def test_the_page_holds_the_numbers_it_was_given(page):
 
 def test_pictures_are_drawn_described_and_inside_the_page(page):
     for name in ("ap", "differences", "precision_recall_50", "loss_cls"):
-        assert f"({name}.svg)" in page.markdown
+        assert f"({name}.svg)" in page.md
         assert ET.parse(page.folder / f"{name}.svg").getroot().tag.endswith("svg")
     with Image.open(page.folder / "detections.jpg") as image:
         assert image.width > 500
@@ -287,7 +281,7 @@ def test_pictures_are_drawn_described_and_inside_the_page(page):
 
 
 def test_the_verdict_comes_first_then_what_failed_then_the_picture_then_the_table(page):
-    for text, picture, table in ((page.markdown, "ap.svg", "| method"), (page.html, "<img", "<table")):
+    for text, picture, table in ((page.md, "ap.svg", "| method"), (page.html, "<img", "<table")):
         assert text.index(page.record["verdict"][0].partition(" (")[0]) < text.index(picture) < text.index(table)
         assert "Not the paper's setting" in text.replace("&#39;", "'") and text.count("scale of COCO") == 1
         assert not re.search(r"\breproduc(ed|es|tion)\b", text) and "here − paper" not in text.lower()
@@ -309,12 +303,12 @@ def test_coco_is_held_against_the_paper(tmp_path):
     line = next(line for line in page.cells if line[0] == "OHEM 32/.5")
     assert line[-4:-1] == ["−0.8", "+11.2", "−1.9"]  # 33.25 less 35.1 is 1.85 under it
     assert "Not the paper's budget" in page.tops[0] and "160 images" in page.tops[0]
-    assert "lies inside this interval" in page.markdown and "Not the paper's setting" not in page.markdown
+    assert "lies inside this interval" in page.md and "Not the paper's setting" not in page.md
 
 
 def test_a_report_of_nothing(tmp_path):
     page = Study1d(tmp_path).add(FL, None, status="failed", error="ValueError: no", config=dict).write()
-    assert "nothing to compare" in page.markdown and page.record["comparisons"] == []
+    assert "nothing to compare" in page.md and page.record["comparisons"] == []
     assert "<img" not in page.html and "No run has written its full configuration" in page.html
     assert "Time, memory" not in page.html
 
@@ -336,7 +330,7 @@ def test_hostile_titles_and_errors_stay_text(tmp_path):
     study.results[1].command.append(bad)
     page = study.write()
     assert not page.tags["script"] and "&lt;script&gt;" in page.html and "\x1b" not in page.html
-    assert "<script" not in page.markdown and "\x1b" not in page.markdown
+    assert "<script" not in page.md and "\x1b" not in page.md
     table = [line for line in page.cells if "paper AP" in line or "40.1" in line]
     assert len(table) == 2 and len(table[0]) == len(table[1])
     assert page.record["runs"][1]["error"] == bad and "\x1b" not in report.format_table(study.table[0], study.results)
