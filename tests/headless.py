@@ -3,11 +3,9 @@
 import re
 import shutil
 import subprocess
-from typing import NamedTuple
+from collections import namedtuple
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 # The page's own size and pictures, told to the frame around it: a window is never as narrow as a phone.
 PROBE = """<script>
 const errors = [];
@@ -21,17 +19,8 @@ addEventListener("load", () => {
 FRAME = """<!doctype html><script>
 addEventListener("message", event => { document.body.dataset.probe = event.data; });
 </script><body><iframe src="page.html" width="WIDTH" height="800" style="border: 0"></iframe></body>"""
-
-
-class Shown(NamedTuple):
-    """Widths in CSS pixels: of the window, and of what is in it; pictures, and how many of them could be decoded."""
-
-    width: int
-    page_width: int
-    images: int
-    decoded: int
-    errors: int
-    log: str
+# Widths in CSS pixels: of the window, and of what is in it; pictures, and how many of them could be decoded.
+Shown = namedtuple("Shown", "width page_width images decoded errors log")
 
 
 def show(html, width, folder):
