@@ -22,8 +22,8 @@ from torch.nn.utils import get_total_norm
 from ..config import load_config
 from ..files import atomic_write, printable
 from ..scalars import flush_scalars
-from .auto_scale import usual_lr
 from .preemption import stop_requested
+from .preflight import usual_lr
 from .safe_load import load_plain
 from .worker_state import unwrap_ddp
 

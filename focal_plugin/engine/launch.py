@@ -25,10 +25,9 @@ from ..config import find_config
 from ..config_yaml import all_keys, lookup
 from ..data import add_register_argument, register_from_args
 from ..data.loader import stream_of
-from .auto_scale import learning_rate_warning
 from .checkpoint import SafeCheckpointer
 from .preemption import EXIT_PREEMPTED, Preempted, fail_together, stop_requested, stopped_by_sigterm
-from .preflight import Job, preflight
+from .preflight import Job, learning_rate_warning, preflight
 from .torchrun import Workers
 from .trainer import FocalTrainer
 

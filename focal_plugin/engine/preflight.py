@@ -1,22 +1,27 @@
 """Check, before a worker starts, all that can be seen to be wrong with a command line, a config and its data sets.
 
-What is refused is refused in one message that says what to type. Functions here read configs and never change one.
+What is refused is refused in one message that says what to type. No function here changes a config that it is given;
+:func:`scale_to_workers` returns another, made for another number of workers.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
@@ -25,8 +30,11 @@ from ..config_yaml import all_keys, lookup
 from ..data import check_coco, register_from_args
 from ..files import printable
 from ..heads import build_retinanet_head
-from .auto_scale import check_scale
 from .torchrun import Workers
+
+logger = logging.getLogger(__name__)
+
+_USUAL_LR, _USUAL_BATCH = 0.01, 16  # of SGD, in Detectron2's and the paper's recipe
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def load_checked_config(args: Namespace) -> CfgNode:
     ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
 
     Raises:
-        FileNotFoundError, ValueError: it cannot be trained (with ``args.eval_only``: evaluated); the message says why.
+        FileNotFoundError, ValueError: as :func:`preflight`.
     """
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
@@ -89,9 +97,9 @@ def load_checked_config(args: Namespace) -> CfgNode:
             raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {weights!r}")
     if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
         # A head that is thrown away says in a moment what a worker would say minutes later.
-        num_levels = len(cfg.MODEL.RETINANET.IN_FEATURES)
+        levels = range(len(cfg.MODEL.RETINANET.IN_FEATURES))
         try:
-            build_retinanet_head(cfg, [ShapeSpec(channels=64, stride=8 * 2**i) for i in range(num_levels)])
+            build_retinanet_head(cfg, [ShapeSpec(channels=64, stride=8 * 2**level) for level in levels])
         except (AssertionError, KeyError, TypeError) as e:  # Detectron2's, mostly about the anchors
             raise ValueError(f"MODEL.RETINANET and MODEL.ANCHOR_GENERATOR do not fit each other: {e}") from e
     cfg.freeze()
@@ -110,13 +118,11 @@ def check_values(cfg: CfgNode) -> None:
     defaults = load_config("")
     problems = []
     for key in {**_RULES, **dict.fromkeys(all_keys(cfg))}:
-        value, default = lookup(cfg, key), lookup(defaults, key)
+        value, default, valid = lookup(cfg, key), lookup(defaults, key), False
         if key in _RULES:
             expected, is_valid = _RULES[key]
-            try:
+            with suppress(OverflowError, RuntimeError, TypeError):  # None, a text among numbers, no device
                 valid = is_valid(value)
-            except (OverflowError, RuntimeError, TypeError):  # None, a text among numbers, no device
-                valid = False
         else:  # yacs takes None for any value; for a name, such as that of a norm, it can be meant
             valid = value is not None or isinstance(default, (str, type(None)))
             expected = f"a value, such as its default, {printable(default)}"
@@ -124,10 +130,8 @@ def check_values(cfg: CfgNode) -> None:
             problems.append(f"{key} {printable(value)}: must be {expected}")
     model, net = cfg.MODEL, cfg.MODEL.RETINANET
     if not problems and len(net.IOU_LABELS) != len(net.IOU_THRESHOLDS) + 1:
-        problems.append(
-            f"MODEL.RETINANET.IOU_LABELS {net.IOU_LABELS}: must be one more than IOU_THRESHOLDS {net.IOU_THRESHOLDS}, "
-            "which part the IoUs"
-        )
+        parts = f"one more than IOU_THRESHOLDS {net.IOU_THRESHOLDS}, which part the IoUs"
+        problems.append(f"MODEL.RETINANET.IOU_LABELS {net.IOU_LABELS}: must be {parts}")
     if not problems and len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         problems.append("MODEL.PIXEL_MEAN and PIXEL_STD: must be as long as each other")
     if cfg.TEST.EARLY_STOP_PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.TEST.BEST_METRIC):
@@ -154,14 +158,8 @@ _NAME = "a name", lambda name: isinstance(name, str) and name != ""
 _RULES: dict[str, _Rule] = {
     "OUTPUT_DIR": ("a folder", _NAME[1]),
     "MODEL.DEVICE": ("cuda or cpu; it is no device", lambda name: torch.device(name).type in ("cpu", "cuda")),
-    "MODEL.META_ARCHITECTURE": (
-        "a meta-architecture such as FocalRetinaNet; it is not registered",
-        META_ARCH_REGISTRY.__contains__,
-    ),
-    "MODEL.BACKBONE.NAME": (
-        "a backbone such as build_retinanet_resnet_fpn_backbone; it is not registered",
-        BACKBONE_REGISTRY.__contains__,
-    ),
+    "MODEL.META_ARCHITECTURE": ("registered, as FocalRetinaNet is", META_ARCH_REGISTRY.__contains__),
+    "MODEL.BACKBONE.NAME": ("registered, as build_retinanet_resnet_fpn_backbone is", BACKBONE_REGISTRY.__contains__),
     "MODEL.PIXEL_MEAN": _each(_NUMBER, "one a channel"),
     "MODEL.PIXEL_STD": _each(_POSITIVE, "one a channel"),
     "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE, "pixels"), "one for each level"),
@@ -207,7 +205,6 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
 
 
 def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
-    """Return what is wrong with a data set of ``DATASETS[key]``; "" if nothing."""
     if name not in DatasetCatalog:
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -216,19 +213,15 @@ def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
     meta = MetadataCatalog.get(name)
     for path in (meta.get("json_file"), meta.get("image_root")):
         if path and "://" not in path and not os.path.exists(path) and not meta.get("lazily_generated"):
-            return (
-                f"DATASETS.{key}: '{name}' has no {path}; if the data are elsewhere, set DETECTRON2_DATASETS to the "
-                "folder that holds them (Detectron2's own data sets), or --register them"
-            )
+            way_out = "set DETECTRON2_DATASETS to the folder that holds them (Detectron2's own), or --register them"
+            return f"DATASETS.{key}: '{name}' has no {path}; if the data are elsewhere, {way_out}"
     classes, expected = meta.get("thing_classes"), cfg.MODEL.RETINANET.NUM_CLASSES
     if classes is None or len(classes) == expected:
         return ""
     is_wrong_key = cfg.MODEL.ROI_HEADS.NUM_CLASSES != 80 == expected
     more = " (RetinaNet does not read MODEL.ROI_HEADS.NUM_CLASSES, which was changed)" if is_wrong_key else ""
-    return (
-        f"'{name}' has {len(classes)} classes {printable(list(classes), 100)}, but MODEL.RETINANET.NUM_CLASSES is "
-        f"{expected}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}{more}"
-    )
+    what, key = f"{len(classes)} classes {printable(list(classes), 100)}", "MODEL.RETINANET.NUM_CLASSES"
+    return f"'{name}' has {what}, but {key} is {expected}: set {key} {len(classes)}{more}"
 
 
 def check_training_data(cfg: CfgNode) -> list[str]:
@@ -258,3 +251,93 @@ def check_training_data(cfg: CfgNode) -> list[str]:
     if fatal:
         raise ValueError("\n".join(fatal))
     return warnings
+
+
+# ------------------------------ the number of workers
+
+
+def check_scale(cfg: CfgNode, num_workers: int) -> None:
+    """Check that this many workers, of all machines, can train by ``cfg``, scaled to them if it says so.
+
+    Raises:
+        ValueError: they cannot; the message gives numbers that would do.
+    """
+    solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
+    made_for = solver.REFERENCE_WORLD_SIZE or num_workers
+    is_scaled = made_for != num_workers
+    if made_for < 1:
+        problem = f"SOLVER.REFERENCE_WORLD_SIZE {made_for}: must be a number of workers"
+    elif is_scaled and solver.OPTIMIZER != "SGD":
+        problem = f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: scaling the learning rate as the batch is a rule for SGD only"
+    elif batch < 1 or batch % made_for:
+        low = max(batch // made_for, 1) * made_for
+        # With a reference, another number of workers is no way out: it is the reference that the batch must suit.
+        others = range(1, min(made_for, batch + 1)) if not solver.REFERENCE_WORLD_SIZE else ()
+        fewer = [str(count) for count in others if batch % count == 0]
+        problem = (
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write "
+            f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}" + f", or train on {' or '.join(fewer)}" * bool(fewer)
+        )
+    elif is_scaled and not round(solver.MAX_ITER * made_for / num_workers):
+        least = num_workers // (2 * made_for) + 1
+        problem = f"SOLVER.MAX_ITER {solver.MAX_ITER} would leave no step: write SOLVER.MAX_ITER {least} or more"
+    else:
+        return
+    if is_scaled:
+        problem += (
+            f". The config is for {made_for} workers, and would be scaled to {num_workers}; to take all as it stands, "
+            f"write SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH {max(batch // num_workers, 1) * num_workers}"
+        )
+    raise ValueError(problem)
+
+
+def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+    """Scale batch and learning rate as the workers, the schedule inversely, without what Detectron2's rounding breaks.
+
+    A period, which Detectron2 rounds to 0, is at least 1 step, and a decay of the learning rate comes at least a step
+    after the one before, or is dropped with a warning if training ends by then.
+
+    Returns:
+        A new config for ``num_workers``, frozen if ``cfg`` is; ``cfg`` itself if there is nothing to scale.
+
+    Raises:
+        ValueError: as :func:`check_scale`.
+    """
+    check_scale(cfg, num_workers)
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+    if scaled is cfg:
+        return cfg
+    scaled.defrost()
+    solver, steps = scaled.SOLVER, list(scaled.SOLVER.STEPS)
+    solver.CHECKPOINT_PERIOD = max(solver.CHECKPOINT_PERIOD, 1)
+    scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(cfg.TEST.EVAL_PERIOD, 1))  # 0 is never, and stays 0
+    if list(cfg.SOLVER.STEPS) == sorted(set(cfg.SOLVER.STEPS)):  # what was wrong as written stays so
+        steps = [*accumulate(steps, lambda last, step: max(step, last + 1), initial=0)][1:]
+    solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
+    if len(solver.STEPS) < len(steps):
+        end = f"training ends after {solver.MAX_ITER} steps, without {tuple(step for step in steps if step >= solver.MAX_ITER)}"
+        logger.warning(f"SOLVER.STEPS {cfg.SOLVER.STEPS}, scaled to {tuple(steps)}: {end}")
+    if cfg.is_frozen():
+        scaled.freeze()
+    return scaled
+
+
+def usual_lr(solver: CfgNode) -> float:
+    """Return the learning rate that SGD has in the paper's recipe for a batch of ``IMS_PER_BATCH``."""
+    return _USUAL_LR * solver.IMS_PER_BATCH / _USUAL_BATCH
+
+
+def learning_rate_warning(cfg: CfgNode) -> str:
+    """Return a warning, with the usual rate, if SGD has over twice that for its batch, unclipped; "" if it has not.
+
+    ``cfg`` is what is trained by, i.e. scaled.
+    """
+    solver, usual = cfg.SOLVER, usual_lr(cfg.SOLVER)
+    times = solver.BASE_LR / usual
+    if solver.OPTIMIZER != "SGD" or solver.CLIP_GRADIENTS.ENABLED or times <= 2 * (1 + 1e-9):
+        return ""
+    return (
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} is {times:.3g} times what a batch of "
+        f"{solver.IMS_PER_BATCH} usually has ({_USUAL_LR} for {_USUAL_BATCH} images), and gradients are not "
+        f"clipped: if the loss becomes infinite, set SOLVER.BASE_LR {usual:g} or SOLVER.CLIP_GRADIENTS.ENABLED True"
+    )

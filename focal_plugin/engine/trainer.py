@@ -29,11 +29,11 @@ from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stre
 from ..eval import coco
 from ..files import atomic_write
 from ..scalars import flush_scalars
-from .auto_scale import scale_to_workers
 from .checkpoint import SafeCheckpointer
 from .guard import NonFiniteGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
 from .preemption import FinishedEarly, Preempted, stop_requested
+from .preflight import scale_to_workers
 from .worker_state import preserve_rng, restore_worker_state, unwrap_ddp
 
 logger = logging.getLogger(__name__)
