@@ -79,11 +79,7 @@ class NonFiniteGuard(HookBase):
             self._losses = {name: loss.detach() for name, loss in losses.items() if isinstance(loss, Tensor)}
 
     def after_backward(self) -> None:
-        """Look at this step, with the weights still those of before it.
-
-        Raises:
-            FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
-        """
+        """Raise a FloatingPointError, on all workers and before the step, if a loss or gradient of any is broken."""
         loss = sum((loss.sum() for loss in self._losses.values()), torch.zeros(()))
         broken = ~torch.isfinite(torch.stack([loss, self._gradient_norm(2.0).to(loss)]))
         bad_loss, bad_gradient = self.exchange(broken)
@@ -149,10 +145,7 @@ class NonFiniteGuard(HookBase):
         return facts
 
     def _save(self, facts: dict[str, Any]) -> str:
-        """Save the batch and the weights before the step; return where, or "" if the disk does not take it.
-
-        The norms' running statistics are those after its forward pass, which training does not read.
-        """
+        """Save the batch and the weights before the step, with the norms' statistics after it; return where, or ""."""
         state = unwrap_ddp(self.trainer.model).state_dict()
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer
@@ -172,9 +165,7 @@ class NonFiniteGuard(HookBase):
         usual, ratio = 1e-3, ""  # more than what AdamW is commonly given
         if solver.OPTIMIZER == "SGD":
             usual = usual_lr(solver)
-            ratio = (
-                f" for the batch: per image it is {solver.BASE_LR / usual:.3g} times that of the published schedules"
-            )
+            ratio = f" for the batch: per image it is {solver.BASE_LR / usual:.3g} times the published schedules'"
         amp = f" ({solver.AMP.PRECISION})" if solver.AMP.ENABLED else " (not likely here: it is float32)"
         return _CAUSES.format(ratio=ratio, lower=min(solver.BASE_LR / 4, usual), amp=amp)
 
@@ -187,18 +178,8 @@ def _plain(image: dict[str, Any]) -> dict[str, Any]:
     """Return an image of a batch in types that any checkpoint may hold."""
     kept = {k: image[k] for k in ("file_name", "image_id", "height", "width", "image") if k in image}
     if "instances" in image:
-        objects = image["instances"]
-        kept |= {"boxes": objects.gt_boxes.tensor, "classes": objects.gt_classes, "image_size": (*objects.image_size,)}
+        kept |= {"boxes": image["instances"].gt_boxes.tensor, "classes": image["instances"].gt_classes}
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kept.items()}
-
-
-def _unplain(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the input of the model that :func:`_plain` was given."""
-    saved = dict(saved)
-    instances = Instances(saved.pop("image_size", saved["image"].shape[-2:]))
-    instances.gt_boxes = Boxes(saved.pop("boxes", torch.zeros(0, 4)))
-    instances.gt_classes = saved.pop("classes", torch.zeros(0, dtype=torch.long))
-    return {**saved, "instances": instances}
 
 
 @torch.no_grad()
@@ -209,13 +190,10 @@ def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)
         logits, _ = model.head([features[name] for name in model.head_in_features])
-        return f"{max(float(level.abs().max()) for level in logits):.3g}" if _all_finite(logits) else BROKEN
+        largest = torch.stack([level.abs().max() for level in logits]).max().item()
+        return f"{largest:.3g}" if math.isfinite(largest) else BROKEN
     except Exception as error:  # another architecture, or no memory left
         return f"unknown ({type(error).__name__})"
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
@@ -240,8 +218,10 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         cfg = load_config(file.name, ["OUTPUT_DIR", ".", *opts])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    batch = [_unplain(saved) for saved in content["batch"]]
-    model = build_model(cfg).train()
+    batch, model = content["batch"], build_model(cfg).train()
+    for image in batch:
+        boxes, classes = image.pop("boxes", torch.zeros(0, 4)), image.pop("classes", torch.zeros(0, dtype=torch.long))
+        image["instances"] = Instances(image["image"].shape[-2:], gt_boxes=Boxes(boxes), gt_classes=classes)
 
     def losses_of(images: list[dict]) -> dict[str, Tensor]:
         model.load_state_dict(content["model"])  # each time: a forward pass moves the normalizer
@@ -257,16 +237,14 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
     losses = losses_of(batch)
     sum(losses.values()).backward()
     yield from (f"{name:<16} {loss.item():.6g}" for name, loss in losses.items())
-    broken = [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     yield f"{'gradients':<16} " + (f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite")
     yield "each image alone, its losses divided by a normalizer of its own:"
     for image in batch:
         with torch.no_grad():
             values = ", ".join(f"{name} {loss.item():.6g}" for name, loss in losses_of([image]).items())
         boxes = image["instances"].gt_boxes.tensor
-        sides = boxes[:, 2:] - boxes[:, :2]
-        worst = ""
-        if len(boxes):
-            index = int(torch.where(torch.isfinite(sides).all(1), sides.min(1).values, -torch.inf).argmin())
-            worst = ", the smallest " + " x ".join(f"{side:.3g}" for side in sides[index].tolist())
+        sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
+        smallest = sorted(sides, key=lambda pair: min(pair) if all(map(math.isfinite, pair)) else -math.inf)[:1]
+        worst = "".join(f", the smallest {w:.3g} x {h:.3g}" for w, h in smallest)
         yield f"{os.path.basename(_name(image))} {values}, {len(boxes)} boxes{worst}"

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -75,10 +75,8 @@ def preflight(args: Namespace, workers: Workers) -> Job:
 def load_checked_config(args: Namespace) -> CfgNode:
     """Return the frozen config of a command line, its data sets registered; write nothing.
 
-    ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`preflight`.
+    ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``. Errors are
+    those of :func:`preflight`.
     """
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
@@ -109,15 +107,15 @@ def load_checked_config(args: Namespace) -> CfgNode:
 # ------------------------------ values
 
 
-def check_values(cfg: CfgNode) -> None:
-    """Check values that would end in an obscure error minutes later, or in none and a model that learns nothing.
+def check_values(cfg: CfgNode, keys: Iterable[str] = ()) -> None:
+    """Raise a ValueError that has a line for each value that cannot be, and says what can.
 
-    Raises:
-        ValueError: with a line for each value that cannot be, which says what can.
+    Without it they would end in an obscure error minutes later, or in none and a model that learns nothing. ``keys``
+    are those to look at; empty: all.
     """
     defaults = load_config("")
     problems = []
-    for key in {**_RULES, **dict.fromkeys(all_keys(cfg))}:
+    for key in keys or {**_RULES, **dict.fromkeys(all_keys(cfg))}:
         value, default, valid = lookup(cfg, key), lookup(defaults, key), False
         if key in _RULES:
             expected, is_valid = _RULES[key]
@@ -192,10 +190,9 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Check that every data set of a config is registered, on disk, and has as many classes, if known, as the model.
+    """Raise a ValueError, unless all data sets are registered, on disk and, if that is known, of the model's classes.
 
-    Raises:
-        ValueError: with one line per problem, each saying what to type.
+    It has a line for each problem, which says what to type.
     """
     problems = dict.fromkeys(_dataset_problem(cfg, key, name) for key in splits for name in cfg.DATASETS[key])
     if "TRAIN" in splits and not cfg.DATASETS.TRAIN:
@@ -227,11 +224,7 @@ def _dataset_problem(cfg: CfgNode, key: str, name: str) -> str:
 def check_training_data(cfg: CfgNode) -> list[str]:
     """Run the fast form of ``tools/check_dataset.py`` on every data set that has a COCO json on this machine.
 
-    Returns:
-        A warning for each data set with faults.
-
-    Raises:
-        ValueError: training or evaluation on one of them would crash or be wrong.
+    Return a warning for each with faults; raise a ValueError if training or evaluation on one would crash or be wrong.
     """
     warnings, fatal = [], []
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
@@ -257,10 +250,9 @@ def check_training_data(cfg: CfgNode) -> list[str]:
 
 
 def check_scale(cfg: CfgNode, num_workers: int) -> None:
-    """Check that this many workers, of all machines, can train by ``cfg``, scaled to them if it says so.
+    """Raise a ValueError, with numbers that would do, if so many workers cannot train by ``cfg``, scaled if it says so.
 
-    Raises:
-        ValueError: they cannot; the message gives numbers that would do.
+    ``num_workers`` are those of all machines.
     """
     solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
     made_for = solver.REFERENCE_WORLD_SIZE or num_workers
@@ -274,10 +266,8 @@ def check_scale(cfg: CfgNode, num_workers: int) -> None:
         # With a reference, another number of workers is no way out: it is the reference that the batch must suit.
         others = range(1, min(made_for, batch + 1)) if not solver.REFERENCE_WORLD_SIZE else ()
         fewer = [str(count) for count in others if batch % count == 0]
-        problem = (
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write "
-            f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}" + f", or train on {' or '.join(fewer)}" * bool(fewer)
-        )
+        ways = f"SOLVER.IMS_PER_BATCH {low} or {low + made_for}" + f", or train on {' or '.join(fewer)}" * bool(fewer)
+        problem = f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly among {made_for} workers: write {ways}"
     elif is_scaled and not round(solver.MAX_ITER * made_for / num_workers):
         least = num_workers // (2 * made_for) + 1
         problem = f"SOLVER.MAX_ITER {solver.MAX_ITER} would leave no step: write SOLVER.MAX_ITER {least} or more"
@@ -298,10 +288,7 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     after the one before, or is dropped with a warning if training ends by then.
 
     Returns:
-        A new config for ``num_workers``, frozen if ``cfg`` is; ``cfg`` itself if there is nothing to scale.
-
-    Raises:
-        ValueError: as :func:`check_scale`.
+        A new config, frozen if ``cfg`` is; ``cfg`` itself if there is nothing to scale.
     """
     check_scale(cfg, num_workers)
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
@@ -314,8 +301,9 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     if list(cfg.SOLVER.STEPS) == sorted(set(cfg.SOLVER.STEPS)):  # what was wrong as written stays so
         steps = [*accumulate(steps, lambda last, step: max(step, last + 1), initial=0)][1:]
     solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
-    if len(solver.STEPS) < len(steps):
-        end = f"training ends after {solver.MAX_ITER} steps, without {tuple(step for step in steps if step >= solver.MAX_ITER)}"
+    dropped = tuple(step for step in steps if step >= solver.MAX_ITER)
+    if dropped:
+        end = f"training ends after {solver.MAX_ITER} steps, without {dropped}"
         logger.warning(f"SOLVER.STEPS {cfg.SOLVER.STEPS}, scaled to {tuple(steps)}: {end}")
     if cfg.is_frozen():
         scaled.freeze()

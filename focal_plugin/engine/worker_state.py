@@ -37,12 +37,9 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
 
 def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> None:
     """Put back this worker's part of :func:`gather_worker_states`, after the model has been loaded."""
-    if len(states) != comm.get_world_size():
+    if len(states) != (count := comm.get_world_size()):
         saved = f"{len(states)} worker(s)" if states else "a version without the workers' own state"
-        logger.warning(
-            f"the checkpoint was saved by {saved}, this run has {comm.get_world_size()}: it goes on, but not bit for "
-            "bit as it would have"
-        )
+        logger.warning(f"the checkpoint was saved by {saved}, this run has {count}: it goes on, but not bit for bit")
         return
     model, state = unwrap_ddp(model), states[comm.get_rank()]
     own = _saved_buffers(model)
@@ -55,7 +52,6 @@ def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> 
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that checkpoints hold, by their names there."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
