@@ -45,7 +45,6 @@ class NonFiniteGuard(HookBase):
     in the same step, by one small tensor. Detectron2 looks at the losses of the main worker and says which step.
 
     Attributes:
-        looked_at: the last step that it has looked at.
         batch: what the model was trained on last.
         stopping: whether training ends after this step, to be resumed later; the same on all workers.
         finishing: whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers.
@@ -102,8 +101,7 @@ class NonFiniteGuard(HookBase):
     def exchange(self, broken: Tensor | None = None) -> tuple[bool, bool]:
         """Learn from all workers whether to stop, and whether a loss or a gradient is broken. A collective call.
 
-        Args:
-            broken: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
+        ``broken``: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
         """
         broken = torch.zeros(2, dtype=torch.bool) if broken is None else broken
         requests = torch.tensor([stop_requested(), self._finish])
@@ -204,8 +202,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         opts: ``["KEY", "VALUE", ...]``: what to change in its config, to see whether that helps.
 
     Raises:
-        ValueError: the file is no such one, or an override is wrong.
-        OSError: it cannot be read.
+        OSError, ValueError: the file cannot be read or is no such one, or an override is wrong.
     """
     content = load_plain(path)
     missing = {"model", "batch", "facts", "iteration", "config"} - content.keys()

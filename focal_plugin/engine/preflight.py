@@ -141,15 +141,19 @@ def check_values(cfg: CfgNode, keys: Iterable[str] = ()) -> None:
 _Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
-def _each(rule: _Rule, like: str, least: int = 1) -> _Rule:
-    words, is_valid = rule
-    return f"a list, each {words}: {like}", lambda values: len(values) >= least and all(map(is_valid, values))
+def _each(rule: _Rule, like: str, least: int = 1, increasing: bool = False) -> _Rule:
+    def is_valid(values: Sequence) -> bool:
+        ordered = not increasing or list(values) == sorted(set(values))
+        return ordered and len(values) >= least and all(map(rule[1], values))
+
+    return f"a list, each {rule[0]}: {like}", is_valid
 
 
 _NUMBER = "a number", lambda value: type(value) in (int, float) and math.isfinite(value)
 _POSITIVE = "a positive number", lambda value: _NUMBER[1](value) and value > 0
 _FROM_0 = "a whole number from 0", lambda value: type(value) is int and value >= 0
 _FROM_1 = "a whole number from 1", lambda value: type(value) is int and value >= 1
+_IOU = "a number in (0, 1]", lambda value: 0 < value <= 1
 _NAME = "a name", lambda name: isinstance(name, str) and name != ""
 
 # yacs has seen to the types, but for None and for what is in lists.
@@ -163,18 +167,11 @@ _RULES: dict[str, _Rule] = {
     "MODEL.ANCHOR_GENERATOR.SIZES": _each(_each(_POSITIVE, "pixels"), "one for each level"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _each(_each(_POSITIVE, "ratios"), "one for each level or one for all"),
     "MODEL.RETINANET.IN_FEATURES": _each(_NAME, '["p3", "p4"]'),
-    "MODEL.RETINANET.IOU_THRESHOLDS": (
-        "increasing numbers in (0, 1]",
-        lambda ious: list(ious) == sorted(iou for iou in set(ious) if 0 < iou <= 1) != [],
-    ),
+    "MODEL.RETINANET.IOU_THRESHOLDS": _each(_IOU, "increasing, [0.4, 0.5]", increasing=True),
     "MODEL.RETINANET.IOU_LABELS": _each(("-1, 0 or 1", (-1, 0, 1).__contains__), "[0, -1, 1]"),
-    "DATASETS.TRAIN": _each(_NAME, '("name",)', least=0),
-    "DATASETS.TEST": _each(_NAME, '("name",)', least=0),
+    **dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST"), _each(_NAME, '("name",)', least=0)),
     "INPUT.MIN_SIZE_TRAIN": _each(_FROM_1, "(800,)"),
-    "SOLVER.STEPS": (
-        "increasing whole numbers: (60000, 80000)",
-        lambda steps: list(steps) == sorted(step for step in set(steps) if _FROM_0[1](step)),
-    ),
+    "SOLVER.STEPS": _each(_FROM_0, "increasing, (60000, 80000)", least=0, increasing=True),
     "SOLVER.BASE_LR": _POSITIVE,
     "SOLVER.OPTIMIZER": ("one of SGD, ADAMW", ("SGD", "ADAMW").__contains__),
     "SOLVER.AMP.PRECISION": ("one of float16, bfloat16", ("float16", "bfloat16").__contains__),
@@ -285,10 +282,8 @@ def scale_to_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     """Scale batch and learning rate as the workers, the schedule inversely, without what Detectron2's rounding breaks.
 
     A period, which Detectron2 rounds to 0, is at least 1 step, and a decay of the learning rate comes at least a step
-    after the one before, or is dropped with a warning if training ends by then.
-
-    Returns:
-        A new config, frozen if ``cfg`` is; ``cfg`` itself if there is nothing to scale.
+    after the one before, or is dropped with a warning if training ends by then. Return a new config, frozen if ``cfg``
+    is; ``cfg`` itself if there is nothing to scale.
     """
     check_scale(cfg, num_workers)
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
@@ -324,8 +319,6 @@ def learning_rate_warning(cfg: CfgNode) -> str:
     times = solver.BASE_LR / usual
     if solver.OPTIMIZER != "SGD" or solver.CLIP_GRADIENTS.ENABLED or times <= 2 * (1 + 1e-9):
         return ""
-    return (
-        f"SOLVER.BASE_LR {solver.BASE_LR:g} is {times:.3g} times what a batch of "
-        f"{solver.IMS_PER_BATCH} usually has ({_USUAL_LR} for {_USUAL_BATCH} images), and gradients are not "
-        f"clipped: if the loss becomes infinite, set SOLVER.BASE_LR {usual:g} or SOLVER.CLIP_GRADIENTS.ENABLED True"
-    )
+    what = f"times what a batch of {solver.IMS_PER_BATCH} usually has ({_USUAL_LR} for {_USUAL_BATCH} images)"
+    way_out = f"if the loss becomes infinite, set SOLVER.BASE_LR {usual:g} or SOLVER.CLIP_GRADIENTS.ENABLED True"
+    return f"SOLVER.BASE_LR {solver.BASE_LR:g} is {times:.3g} {what}, and gradients are not clipped: {way_out}"

@@ -59,8 +59,7 @@ class Workers:
     def launch(self, main: Callable, *args, on_cpu: bool) -> None:
         """Run ``main(*args)`` as the worker that this process is, or in as many processes as there shall be.
 
-        Raises:
-            torch.multiprocessing.ProcessExitedException, ProcessRaisedException: a worker that was started here failed.
+        If one of those fails: ``ProcessExitedException`` or ``ProcessRaisedException`` of ``torch.multiprocessing``.
         """
         if on_cpu:
             # Detectron2's launch goes by the machine, not by what the config says, and would give CPU workers NCCL.
