@@ -153,7 +153,7 @@ def start_banner(trainer: FocalTrainer) -> str:
     if "SOLVER.REFERENCE_WORLD_SIZE" in rows:
         rows["SOLVER.REFERENCE_WORLD_SIZE"] += "; scales overrides as well, and 0 takes all as it stands"
     # Without those that are left out; a loader that is not ours does not say.
-    images = len(trainer.data_loader.dataset) if stream_of(trainer.data_loader) else 0
+    images = len(trainer.data_loader.dataset) if stream_of(trainer.data_loader) is not None else 0
     train, test = (", ".join(names) or "nothing" for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     epochs = f"{solver.MAX_ITER * solver.IMS_PER_BATCH / images:.3g}" if images else "?"
     clipped = f"gradients clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "gradients not clipped"

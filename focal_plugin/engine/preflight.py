@@ -111,7 +111,7 @@ def check_values(cfg: CfgNode, keys: Iterable[str] = ()) -> None:
     """Raise a ValueError that has a line for each value that cannot be, and says what can.
 
     Without it they would end in an obscure error minutes later, or in none and a model that learns nothing. ``keys``
-    are those to look at; empty: all.
+    are those that are looked at one by one; empty: all.
     """
     defaults = load_config("")
     problems = []
