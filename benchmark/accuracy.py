@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this a relative error says nothing: float32, in which losses are computed, has no full precision there.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
+# f(logits, targets, alpha, gamma): unreduced, for (M,) logits and dense (M,) targets of their dtype.
 LossFunction = Callable[[Tensor, Tensor, float, float], Tensor]
-"""``f(logits, targets, alpha, gamma)``: unreduced, for (M,) logits and dense (M,) targets of their dtype."""
 
 
 def grid(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -50,10 +50,7 @@ def measure_accuracy(device: torch.device, functions: dict[str, LossFunction] | 
 
     16-bit logits are compared at their rounded values. Relative errors leave out true values below the smallest
     normal float32, and true gradients below the smallest normal of the logits' dtype, which must hold them.
-
-    Args:
-        device: where.
-        functions: by name; None: ours, with integer labels and dense, and the baselines'.
+    ``functions`` are by default ours, with integer labels and dense, and the baselines'.
 
     Returns:
         For each function and dtype: the largest relative errors of finite values and the gammas where they are (None if
@@ -82,10 +79,9 @@ def _measure(function: LossFunction, dtype: torch.dtype, device: torch.device) -
             error = ((value.double() - true) / true)[is_finite & (true.abs() >= least[kind])].abs()
             errors[kind] += [(error.max().item(), gamma)] if len(error) else []
             non_finite[kind][gamma] = int((~is_finite).sum())
-    row = {}
+    row, counts = {}, non_finite["gradient"]
     for kind in least:
         row[f"{kind}_error"], row[f"{kind}_gamma"] = max(errors[kind], default=(None, None))
-    counts = non_finite["gradient"]
     row |= {"non_finite_losses": sum(non_finite["loss"].values()), "non_finite_gradients": sum(counts.values())}
-    row["non_finite_gammas"] = [gamma for gamma, count in counts.items() if count]
-    return {**row, "values": logits.numel() * len(GAMMAS)}
+    gammas = [gamma for gamma, count in counts.items() if count]
+    return {**row, "non_finite_gammas": gammas, "values": logits.numel() * len(GAMMAS)}

@@ -57,32 +57,22 @@ CASES = {
 
 @dataclass
 class Batch:
-    """What a head's loss starts from.
-
-    Attributes:
-        case: of which size.
-        logits: per level, (N, A * K, Hi, Wi), leaves of the graph.
-        labels: (N, R) int64 in [-1, K].
-        anchors: (R, 4) XYXY in pixels.
-        normalizer: the number of positives.
-    """
+    """What a head's loss starts from."""
 
     case: Case
-    logits: list[Tensor]
-    labels: Tensor
-    anchors: Tensor
-    normalizer: float
+    logits: list[Tensor]  # per level, (N, A * K, Hi, Wi), leaves of the graph
+    labels: Tensor  # (N, R) int64 in [-1, K]
+    anchors: Tensor  # (R, 4) XYXY in pixels
+    normalizer: float  # the number of positives
 
 
 def make_batch(case: Case, dtype: torch.dtype, memory_format: str, device: torch.device) -> Batch:
     """Draw logits as after initialization (prior 0.01) with noise; 20 positives an image, 0.1 % ignored."""
     generator = torch.Generator().manual_seed(0)
     logits = []
-    for height, width in case.level_sizes:
-        shape = (case.num_images, case.num_anchors * case.num_classes, height, width)
-        x = torch.randn(shape, generator=generator) - math.log(99)
-        x = x.to(device=device, dtype=dtype).contiguous(memory_format=FORMATS[memory_format])
-        logits.append(x.requires_grad_())
+    for size in case.level_sizes:
+        x = torch.randn(case.num_images, case.num_anchors * case.num_classes, *size, generator=generator) - math.log(99)
+        logits.append(x.to(device, dtype).contiguous(memory_format=FORMATS[memory_format]).requires_grad_())
     # Detectron2's anchors, in three aspect ratios and A / 3 scales an octave.
     octaves = case.num_anchors // 3
     sizes = [[4 * stride * 2 ** (i / octaves) for i in range(octaves)] for stride in case.strides]
@@ -110,15 +100,14 @@ class Candidate(NamedTuple):
 
 def head_candidates(batch: Batch, compiled: bool = False) -> list[Candidate]:
     """Return those that start from what a head returns; ``compiled``: ours under ``torch.compile``, too."""
-    candidates = [
-        Candidate("focal_plugin", head_loss(FocalHead, batch), batch.logits),
-        Candidate("focal_plugin OHEM", head_loss(OHEMHead, batch), batch.logits),
-        Candidate(STOCK, lambda: stock_loss(batch, fvcore.nn.sigmoid_focal_loss_jit), batch.logits),
-    ]
+    losses = {
+        "focal_plugin": head_loss(FocalHead, batch),
+        "focal_plugin OHEM": head_loss(OHEMHead, batch),
+        STOCK: lambda: stock_loss(batch),
+    }
     if compiled:
-        loss = torch.compile(head_loss(FocalHead, batch), dynamic=False)
-        candidates.append(Candidate("focal_plugin, torch.compile", loss, batch.logits))
-    return candidates
+        losses["focal_plugin, torch.compile"] = torch.compile(head_loss(FocalHead, batch), dynamic=False)
+    return [Candidate(name, loss, batch.logits) for name, loss in losses.items()]
 
 
 def head_loss(head_class: type[FocalHead], batch: Batch) -> Callable[[], Tensor]:
@@ -142,7 +131,7 @@ def head_loss(head_class: type[FocalHead], batch: Batch) -> Callable[[], Tensor]
     return loss
 
 
-def stock_loss(batch: Batch, focal_loss: Callable[..., Tensor]) -> Tensor:
+def stock_loss(batch: Batch) -> Tensor:
     """Compute the ``loss_cls`` of Detectron2's ``RetinaNet``, from what its head returns, step by step as it does it.
 
     What it holds until its ``losses`` returns, the transposed logits and the integer one-hot, is held here too.
@@ -152,16 +141,16 @@ def stock_loss(batch: Batch, focal_loss: Callable[..., Tensor]) -> Tensor:
     valid = batch.labels >= 0
     one_hot = F.one_hot(batch.labels[valid], num_classes=num_classes + 1)[:, :-1]
     logits, target = cat(pred_logits, dim=1)[valid], one_hot.to(pred_logits[0].dtype)
-    return focal_loss(logits, target, alpha=ALPHA, gamma=GAMMA, reduction="sum") / batch.normalizer
+    loss = fvcore.nn.sigmoid_focal_loss_jit(logits, target, alpha=ALPHA, gamma=GAMMA, reduction="sum")
+    return loss / batch.normalizer
 
 
 def function_candidates(batch: Batch) -> list[Candidate]:
     """Return the functions alone, at their best: (N * R, K) logits and dense targets of their dtype are there."""
     num_classes = batch.case.num_classes
-    with torch.no_grad():
-        logits = cat([permute_to_N_HWA_K(x, num_classes) for x in batch.logits], dim=1).flatten(0, 1).contiguous()
-        # Ignored anchors train as if they were of class 0: the functions know none.
-        target = F.one_hot(batch.labels.flatten().clamp(min=0), num_classes + 1)[:, :-1].to(logits.dtype).contiguous()
+    logits = cat([permute_to_N_HWA_K(x.detach(), num_classes) for x in batch.logits], dim=1).flatten(0, 1).contiguous()
+    # Ignored anchors train as if they were of class 0: the functions know none.
+    target = F.one_hot(batch.labels.flatten().clamp(min=0), num_classes + 1)[:, :-1].to(logits.dtype).contiguous()
     logits.requires_grad_()
     return [
         Candidate(name, lambda f=function: f(logits, target, ALPHA, GAMMA, "sum"), [logits])

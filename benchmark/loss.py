@@ -26,12 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def run(args: Namespace, device: torch.device, command: str, emit: Callable[[str], None]) -> dict:
-    """Measure everything, and hand each table to ``emit``, in Markdown, when it is ready.
-
-    Args:
-        args: the flags of tools/benchmark_loss.py.
-        device: where.
-        command: that was typed.
+    """Measure what ``args`` of tools/benchmark_loss.py say; ``emit`` gets each table, in Markdown, when it is ready.
 
     Returns:
         All details, ready for JSON: "environment", "losses" (rows of :func:`measure`) and "accuracy".
@@ -52,7 +47,9 @@ def run(args: Namespace, device: torch.device, command: str, emit: Callable[[str
         )
         emit(format_losses(rows))
     results["accuracy"] = measure_accuracy(device)
-    emit(f"\nLargest error relative to float64, logits -200 to 200\n\n{format_accuracy(results['accuracy'])}")
+    formats = [".1e" if name.endswith("error") else "g" for name in results["accuracy"][0]]
+    table = tabulate(results["accuracy"], "keys", "pipe", floatfmt=formats, intfmt=",", missingval="-")
+    emit(f"\nLargest error relative to float64, logits -200 to 200\n\n{table}")
     return results
 
 
@@ -62,18 +59,14 @@ def describe_environment(device: torch.device, command: str) -> dict:
     made["versions"] |= {d.name: d.version for d in metadata.distributions() if d.name in ("fvcore", "triton")}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     advice = " (other programs ran just now: if they still do, do not trust the times)" if load > 0.5 * cores else ""
-    threads = torch.get_num_threads()
-    return {**made, "device": str(device), "threads used": threads, "load before": f"{load:.1f}{advice}"}
+    used = {"device": str(device), "threads used": torch.get_num_threads()}
+    return {**made, **used, "load before": f"{load:.1f}{advice}"}
 
 
 def measure(candidates: Sequence[Candidate], num_bytes: int, device: torch.device, rounds: int) -> list[dict]:
-    """Measure one step of each candidate; stock RetinaNet's is among them.
+    """Measure one step of each candidate, stock RetinaNet's among them, on one batch with ``num_bytes`` of logits.
 
-    Args:
-        candidates: all on the same batch.
-        num_bytes: of its logits.
-        device: of the batch.
-        rounds: in each of which all take their turn, so that a slow moment hits them alike.
+    In each round all take their turn, so that a slow moment hits them alike.
 
     Returns:
         Of each: "seconds", the median of each round; "ratios", stock's seconds in each round over these; "peak", the
@@ -85,7 +78,7 @@ def measure(candidates: Sequence[Candidate], num_bytes: int, device: torch.devic
             candidate.step()
         peak = peak_bytes(candidate.step, device) / num_bytes
         rows.append({"name": candidate.name, "peak": peak, "seconds": []})
-    timers = [Timer("step()", globals={"step": c.step}, num_threads=torch.get_num_threads()) for c in candidates]
+    timers = [Timer("f()", globals={"f": c.step}, num_threads=torch.get_num_threads()) for c in candidates]
     for _ in range(rounds):
         for row, timer in zip(rows, timers):
             row["seconds"].append(timer.blocked_autorange(min_run_time=0.1).median)
@@ -132,9 +125,3 @@ def format_losses(rows: Sequence[dict]) -> str:
         cells.append([row["name"], f"{ms:.3g}", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{row['peak']:.2f}"])
     header = ["forward + backward", "ms", "stock / this", "quartiles", "peak memory / logits"]
     return tabulate(cells, header, "pipe", disable_numparse=True, colalign=["left"] + ["right"] * 4)
-
-
-def format_accuracy(rows: Sequence[dict]) -> str:
-    """Return rows of :func:`measure_accuracy` as a table."""
-    formats = [".1e" if name.endswith("error") else "g" for name in rows[0]]
-    return tabulate(rows, "keys", "pipe", floatfmt=formats, intfmt=",", missingval="-")

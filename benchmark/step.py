@@ -21,8 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -39,47 +39,35 @@ TRAINERS = {"focal_plugin": (FocalTrainer, "FocalRetinaNet"), "stock": (DefaultT
 
 
 class Run:
-    """A training that goes on for a block of steps at a time.
-
-    Args:
-        trainer_class: ``DefaultTrainer`` or a subclass.
-        cfg: of the training.
-    """
+    """A training that goes on for a block of steps at a time."""
 
     def __init__(self, trainer_class: type[DefaultTrainer], cfg: CfgNode):
         os.makedirs(cfg.OUTPUT_DIR)
         seed_all_rng(max(cfg.SEED, 0))
-        self._trainer, self._done = trainer_class(cfg), 0
-        self._trainer.storage = EventStorage()
-        with self._trainer.storage:
-            self._trainer.before_train()
+        self.trainer, self.done = trainer_class(cfg), 0
+        self.trainer.storage = EventStorage()
+        with self.trainer.storage:
+            self.trainer.before_train()
 
     def measure(self, num_steps: int) -> float:
         """Train ``num_steps`` steps, hooks included, as ``train()`` does; return the CPU milliseconds of one."""
-        trainer = self._trainer
+        trainer, start = self.trainer, time.process_time()
         with trainer.storage:
-            start = time.process_time()
-            for trainer.iter in range(self._done, self._done + num_steps):
+            for trainer.iter in range(self.done, self.done + num_steps):
                 trainer.before_step()
                 trainer.run_step()
                 trainer.after_step()
-            seconds = time.process_time() - start
-        self._done += num_steps
+        seconds = time.process_time() - start
+        self.done += num_steps
         return 1000 * seconds / num_steps
-
-    def close(self) -> None:
-        """End the training before its last step, which is why nothing is evaluated."""
-        with self._trainer.storage:
-            self._trainer.after_train()
 
 
 def compare(config_file: str, opts: Sequence[str], steps: int, blocks: int, folder: str) -> dict:
-    """Return the milliseconds of a step in every block, and their ratios.
+    """Return the milliseconds of a step in every block, and their ratios; one block more, unmeasured, comes first.
 
     Args:
         config_file, opts: of the recipe.
-        steps: of each trainer, in all blocks together.
-        blocks: of each trainer. One more, which is not measured, comes first.
+        steps, blocks: of each trainer, the steps in all blocks together.
         folder: for what the trainers write.
     """
     size = steps // blocks
@@ -96,24 +84,10 @@ def compare(config_file: str, opts: Sequence[str], steps: int, blocks: int, fold
         for name in list(runs)[:: -1 if block % 2 else 1]:  # A B B A: to be the first of a pair is no advantage
             milliseconds[name].append(runs[name].measure(size))
     for run in runs.values():
-        run.close()
+        with run.trainer.storage:  # ended before its last step, which is why nothing is evaluated
+            run.trainer.after_train()
     ratios = [ours / stock for ours, stock in zip(milliseconds["focal_plugin"], milliseconds["stock"])]
     return {"steps_per_block": size, "milliseconds": milliseconds, "ratios": ratios}
-
-
-@contextmanager
-def logging_to(path: str) -> Iterator[None]:
-    """Write what Detectron2 logs to a file, as a user's run does; a trainer that finds no logger would print."""
-    logger, handler = logging.getLogger("detectron2"), logging.FileHandler(path)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,7 +101,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 2 <= args.blocks <= args.steps:
         parser.error(f"argument --blocks: must be at least 2 and at most --steps {args.steps}, got {args.blocks}")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, logging_to(os.path.join(folder, "log.txt")):
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        # As in a user's run, what Detectron2 logs goes to a file; a trainer that finds no logger would print.
+        logger, handler = logging.getLogger("detectron2"), logging.FileHandler(os.path.join(folder, "log.txt"))
+        for undo, what in ((logger.setLevel, logger.level), (logger.removeHandler, handler)):
+            stack.callback(undo, what)
+        stack.callback(handler.close)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
         result = compare(args.config_file, args.opts, args.steps, args.blocks, folder)
     command = shlex.join(["python", "benchmark/step.py", *(sys.argv[1:] if argv is None else argv)])
     result["environment"] = {**origin(command), "threads": 1, "data workers": 0}

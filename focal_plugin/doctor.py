@@ -7,7 +7,7 @@ where torch, Detectron2 or focal_plugin itself cannot be imported. Whatever a ch
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -16,20 +16,17 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 DETECTRON2_LINE = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
 TORCH_LINE = "pip install torch torchvision, both in one call and from one index"
 REPORT_LINE = "report it with all of this text; on a GPU try FOCAL_PLUGIN_TRITON=0"
-_PLAIN = "numpy scipy pandas matplotlib jinja2 tabulate filelock tqdm pycocotools fvcore"
+PLAIN = "numpy scipy pandas matplotlib jinja2 tabulate filelock tqdm pycocotools fvcore"
 NEEDED = {  # module: the way out
     **dict.fromkeys(("torch", "torchvision"), TORCH_LINE),
-    **{name: f"pip install {name}" for name in _PLAIN.split()},
+    **{name: f"pip install {name}" for name in PLAIN.split()},
     **{"PIL": "pip install pillow", "yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"},
     "detectron2": DETECTRON2_LINE,
     "focal_plugin": "the message says what is missing; lines marked with ! say how to get it",
@@ -41,107 +38,95 @@ OPTIONAL = {  # module: what it is for
     "triton": "without it the losses on a GPU are not fused; it is for Linux only",
 }
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "DETECTRON2_DATASETS", "FOCAL_PLUGIN_TRITON", "OMP_NUM_THREADS", "PYTHONPATH")
-MAX_ERROR = 1e-4
-"""Relative to float64, of the loss and its gradient in float32; a device that works stays under 1e-5."""
+MAX_ERROR = 1e-4  # relative to float64, of the loss and its gradient in float32; where all works it is under 1e-5
 
 
 class Report:
-    """Lines of text, the problems among them, and the devices that a model was trained on."""
+    """Lines of text, the last of which is the verdict, and the problems among them."""
 
     def __init__(self):
         self.lines: list[str] = []
         self.problems: list[str] = []
-        self.devices: list[str] = []
 
-    def look(
-        self, name: str, check: Callable[..., object], *args: object, way_out: str = "", purpose: str = ""
-    ) -> bool:
+    def look(self, name: str, check: Callable, *args: object, way_out: str = "", purpose: str = "") -> bool:
         """Add what a check returns or raises, the latter as a problem if there is a way out; whether it returns."""
         try:
             self.lines.append(f"{name:<32} {check(*args)}")
             return True
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a module may raise anything while it is imported, SystemExit included
-            is_missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        except (Exception, SystemExit) as error:  # which a module may raise while it is imported
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            text = "not installed" if is_missing else text
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                text = "not installed"
         self.lines.append(f"{name:<32} {text} {'!' if way_out else f'({purpose})'}")
         self.problems += [f"{name}: {text} -> {way_out}"] if way_out else []
         return False
 
-    def verdict(self) -> str:
-        """Return the last line: whether all works, or what does not and what to do about it."""
-        if self.problems:
-            return f"verdict: does not work here: {'; '.join(self.problems)}"
-        return f"verdict: all works here ({', '.join(self.devices)})"
-
 
 def diagnose() -> Report:
     """Look at everything; takes some seconds, most of them to import torch and Detectron2."""
-    report = Report()
+    report, devices = Report(), []
     # Not into the report: what is imported warns and prints.
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         given = [f"{name}={os.environ[name]!r}" for name in VARIABLES if name in os.environ]
-        report.lines += [_environment(), f"{'environment':<32} {', '.join([sys.executable, *given])}"]
-        report.look("focal_plugin's origin", _origin_of_plugin)
-        report.look("Detectron2's origin", _origin_of_detectron2)
+        report.lines.append(_environment())
+        report.look("environment", ", ".join, [sys.executable, *given])
+        report.look("this tool", str, f"{__file__} (PYTHONPATH=. takes focal_plugin from its checkout)")
+        report.look("focal_plugin's origin", _origin, "focal_plugin", "focal_plugin")
+        report.look("Detectron2's origin", _origin, "detectron2", "detectron2", "sal-detectron2")
         there = {name for name, way_out in NEEDED.items() if report.look(name, _version, name, way_out=way_out)}
         for name, purpose in OPTIONAL.items():
             report.look(name, _version, name, purpose=purpose)
         report.look("OUTPUT_DIR", _output, way_out="work in another folder, or give OUTPUT_DIR on the command line")
         if {"torch", "torchvision"} <= there:
-            report.look("torchvision's operators", _nms, way_out=f"not made for this torch: {TORCH_LINE}")
+            from torch import ones
+            from torchvision.ops import nms
+
+            way_out = f"not made for this torch: {TORCH_LINE}"
+            report.look("torchvision's nms of one box", nms, ones(1, 4), ones(1), 0.5, way_out=way_out)
             report.look("GPU", _gpu, way_out="see pytorch.org for the torch that fits your driver")
         if "focal_plugin" in there:
-            _try_everywhere(report)
+            devices = _try_everywhere(report)
+    problems = "; ".join(report.problems)
+    verdict = f"does not work here: {problems}" if problems else f"all works here ({', '.join(devices)})"
+    report.lines.append(f"verdict: {verdict}")
     return report
 
 
-def _try_everywhere(report: Report) -> None:
-    import torch
+def _try_everywhere(report: Report) -> list[str]:
+    """Train each method a step, and compute the loss, on each device; return the devices."""
+    from torch.cuda import device_count
 
-    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+    devices = ["cpu", *(f"cuda:{i}" for i in range(device_count()))]
+    for device in devices:
         for title, config in (("FL", "digits/focal.yaml"), ("OHEM", "digits/ohem.yaml")):
             report.look(f"{title}, one step on {device}", one_step, config, device, way_out=REPORT_LINE)
         for gamma in (0.0, 0.5, 2.0):
             report.look(f"loss, gamma {gamma:g}, on {device}", loss_error, gamma, device, way_out=REPORT_LINE)
-        report.devices.append(device)
-
-
-# ------------------------------ what is installed
+    return devices
 
 
 def _environment() -> str:
     for module, function in (("detectron2.utils", "collect_env_info"), ("torch.utils", "get_pretty_env_info")):
-        try:
+        with contextlib.suppress(Exception):
             return getattr(importlib.import_module(f"{module}.collect_env"), function)().rstrip()
-        except Exception:
-            continue
     return f"Python {platform.python_version()}, {platform.platform()}; Detectron2 and torch cannot say more"
 
 
-def _origin_of_plugin() -> str:
-    spec = importlib.util.find_spec("focal_plugin")
-    folder = Path(spec.origin).parent if spec and spec.origin else HERE
-    version = re.search(r'^__version__ = "(.+)"$', (folder / "__init__.py").read_text("utf-8"), re.MULTILINE)
-    text = f"{version[1] if version else 'unknown version'}, {folder}"
-    if (folder.parent / ".git").exists():
+def _origin(module: str, *distributions: str) -> str:
+    """Return folder, version and, where pip or git knows it, commit: Detectron2 is "0.6" in years of commits."""
+    spec = importlib.util.find_spec(module)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    text = str(folder or "not found")
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.distribution(name)
+            commit = re.search(r'"commit_id": *"(\w+)"', found.read_text("direct_url.json") or "")
+            text += f", {name} {found.version}" + (f", commit {commit[1]}" if commit else "")
+    if folder and (folder.parent / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             text += f", commit {subprocess.check_output(command, text=True, timeout=20).strip()}"
-    return text + (f" (not the checkout of this tool, {HERE}: PYTHONPATH=. would take that)" if folder != HERE else "")
-
-
-def _origin_of_detectron2() -> str:
-    """Return distribution, version and, where pip knows it, commit: ``__version__`` is "0.6" in years of commits."""
-    text = "not installed by pip"
-    for name in ("detectron2", "sal-detectron2"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            distribution = metadata.distribution(name)
-            commit = re.search(r'"commit_id": *"(\w+)"', distribution.read_text("direct_url.json") or "")
-            text = f"{name} {distribution.version}" + (f", commit {commit[1]}" if commit else "")
     return text
 
 
@@ -149,27 +134,15 @@ def _version(module: str) -> str:
     return getattr(importlib.import_module(module), "__version__", "there")
 
 
-# ------------------------------ what works
-
-
-def _nms() -> str:
-    import torch
-    import torchvision
-
-    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    return "work (nms)"
-
-
 def _gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return f"{names}; NCCL {'there' if torch.distributed.is_nccl_available() else 'not there'}"
+        return f"torch can use {torch.cuda.device_count()}; NCCL there: {torch.distributed.is_nccl_available()}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
         if listed.startswith("GPU ") and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            name, cuda = listed.splitlines()[0].partition(" (UUID")[0], torch.version.cuda  # without its serial number
+            name, cuda = listed.partition(" (UUID")[0], torch.version.cuda  # without its serial number
             reason = f"the driver is too old for CUDA {cuda}, or broken" if cuda else "it is built for the CPU only"
             raise RuntimeError(f"{name}: torch cannot use it, {reason}")
     return "none that torch may use"
@@ -178,9 +151,9 @@ def _gpu() -> str:
 def _output() -> str:
     output = Path("output").absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise OSError(f"{output} cannot be written")
-    return f"{output} can be written, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return f"{output} can be written, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
+    raise OSError(f"{output} cannot be written")
 
 
 def one_step(config: str, device: str) -> str:
@@ -192,30 +165,24 @@ def one_step(config: str, device: str) -> str:
 
     from focal_plugin import get_config
 
-    start = time.perf_counter()
+    boxes = Boxes(torch.tensor([[10.0, 12.0, 34.0, 36.0], [60.0, 50.0, 90.0, 84.0]]))
+    objects = Instances((128, 128), gt_classes=torch.tensor([1, 7]), gt_boxes=boxes)
     with torch.random.fork_rng(devices=[]):  # the same numbers in every report, and in no other place
         torch.manual_seed(0)
         model = build_model(get_config(config, ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""])).train()
-    objects = Instances((128, 128))
-    objects.gt_boxes = Boxes(torch.tensor([[10.0, 12.0, 34.0, 36.0], [60.0, 50.0, 90.0, 84.0]]))
-    objects.gt_classes = torch.tensor([1, 7])
-    image = torch.randint(0, 256, (3, 128, 128), generator=torch.Generator().manual_seed(0)).float()
+        image = torch.randint(0, 256, (3, 128, 128)).float()
     with EventStorage():
         losses = model([{"image": image, "instances": objects}])
     sum(losses.values()).backward()
-    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    numbers = {**{name: float(loss) for name, loss in losses.items()}, "gradient": float(torch.stack(norms).norm())}
+    numbers = {**losses, "gradient": torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)}
     text = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
     if not all(map(math.isfinite, numbers.values())):
         raise FloatingPointError(f"not finite: {text}")
-    return f"{text} ({time.perf_counter() - start:.2f} s)"
+    return text
 
 
 def loss_error(gamma: float, device: str) -> str:
-    """Return the largest relative error of the loss and its gradient in float32, logits from -60 to 60; raise if high.
-
-    The truth is computed in float64. On a GPU it is the Triton kernels that are compared.
-    """
+    """Return the largest relative errors in float32 (on a GPU: of the Triton kernels), logits to 60; raise if high."""
     import torch
     from torch.nn.functional import logsigmoid
 
@@ -230,10 +197,10 @@ def loss_error(gamma: float, device: str) -> str:
     got = sigmoid_focal_loss(y, labels.to(device), 0.25, gamma, "sum")
     want.backward()
     got.backward()
-    of_loss = float(abs(got.detach().cpu().double() - want.detach()) / want.detach())
     counted = x.grad.abs() > 1e-37  # smaller ones are denormal in float32, or 0
-    of_gradient = float(((y.grad.cpu().double() - x.grad).abs() / x.grad.abs())[counted].max())
-    text = f"relative error {of_loss:.1e}, of the gradient {of_gradient:.1e}"
-    if not (of_loss <= MAX_ERROR and of_gradient <= MAX_ERROR):  # NaN is not
+    want = torch.cat([want.detach()[None], x.grad[counted]])
+    errors = (torch.cat([got.detach()[None].cpu(), y.grad.cpu()[counted]]) - want).abs() / want.abs()
+    text = f"relative error {errors[0]:.1e}, of the gradient {errors[1:].max():.1e}"
+    if not errors.max() <= MAX_ERROR:  # NaN is not
         raise ArithmeticError(text)
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -16,16 +17,10 @@ TEMPORARY = ".tmp"  # how the name of a file that is being written ends
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a file for writing that takes the place of ``path`` when, and only when, the block ends well.
+    """Open a file for writing ("w": UTF-8, or "wb") that takes the place of ``path`` when the block ends well.
 
-    Stopped at any moment, loss of power included, ``path`` is whole or as it was.
-
-    Args:
-        path: on this machine.
-        mode: "w" (UTF-8 text) or "wb".
-
-    Raises:
-        OSError: it cannot be written, or the disk is full; nothing is left behind.
+    Stopped at any moment, loss of power included, ``path`` is whole or as it was. An OSError, such as that of a full
+    disk, leaves nothing behind.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -48,10 +43,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def printable(value: object, limit: int = 60, quotes: bool = True) -> str:
-    """Return the repr of a value out of somebody's file, safe to print: one line, no control characters, not long.
-
-    ``quotes`` says whether those of a text are shown.
-    """
+    """Return the repr of a value out of somebody's file, safe to print: one line, no control characters, not long."""
     if isinstance(value, str):
         value = value[: limit + 1]  # repr of a huge string takes a while
     elif isinstance(value, (list, dict)) and len(value) > limit:
@@ -76,11 +68,9 @@ def machine() -> str:
     """Name the processor, its cores and, where there is one, the GPU."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    cpu = named[1] if named else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {os.cpu_count()} cores, {gpu}, {platform.system()}, Python {platform.python_version()}"
 

@@ -44,38 +44,22 @@ def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNe
 
 @dataclass
 class AnchorTargets:
-    """What a head may know of the anchors when it computes its loss.
+    """What a head may know of the anchors when it computes its loss; what is called has no gradient."""
 
-    Attributes:
-        labels: (N, R) int64: a class in [0, K), K for background, -1 for ignored.
-        anchors: (R, 4) XYXY in pixels.
-        box_losses: returns the (N, R) box loss of every foreground anchor, 0 for the others; no gradient.
-        pred_boxes: returns the (N, R, 4) predicted boxes, XYXY in pixels; no gradient.
-    """
-
-    labels: Tensor
-    anchors: Tensor
-    box_losses: Callable[[], Tensor]
-    pred_boxes: Callable[[], Tensor]
+    labels: Tensor  # (N, R) int64: a class in [0, K), K for background, -1 for ignored
+    anchors: Tensor  # (R, 4) XYXY in pixels
+    box_losses: Callable[[], Tensor]  # (N, R), the box loss of every foreground anchor, 0 for the others
+    pred_boxes: Callable[[], Tensor]  # (N, R, 4), the predicted boxes, XYXY in pixels
 
 
 class HeadLosses(NamedTuple):
-    """What a head returns from ``losses``.
+    """What a head returns from ``losses``."""
 
-    Attributes:
-        loss_cls: the sum of the classification loss over the examples trained on, a scalar.
-        box_mask: (N, R) bool, the foreground anchors whose boxes are trained.
-        num_examples: scalar tensor, what to divide ``loss_cls`` by; None: the model's normalizer, which counts all
-            positives.
-        num_boxes: the same for the box loss.
-        loss_cls_pos: the foreground anchors' part of ``loss_cls``, without a gradient, for the log; None: not logged.
-    """
-
-    loss_cls: Tensor
-    box_mask: Tensor
-    num_examples: Optional[Tensor] = None
-    num_boxes: Optional[Tensor] = None
-    loss_cls_pos: Optional[Tensor] = None
+    loss_cls: Tensor  # the sum of the classification loss over the examples trained on, a scalar
+    box_mask: Tensor  # (N, R) bool, the foreground anchors whose boxes are trained
+    num_examples: Optional[Tensor] = None  # divides loss_cls; None: the model's normalizer, which counts all positives
+    num_boxes: Optional[Tensor] = None  # the same for the box loss
+    loss_cls_pos: Optional[Tensor] = None  # the foreground's part of loss_cls, without a gradient, to be logged
 
 
 def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
@@ -90,10 +74,7 @@ _FEW_LOGITS = 2**17
 def per_level_views(pred_logits: list[Tensor], labels: Tensor, num_outputs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits as (N, Hi, Wi, A, num_outputs) beside their labels as (N, Hi, Wi, A), level by level, uncopied.
 
-    Args:
-        pred_logits: one (N, A * num_outputs, Hi, Wi) per level.
-        labels: (N, R), of all levels.
-        num_outputs: logits of an anchor.
+    Of each level ``pred_logits`` has (N, A * num_outputs, Hi, Wi); the ``labels`` of all levels are (N, R).
     """
     start = 0
     for x in pred_logits:
@@ -129,7 +110,6 @@ class FocalHead(Float32Buffers, RetinaNetHead):
     ):
         """
         Args:
-            num_classes: K.
             loss: "focal" or "focal_star".
             alpha: weight of positives, 1 - alpha that of negatives; < 0: no weighting.
             gamma: focusing parameter; 0 is cross entropy.
@@ -180,12 +160,7 @@ class FocalHead(Float32Buffers, RetinaNetHead):
         return LabelLoss(formula, alpha_weights(alpha, self.num_classes, logits))(logits, labels)
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
-        """Return the loss of all anchors that are not ignored.
-
-        Args:
-            pred_logits: one (N, A * num_outputs, Hi, Wi) per level.
-            targets: of the N images.
-        """
+        """Return the loss of all anchors that are not ignored, from (N, A * num_outputs, Hi, Wi) logits per level."""
         loss = self.anchor_losses(pred_logits, targets.labels)
         foreground = is_foreground(targets.labels, self.num_classes)
         return HeadLosses(loss.sum(), foreground, loss_cls_pos=torch.where(foreground, loss.detach(), 0).sum())
@@ -227,10 +202,7 @@ class HardExampleHead(FocalHead):
             ohem_batch_size: ``MODEL.OHEM.BATCH_SIZE``; as the next eight, described under the key of its name in
                 ``config.py`` and docs/config.md.
             gamma, alpha: as in FocalHead; here cross entropy without weighting by default.
-            kwargs: of :class:`FocalHead`.
-
-        Raises:
-            ValueError: a value out of range; the message names its config key.
+            kwargs: of :class:`FocalHead`, as the errors are.
         """
         check_choice("MODEL.OHEM.SCOPE", scope, ["image", "batch"])
         check_choice("MODEL.OHEM.RANK_BY", rank_by, ["cls", "cls+box"])
@@ -246,21 +218,12 @@ class HardExampleHead(FocalHead):
             logger.warning(f"{type(self).__name__} mines on a focal loss with gamma = {gamma}: {hint}")
         self.scope, self.rank_by, self.nms_boxes = scope, rank_by, nms_boxes
         self.normalizer, self.box_loss_on = normalizer, box_loss_on
-        self._mine = partial(
-            mine_hard_examples,
-            num_classes=self.num_classes,
-            batch_size=ohem_batch_size,
-            nms_thresh=nms_thresh,
-            neg_pos_ratio=neg_pos_ratio,
-            per_label=nms_per_label,
-        )
+        limits = {"batch_size": ohem_batch_size, "nms_thresh": nms_thresh, "neg_pos_ratio": neg_pos_ratio}
+        self._mine = partial(mine_hard_examples, num_classes=self.num_classes, per_label=nms_per_label, **limits)
         self._scalars = DeferredScalars()
 
     def losses(self, pred_logits: list[Tensor], targets: AnchorTargets) -> HeadLosses:
-        """Return the loss of the sampled anchors.
-
-        Log the examples sampled per image, and the mean score of those sampled and those dropped.
-        """
+        """Return the loss of the sampled anchors; log how many an image has, and mean scores of sampled and dropped."""
         scores, sampled = self.sample(pred_logits, targets)
         foreground = is_foreground(targets.labels, self.num_classes)
         positive, dropped = sampled & foreground, ~sampled & (targets.labels >= 0)

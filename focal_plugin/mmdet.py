@@ -5,7 +5,7 @@ In a config of MMDetection 3, as in configs/mmdet/retinanet_focal_plugin.py::
     custom_imports = dict(imports=["focal_plugin.mmdet"])
     model = dict(bbox_head=dict(loss_cls=dict(type="FocalPluginLoss", use_sigmoid=True, gamma=0.5, alpha=0.5)))
 
-Nothing else of focal_plugin imports it. It needs Detectron2 as well as MMDetection, as ``import focal_plugin`` does.
+It needs Detectron2 as well as MMDetection, as ``import focal_plugin`` does.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class FocalPluginLoss(nn.Module):
         reduction: "none", "mean" or "sum".
         loss_weight: a factor for the result.
         activated: refused, as logits cannot be had back of probabilities.
-        loss: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
-        beta: that of FL*.
+        loss, beta: "focal", or "focal_star" for FL* (appendix A of arXiv 1708.02002v2), which has no softmax form.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -100,10 +99,9 @@ class FocalPluginLoss(nn.Module):
         if avg_factor is not None and reduction == "sum":
             raise ValueError('avg_factor cannot be used with reduction="sum"')
         if pred.dim() != 2 or target.shape not in (pred.shape, pred.shape[:1]) or target.dtype == torch.bool:
-            raise ValueError(
-                "pred must be logits (N, C), and target labels (N,) or, with sigmoids, dense targets (N, C); got pred "
-                f"of shape {tuple(pred.shape)} and target of {target.dtype} and shape {tuple(target.shape)}"
-            )
+            got = f"{tuple(pred.shape)} and target of {target.dtype} and shape {tuple(target.shape)}"
+            allowed = "labels (N,) or, with sigmoids, dense targets (N, C)"
+            raise ValueError(f"pred must be logits (N, C), and target {allowed}; got pred of shape {got}")
         if weight is None:
             loss = self.loss(pred, target)
         else:

@@ -23,10 +23,9 @@ from .scalars import DeferredScalars
 
 
 def iou_loss(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return ``1 - IoU`` of each pair of (M, 4) XYXY boxes; the rest of its family is fvcore's and Detectron2's.
+    """Return ``1 - IoU`` of each pair of (M, 4) XYXY boxes: 1 without a gradient where they do not touch.
 
-    Where boxes do not touch it is 1 and has no gradient, which is what its successors change. ``eps`` keeps the
-    quotient of two empty boxes finite.
+    ``eps`` keeps the quotient of two empty boxes finite. The successors are fvcore's and Detectron2's.
     """
     top_left = torch.maximum(boxes1[:, :2], boxes2[:, :2])
     bottom_right = torch.minimum(boxes1[:, 2:], boxes2[:, 2:])
@@ -108,26 +107,24 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
             raise ValueError(NO_KEYS)
         # Not from RetinaNet's from_config: that builds a RetinaNetHead, and a second head drawn after it would start
         # from other random weights than stock RetinaNet with the same seed.
-        retinanet = cfg.MODEL.RETINANET
+        retinanet, focal = cfg.MODEL.RETINANET, cfg.MODEL.FOCAL
         backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        shapes = [shapes[f] for f in retinanet.IN_FEATURES]
+        shapes = [backbone.output_shape()[f] for f in retinanet.IN_FEATURES]
+        matcher = LowQualityMatcher(retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, focal.MIN_LOW_QUALITY_IOU)
         return {
             "backbone": backbone,
             "head": build_retinanet_head(cfg, shapes),
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, shapes),
             "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
-            "anchor_matcher": LowQualityMatcher(
-                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, cfg.MODEL.FOCAL.MIN_LOW_QUALITY_IOU
-            ),
+            "anchor_matcher": matcher,
             "num_classes": retinanet.NUM_CLASSES,
             "focal_loss_alpha": retinanet.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": retinanet.FOCAL_LOSS_GAMMA,
             "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
             "box_reg_loss_type": retinanet.BBOX_REG_LOSS_TYPE,
-            "normalizer": cfg.MODEL.FOCAL.NORMALIZER,
-            "normalizer_sync": cfg.MODEL.FOCAL.NORMALIZER_SYNC,
+            "normalizer": focal.NORMALIZER,
+            "normalizer_sync": focal.NORMALIZER_SYNC,
             "test_score_thresh": retinanet.SCORE_THRESH_TEST,
             "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": retinanet.NMS_THRESH_TEST,
@@ -201,9 +198,7 @@ class FocalRetinaNet(Float32Buffers, RetinaNet):
         return torch.cat(deltas, dim=1)
 
     def anchor_targets(self, anchors: Tensor, deltas: Tensor, labels: Tensor, gt_boxes: Tensor) -> AnchorTargets:
-        """Return what the head is told of the anchors, from (R, 4) anchors, predicted (N, R, 4) deltas, (N, R) labels
-        and the matched (N, R, 4) boxes.
-        """
+        """Return what the head is told of the (R, 4) anchors; deltas and matched boxes are (N, R, 4), labels (N, R)."""
         deltas = deltas.detach()
 
         def box_losses() -> Tensor:

@@ -10,11 +10,10 @@ _PENDING: "WeakSet[DeferredScalars]" = WeakSet()
 
 
 class DeferredScalars:
-    """Scalars that are handed to the event storage when they can be read without waiting.
+    """Scalars that are handed to the event storage when they can be read without waiting; on the CPU at once.
 
-    The storage takes Python numbers, and to read one off a GPU makes the host wait for all before it. Copied in the
-    background it is there when the step is over and :func:`flush_scalars` is called, or else in the next step, which
-    hands it on under its own iteration. On the CPU nothing is put off.
+    To read a Python number off a GPU makes the host wait for all before it. Copied in the background it is there when
+    the step is over and :func:`flush_scalars` is called, or else in the next step, which keeps its iteration.
     """
 
     def __init__(self):

@@ -24,21 +24,18 @@ class SSDHead(HardExampleHead):
     negatives of one; SSD leaves it out.
 
     Smooth L1, the other half of SSD's loss, is ``MODEL.RETINANET.SMOOTH_L1_LOSS_BETA 1.0`` with ``BBOX_REG_WEIGHTS
-    (10.0, 10.0, 5.0, 5.0)``, the inverse of the variances in its authors' code. No prior is in the biases at the start:
-    they are all equal, and so are the softmax's probabilities. No weights of ``cls_score`` of a stock RetinaNet fit.
+    (10.0, 10.0, 5.0, 5.0)``, the inverse of the variances in its authors' code. The biases start with no prior, all
+    equal. No weights of ``cls_score`` of a stock RetinaNet fit.
     """
 
     @configurable
     def __init__(self, *, num_classes: int, neg_pos_ratio: float = 3.0, **kwargs):
         """
         Args:
-            num_classes: K.
             neg_pos_ratio: negatives kept for each positive.
-            kwargs: of :class:`focal_plugin.heads.FocalHead`, without ``loss`` and ``class_alpha``. gamma and alpha
-                (foreground alpha, background 1 - alpha) are 0 and off by default; gamma > 0 is the softmax focal loss.
-
-        Raises:
-            ValueError: a value out of range; the message names its config key.
+            kwargs: of :class:`focal_plugin.heads.FocalHead`, as the errors are, without ``loss`` and ``class_alpha``.
+                gamma and alpha (foreground alpha, background 1 - alpha) are 0 and off by default; gamma > 0 is the
+                softmax focal loss.
         """
         if kwargs.get("loss", "focal") != "focal" or len(kwargs.get("class_alpha", ())):
             raise ValueError("SSDHead is a softmax: MODEL.FOCAL.LOSS and MODEL.FOCAL.CLASS_ALPHA are not for it")
@@ -57,9 +54,7 @@ class SSDHead(HardExampleHead):
         return SoftmaxLoss(Focal(self.gamma), weights)(logits, labels)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return K + 1 logits an anchor in training, for ``losses``; else those of :meth:`detection_logits`, which
-        RetinaNet's inference and Detectron2's exporters take.
-        """
+        """Return K + 1 logits an anchor in training, else what RetinaNet's inference and the exporters take."""
         logits, deltas = super().forward(features)
         return (logits if self.training else [self.detection_logits(x) for x in logits]), deltas
 

@@ -1,4 +1,8 @@
-"""A model small enough to train in a test, and batches for it."""
+"""A model small enough to train in a test, batches for it, and the tools as functions."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +73,22 @@ def make_batch():
         return batch
 
     return make
+
+
+@pytest.fixture
+def call_tool(monkeypatch, capfd):
+    """call_tool("predict", "a.png", ...) runs a tool in this process: its exit code, stdout and stderr."""
+
+    def run(name, *words):
+        path = Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        monkeypatch.setattr(sys, "argv", [path.name, *map(str, words)])
+        try:
+            code = tool.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,11 +25,10 @@ def test_wheel_has_all_it_needs_and_works_without_the_checkout(tmp_path):
     """Built from an sdist, so that the sdist is complete, too."""
     pytest.importorskip("setuptools")
     source = tmp_path / "source"  # a copy: building leaves files behind
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
     for name in ("focal_plugin", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], cwd=source, check=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -37,11 +37,10 @@ def test_wheel_has_all_it_needs_and_works_without_the_checkout(tmp_path):
         archive.extractall(tmp_path / "wheel")
     assert {p.name for p in (tmp_path / "wheel").iterdir() if p.suffix != ".dist-info"} == {"focal_plugin"}
     inside = tmp_path / "wheel" / "focal_plugin"
-    suffixes = {".py", ".yaml", ".html", ".css", ".md"}
-    in_tree = {p.relative_to(ROOT) for name in ("focal_plugin", "configs") for p in (ROOT / name).rglob("*")}
-    expected = {p.relative_to("focal_plugin") if p.parts[0] == "focal_plugin" else p for p in in_tree}
-    in_wheel = {p.relative_to(inside) for p in inside.rglob("*")}
-    assert {p for p in expected if p.suffix in suffixes} == {p for p in in_wheel if p.suffix in suffixes}
+    folders = {ROOT / "focal_plugin": inside, ROOT / "configs": inside / "configs"}
+    expected = {folders[folder] / p.relative_to(folder) for folder in folders for p in folder.rglob("*")}
+    for suffix in (".py", ".yaml", ".html", ".css", ".md"):
+        assert {p for p in expected if p.suffix == suffix} == set(inside.rglob(f"*{suffix}"))
     code = "import focal_plugin as f; print(f.__file__, f.get_config('retina_focal.yaml').MODEL.META_ARCHITECTURE)"
     done = python(code, cwd=tmp_path, path=tmp_path / "wheel")
     assert done.stdout.split() == [str(inside / "__init__.py"), "FocalRetinaNet"], done.stderr
@@ -105,15 +104,9 @@ def test_environment_is_made_once_and_made_again_from_nothing(setup_env, tmp_pat
 
 @pytest.mark.parametrize("failure", [3, FileNotFoundError("no such file")])
 def test_failed_step_is_named_and_the_environment_not_trusted(setup_env, tmp_path, monkeypatch, failure):
-    def call(*_, **__):
-        if isinstance(failure, OSError):
-            raise failure
-        return failure
-
-    monkeypatch.setattr(setup_env.subprocess, "call", call)
-    with pytest.raises(
-        setup_env.SetupError, match=r"step 1 \(environment\) failed: (exit status 3|no such file)\n.*venv"
-    ):
+    monkeypatch.setattr(setup_env.subprocess, "call", Mock(side_effect=[failure]))
+    reason = r"step 1 \(environment\) failed: (exit status 3|no such file)\n.*venv"
+    with pytest.raises(setup_env.SetupError, match=reason):
         setup_env.setup(tmp_path / "venv")
     assert (tmp_path / "venv" / setup_env.OWNED).read_text() == f"{setup_env.ROOT}\n"
 
@@ -121,34 +114,28 @@ def test_failed_step_is_named_and_the_environment_not_trusted(setup_env, tmp_pat
 @pytest.mark.parametrize("owner", ["", "another checkout"])
 def test_foreign_environment_is_never_changed(setup_env, tmp_path, monkeypatch, owner):
     venv = tmp_path / "venv"
-    venv.mkdir()
+    (venv / "bin").mkdir(parents=True)
     (venv / (setup_env.OWNED if owner else "keep")).write_text(f"{owner}\n")
     before = sorted(venv.iterdir())
     with pytest.raises(setup_env.SetupError, match="not touched"):
         setup_env.empty(venv)
     with pytest.raises(setup_env.SetupError, match="neither a Python environment"):
         setup_env.setup(venv)
-    (venv / "bin").mkdir()
     (venv / "bin" / "python").symlink_to(sys.executable)
     monkeypatch.setattr(setup_env, "PROBE", "import no_detectron2_here")
     with pytest.raises(setup_env.SetupError, match=r"No module named 'no_detectron2_here'(.|\n)*pip install"):
         setup_env.setup(venv)
     monkeypatch.setattr(setup_env, "PROBE", "")
     setup_env.setup(venv)
-    assert sorted(venv.iterdir()) == sorted([*before, venv / "bin"]) and not setup_env.ran
+    assert sorted(venv.iterdir()) == before and not setup_env.ran
 
 
 def test_two_at_once_wait(setup_env, tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def flock(file, how):
-        asked.append(how & setup_env.fcntl.LOCK_NB)
-        if len(asked) == 1:
-            raise BlockingIOError
-
+    flock = Mock(side_effect=[BlockingIOError, None])
     monkeypatch.setattr(setup_env.fcntl, "flock", flock)
     setup_env.setup(tmp_path / "venv")
-    assert "waiting for another setup" in capsys.readouterr().out and asked == [setup_env.fcntl.LOCK_NB, 0]
+    assert "waiting for another setup" in capsys.readouterr().out
+    assert [call.args[1] & setup_env.fcntl.LOCK_NB for call in flock.call_args_list] == [setup_env.fcntl.LOCK_NB, 0]
 
 
 @pytest.mark.parametrize("version", [(3, 8), (3, 10, 2), (3, 14)])

@@ -18,7 +18,6 @@ from pathlib import Path
 from focal_plugin.deploy.export import (
     FILES,
     OUTPUTS,
-    MissingPackageError,
     check_export,
     export,
     format_differences,
@@ -26,8 +25,7 @@ from focal_plugin.deploy.export import (
     require,
     write_description,
 )
-from focal_plugin.deploy.predict import add_model_arguments, load_inference_config, name_classes, read_extras
-from focal_plugin.engine.checkpoint import build_trained_model
+from focal_plugin.deploy.predict import Predictor, add_model_arguments, load_inference_config
 
 
 def parse_args():
@@ -51,19 +49,18 @@ def run(args, formats):
     args.opts += ["MODEL.DEVICE", "cpu"]
     cfg = load_inference_config(args)
     sample = read_sample(cfg, args.sample_image)
-    model = build_trained_model(cfg).eval()
-    classes, _ = name_classes(cfg, args.classes, read_extras(cfg).get("thing_classes", ()))
+    predictor = Predictor(cfg, args.classes, score_threshold=1.0)  # its own threshold is higher than the config's
     args.output.mkdir(parents=True, exist_ok=True)
     same = True
     for name in formats:
         path = args.output / FILES[name]
-        export(model, sample, path)
+        export(predictor.model, sample, path)
         print(f"{name}: {path}, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
         if args.check:
-            differences = check_export(model, path, sample)
+            differences = check_export(predictor.model, path, sample)
             print(format_differences(differences), flush=True)
             same = same and not any(d.problems for d in differences.values())
-    write_description(args.output / "model.json", cfg, classes, formats)
+    write_description(args.output / "model.json", cfg, predictor.classes, formats)
     print(
         f"Before: float32 (3, height, width), {cfg.INPUT.FORMAT}, 0 to 255, shortest edge {cfg.INPUT.MIN_SIZE_TEST} "
         f"(longest at most {cfg.INPUT.MAX_SIZE_TEST}).\n"
@@ -79,7 +76,7 @@ def main():
     warnings.simplefilter("ignore")
     try:
         same = run(args, list(FILES) if args.format == "all" else [args.format])
-    except (OSError, ValueError, MissingPackageError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not same:

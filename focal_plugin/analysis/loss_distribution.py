@@ -1,12 +1,8 @@
 """Count which windows carry the loss: the distribution behind Figure 4 of the focal loss paper, in bounded memory.
 
-The paper (Lin et al. 2017, section 5.1) does not say what a "window" is. Here a window is one entry of the sigmoid
-output, that of one anchor and one class: the positives are the entries of foreground anchors at their matched class,
-the negatives all other entries of the anchors that are not ignored. Ignored anchors are left out.
-
-Every window has a logit of being wrong, ``s`` (see :mod:`focal_plugin.losses.formulas`), and the focal loss grows with
-``s`` whatever gamma is. One histogram over ``s`` therefore sorts the windows by their loss for all gammas at once.
-Alpha is a constant factor within each group, which the normalized distributions do not see: the loss is without it.
+The paper does not say what a "window" is: :data:`WINDOW` says what it is here. Every window has a logit of being wrong,
+``s`` (see :mod:`focal_plugin.losses.formulas`), with which the focal loss grows whatever gamma is. One histogram over
+``s`` therefore sorts the windows by their loss for all gammas at once.
 """
 
 from __future__ import annotations
@@ -17,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.args import check_gamma, check_labels
-from ..losses.formulas import softplus
+from ..losses.args import check_choice, check_gamma, check_labels
+from ..losses.formulas import Focal
 
 GROUPS = ("positive", "negative")
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
-"""Those of Figure 4."""
+GAMMAS = (0.0, 0.5, 1.0, 2.0)  # of Figure 4
+WINDOW = (
+    "A window is one entry of the sigmoid output: one anchor and one class. Positives are the entries of foreground "
+    "anchors at their matched class, negatives all other entries of anchors that are not ignored; ignored anchors are "
+    "left out. (The paper does not say what its windows are.) Labels are the model's own matcher's; images are resized "
+    "as for a test. Loss is without alpha, which cancels in every share."
+)
 
 # Bins of 1/64 between logits of -60 and 60, and one on either side for what is beyond. Within a bin the focal loss
 # changes by a factor of at most exp((1 + gamma) / 64), 5 % for gamma = 2.
@@ -36,14 +37,10 @@ class LossDistribution:
     """How the loss is spread over the windows, positives and negatives each, for several gammas of the same logits.
 
     The distributions are exact at the edges of the bins and linear in between; counts and totals are exact (float64).
-    The state has a fixed size: 2 groups of :data:`NUM_BINS` bins, each with a count and a sum of losses per gamma,
-    600 KB for four gammas.
+    The state does not grow: 2 groups of :data:`NUM_BINS` bins, 600 KB for four gammas.
 
     Args:
-        gammas: focusing parameters, >= 0; 0 is cross entropy.
-
-    Raises:
-        ValueError: there is none, one is given twice, or one is out of range.
+        gammas: one or more different numbers >= 0, or a ValueError; 0 is cross entropy.
     """
 
     def __init__(self, gammas: Iterable[float] = GAMMAS):
@@ -52,8 +49,8 @@ class LossDistribution:
             raise ValueError(f"gammas must be one or more different numbers, got {list(self.gammas)}")
         for gamma in self.gammas:
             check_gamma(gamma)
-        self._counts = torch.zeros(len(GROUPS), NUM_BINS, dtype=torch.int64)
-        self._sums = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
+        # Of each group and bin the count, then the sum for each gamma.
+        self._bins = torch.zeros(len(GROUPS), 1 + len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -64,14 +61,14 @@ class LossDistribution:
             labels: (...) integers: a class in [0, K), K for background, -1 ignored.
 
         Raises:
-            ValueError: the shapes do not agree, a label is out of range (on a GPU: a device-side assertion), or a
-                logit that counts is not finite.
+            ValueError: shapes that do not agree, a label out of range (on a GPU: a device-side assertion), or a logit
+                that counts and is not finite.
         """
         num_classes = logits.shape[-1]
         check_labels(labels, logits.shape, logits.dim() - 1, num_classes)
         if logits.numel() == 0:
             return
-        self._counts, self._sums = self._counts.to(logits.device), self._sums.to(logits.device)
+        self._bins = self._bins.to(logits.device)
         x, y = logits.flatten(0, -2), labels.flatten()
         is_foreground = (y >= 0) & (y < num_classes)
         foreground = x[is_foreground]
@@ -83,19 +80,14 @@ class LossDistribution:
             self._add(1, block)
 
     def _add(self, group: int, s: Tensor) -> None:
-        """Add windows with these (M,) logits of being wrong, which may be overwritten, to a group."""
+        """Add windows of a group by their (M,) logits of being wrong."""
         s = s.double()
         if not s.isfinite().all():
             raise ValueError("a logit is NaN or infinite: the model has diverged, or its input is not finite")
         bins = torch.add(_LIMIT * _PER_UNIT + 1, s, alpha=_PER_UNIT).floor_().clamp_(0, NUM_BINS - 1).long()
-        self._counts[group] += torch.bincount(bins, minlength=NUM_BINS)
-        # formulas.Focal, whose two costly terms are the same for every gamma.
-        cross_entropy = softplus(s, out=torch.empty_like(s))
-        log_wrong = torch.sub(s, cross_entropy, out=s)
-        loss = torch.empty_like(s)
-        for i, gamma in enumerate(self.gammas):
-            torch.mul(log_wrong, gamma, out=loss).exp_().mul_(cross_entropy)
-            self._sums[group, i] += torch.bincount(bins, weights=loss, minlength=NUM_BINS)
+        self._bins[group, 0] += torch.bincount(bins, minlength=NUM_BINS)
+        for sums, gamma in zip(self._bins[group, 1:], self.gammas):
+            sums += torch.bincount(bins, weights=Focal(gamma).value(s), minlength=NUM_BINS)
 
     def count(self, group: str) -> int:
         """Return the number of windows of ``"positive"`` or ``"negative"``."""
@@ -108,10 +100,7 @@ class LossDistribution:
     def curve(self, group: str, gamma: float, out_of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return which share of the loss of a group a fraction of its windows carries, the hardest ones first.
 
-        Args:
-            group: "positive" or "negative".
-            gamma: one of :attr:`gammas`.
-            out_of: the number of windows to relate to, if more than were counted: the others have no loss.
+        ``out_of`` is the number of windows to relate to, if more than were counted: the others have no loss.
 
         Returns:
             Fractions and shares at the edges of all bins that are not empty, from (0, 0) to (1, 1); between them they
@@ -121,15 +110,13 @@ class LossDistribution:
         filled = np.flatnonzero(counts)[::-1]
         total = max(counts.sum() if out_of is None else out_of, 1)
         fraction = np.concatenate([[0], counts[filled].cumsum() / total, [1]])
-        loss = np.append(0, sums[filled].cumsum())
-        loss = np.append(loss, loss[-1])
+        loss = np.concatenate([[0], sums[filled], [0]]).cumsum()
         return fraction, loss / loss[-1] if loss[-1] > 0 else np.full(len(loss), np.nan)
 
     def _of(self, group: str, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the counts of a group and its sums for a gamma, per bin."""
-        if group not in GROUPS:
-            raise ValueError(f"group must be one of {', '.join(GROUPS)}; got {group!r}")
+        """Counts and sums per bin."""
+        check_choice("group", group, GROUPS)
         if gamma not in self.gammas:
             raise ValueError(f"gamma {gamma} was not counted, only {list(self.gammas)}")
-        i, g = GROUPS.index(group), self.gammas.index(gamma)
-        return self._counts[i].cpu().numpy(), self._sums[i, g].cpu().numpy()
+        bins = self._bins[GROUPS.index(group)].cpu().numpy()
+        return bins[0], bins[1 + self.gammas.index(gamma)]

@@ -24,24 +24,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..eval.drawing import COLORS
 from ..files import atomic_write
 from ..heads import AnchorTargets, OHEMHead, per_level_views
 from ..losses.formulas import Focal
 from ..retinanet import FocalRetinaNet
-from .loss_distribution import GAMMAS, GROUPS, LossDistribution
+from .loss_distribution import GAMMAS, GROUPS, WINDOW, LossDistribution
 
 FIGURE1_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
-FRACTIONS = (0.01, 0.1, 0.2)
-"""Of the hardest windows, whose share of the loss is told."""
-
-# Okabe and Ito's palette for colour-blind readers, without its yellow, and without black, which OHEM's line has.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_WINDOW = (
-    "A window is one entry of the sigmoid output: one anchor and one class. Positives are the entries of foreground "
-    "anchors at their matched class, negatives all other entries of anchors that are not ignored; ignored anchors are "
-    "left out. (The paper does not say what its windows are.) Labels are the model's own matcher's; images are resized "
-    "as for a test. Loss is without alpha, which cancels in every share."
-)
+FRACTIONS = (0.01, 0.1, 0.2)  # of the hardest windows, whose share of the loss is told
+_COLORS = [color for color in COLORS if color != "#000000"]  # which OHEM's line has
 _OHEM = (
     "OHEM is applied to the same logits: anchors scored by their cross entropy, then NMS, batch size and ratio of "
     "`MODEL.OHEM`. Its rows above give every window that it drops a loss of 0. *hardest* are as many anchors of "
@@ -51,27 +43,19 @@ _OHEM = (
 
 @dataclass
 class Counted:
-    """What :func:`collect` counted: the windows of how many images, some of which have no object.
+    """What :func:`collect` counted."""
 
-    Attributes:
-        losses: of all windows.
-        ohem: "OHEM", the windows of the anchors that OHEM keeps, and "hardest", those of as many anchors of each image,
-            but the hardest: what it would keep without NMS and ratio. Empty: without OHEM.
-    """
-
-    losses: LossDistribution
-    ohem: dict[str, LossDistribution]
+    losses: LossDistribution  # of all windows
+    ohem: dict[str, LossDistribution]  # of what "OHEM" keeps, and of as many anchors an image, the "hardest"; or empty
     images: int = 0
-    empty_images: int = 0
+    empty_images: int = 0  # without an object
 
 
 def build_loader(cfg: CfgNode, num_images: int | None = None) -> DataLoader:
     """Load the annotated images of ``DATASETS.TEST``, or a random choice of so many, resized as for a test.
 
-    A batch is one image; with ``MODEL.OHEM.SCOPE batch``, which mines a whole batch, it is that of training.
-
-    Raises:
-        ValueError: ``DATASETS.TEST`` is empty, or no image has an object.
+    A batch is one image; with ``MODEL.OHEM.SCOPE batch``, which mines a whole batch, it is that of training. No data
+    set, or none with an object, is a ValueError.
     """
     names = list(cfg.DATASETS.TEST)
     if not names:
@@ -107,22 +91,21 @@ def collect(
     """Count the loss of every window of the images that a loader gives, and of those that OHEM would keep.
 
     Args:
-        model: in whatever mode; it is run in that of inference, and given back as it was.
+        model: it is run in the mode of inference, and given back in its own.
         data_loader: batches of Detectron2's input dicts, with "instances" (:func:`build_loader`).
         gammas: see LossDistribution; with ``ohem``, cross entropy (0), by which it ranks, is added.
-        ohem: the head that samples, as from :func:`build_ohem_head`; None: no OHEM.
+        ohem: the head that samples, from :func:`build_ohem_head`.
 
     Raises:
         ValueError: a model with a softmax, or what LossDistribution raises.
     """
     if getattr(model.head, "num_outputs", model.num_classes) != model.num_classes:
         raise ValueError(
-            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax over classes and background; a window is one "
-            "sigmoid, of which it has none"
+            f"MODEL.FOCAL.HEAD {type(model.head).__name__} is a softmax; a window is one sigmoid: it has none"
         )
     gammas = sorted({0.0, *map(float, gammas)}) if ohem else list(gammas)
-    by_name = {name: LossDistribution(gammas) for name in ("OHEM", "hardest")} if ohem else {}
-    counted = Counted(LossDistribution(gammas), by_name)
+    names = ("OHEM", "hardest") if ohem else ()
+    counted = Counted(LossDistribution(gammas), {name: LossDistribution(gammas) for name in names})
     with inference_context(model):
         for batch in data_loader:
             logits, targets = _predict(model, batch)
@@ -132,7 +115,7 @@ def collect(
                 counted.losses.update(x, y)
             if ohem:
                 scores, kept = ohem.to(model.device).sample(logits, targets)
-                scores = scores.masked_fill(targets.labels < 0, -math.inf)
+                # Ignored anchors have no loss: they come last.
                 hardest = scores.argsort(dim=1, descending=True).argsort(dim=1) < kept.sum(dim=1, keepdim=True)
                 for name, mask in (("OHEM", kept), ("hardest", hardest)):
                     counted.ohem[name].update(*ohem.gather_anchors(logits, targets.labels, mask))
@@ -143,11 +126,10 @@ def _predict(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], An
     """Return the logits per level, (N, A * K, Hi, Wi), and what the model would tell its head in training."""
     features = model.backbone(model.preprocess_image(batch).tensor)
     features = [features[name] for name in model.head_in_features]
-    logits, deltas = model.head(features)
-    anchors = model.anchor_generator(features)
+    (logits, deltas), anchors = model.head(features), model.anchor_generator(features)
     labels, boxes = model.label_anchors(anchors, [image["instances"].to(model.device) for image in batch])
-    anchors, deltas = Boxes.cat(anchors).tensor, model.flatten_deltas(deltas)
-    return logits, model.anchor_targets(anchors, deltas, torch.stack(labels), torch.stack(boxes))
+    targets = Boxes.cat(anchors).tensor, model.flatten_deltas(deltas), torch.stack(labels), torch.stack(boxes)
+    return logits, model.anchor_targets(*targets)
 
 
 def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
@@ -162,12 +144,12 @@ def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
     def totals(of: LossDistribution) -> pd.DataFrame:
         return pd.DataFrame({f"{group}s": [of.total(group, g) for g in gammas.values()] for group in GROUPS}, gammas)
 
-    rows = {name: (losses, gamma) for name, gamma in gammas.items()}
-    rows |= {"OHEM": (counted.ohem["OHEM"], 0.0)} if counted.ohem else {}
+    rows = [(name, losses, gamma) for name, gamma in gammas.items()]
+    rows += [("OHEM", counted.ohem["OHEM"], 0.0)] if counted.ohem else []
     hardest = {
         f"{group}, {name}": np.interp(FRACTIONS, *of.curve(group, gamma, out_of=losses.count(group)))
         for group in GROUPS
-        for name, (of, gamma) in rows.items()
+        for name, of, gamma in rows
     }
     total = totals(losses)
     ratio = total["negatives"] / total["positives"].replace(0, math.nan)
@@ -183,8 +165,7 @@ def summarize(counted: Counted, cfg: CfgNode) -> tuple[dict[str, Any], str]:
     parts = [
         "{images:,} images, {empty_images:,} of them without an object; {anchors[positive]:,} foreground and "
         "{anchors[negative]:,} background anchors; {windows[positive]:,} positive and {windows[negative]:,} negative "
-        "windows.".format(**numbers),
-        "Share of the loss that the hardest windows carry:",
+        "windows.\n\nShare of the loss that the hardest windows carry:".format(**numbers),
         _table("windows", 100 * numbers["hardest_share"], "{:.1f} %"),
         "All of the loss, and negatives for each unit of positives:",
         _table("loss", numbers["total_loss"], "{:,.4g}"),
@@ -211,10 +192,10 @@ def write_report(
     numbers: dict[str, Any], tables: str, environment: dict[str, Any], figures: list[Path], folder: Path
 ) -> list[Path]:
     """Write what :func:`summarize` returns to loss_distribution.md and loss_distribution.json; return their paths."""
-    explained = [_WINDOW, _OHEM] if "ohem" in numbers else [_WINDOW]
+    explained = [WINDOW, _OHEM] if "ohem" in numbers else [WINDOW]
     pictures = [f"![{p.stem}]({p.name})" for p in figures if p.suffix == ".png"]
-    versions = ", ".join(" ".join(pair) for pair in environment.get("versions", {}).items())
-    made = "\n".join(f"- {name}: {value}" for name, value in {**environment, "versions": versions}.items())
+    made = {**environment, "versions": ", ".join(map(" ".join, environment.get("versions", {}).items()))}
+    made = "\n".join(f"- {name}: {value}" for name, value in made.items())
     text = "\n\n".join(["# Which windows carry the loss", tables, *explained, *pictures, "## How", made])
     frames = {"default": lambda frame: json.loads(frame.to_json(orient="index", double_precision=15))}  # NaN to null
     plain = json.dumps({"environment": environment, **numbers}, **frames, indent=1)
@@ -244,8 +225,7 @@ def draw_figure1(gammas: Iterable[float], folder: Path) -> list[Path]:
 def draw_figure4(counted: Counted, folder: Path, title: str = "") -> list[Path]:
     """Draw which share of the loss which part of the windows carries; return figure4.png and figure4.svg.
 
-    The upper panels are the paper's: the cumulative distribution of the loss, windows sorted from easy to hard. The
-    lower panels show their right ends, the hardest windows, on a logarithmic scale.
+    The upper panels are the paper's, from easy windows to hard ones; the lower show their right ends, logarithmically.
     """
     figure = Figure(figsize=(10.4, 8.4), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # between the tick labels of neighbours
@@ -259,23 +239,19 @@ def draw_figure4(counted: Counted, folder: Path, title: str = "") -> list[Path]:
             hardest, share = distribution.curve(group, gamma, out_of=number)
             upper.plot(1 - hardest, 1 - share, **style)
             lower.plot(hardest, share, **style)
+        left = max(1e-6, min(0.1, 1 / max(number, 1)))  # one window, or a millionth
         upper.set(title=f"{name}: {number:,} windows", xlabel=f"fraction of {name} windows, from easy to hard")
-        lower.set(xlabel=f"hardest {name} windows (log scale)", xscale="log")
-        for axis, left in ((upper, 0), (lower, max(1e-6, min(0.1, 1 / max(number, 1))))):  # one window, or a millionth
-            axis.set(xlim=(left, 1), ylim=(0, 1))
-            axis.grid(alpha=0.3)
-            axis.yaxis.set_major_formatter(_percent)
-        lower.xaxis.set_major_formatter(_percent)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
+        lower.set(xlabel=f"hardest {name} windows (log scale)", xscale="log", xlim=(left, 1), ylim=(0, 1))
+        for ticks in (upper.yaxis, lower.yaxis, lower.xaxis):
+            ticks.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            ticks.axes.grid(alpha=0.3)
     axes[0, 0].set_ylabel("cumulative share of the loss")
     axes[1, 0].set_ylabel("share of the loss in the hardest windows")
     # The lines of the background, of which there always is some.
     axes[0, 0].legend(handles=axes[0, 1].get_legend_handles_labels()[0], fontsize=9, loc="upper left")
     figure.suptitle(title, fontsize=11)
     return _save(figure, folder / "figure4")
-
-
-def _percent(value: float, _: int) -> str:
-    return f"{100 * value:g} %"
 
 
 def _styles(gammas: Iterable[float]) -> Iterator[tuple[float, dict[str, Any]]]:

@@ -20,11 +20,7 @@ _MAX_LEFT = 0.7  # part of the unmatched boxes that they may leave
 
 
 def anchor_generator(cfg: CfgNode) -> DefaultAnchorGenerator:
-    """Return Detectron2's generator of a config's anchors.
-
-    Raises:
-        ValueError: the anchors are rotated, or on levels other than p3, p4, ...
-    """
+    """Return Detectron2's generator of a config's anchors; a ValueError refuses rotated ones and levels but p3-p9."""
     levels = [re.fullmatch(r"p(\d)", name) for name in cfg.MODEL.RETINANET.IN_FEATURES]
     if not levels or not all(levels):
         raise ValueError(f"MODEL.RETINANET.IN_FEATURES {list(cfg.MODEL.RETINANET.IN_FEATURES)} are no FPN levels")
@@ -38,10 +34,8 @@ def anchor_generator(cfg: CfgNode) -> DefaultAnchorGenerator:
 
 
 def resized_sizes(sizes: np.ndarray, cfg: CfgNode) -> np.ndarray:
-    """Return (N, 2) widths and heights in pixels, float64, as training's resizing to its median size makes them.
-
-    Raises:
-        ValueError: INPUT.MIN_SIZE_TRAIN is empty.
+    """Return (N, 2) widths and heights in pixels, float64, as training's resizing to its median size makes them, and
+    raise a ValueError if INPUT.MIN_SIZE_TRAIN is empty.
     """
     if not np.size(cfg.INPUT.MIN_SIZE_TRAIN):
         raise ValueError("INPUT.MIN_SIZE_TRAIN is empty")
@@ -84,16 +78,13 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
     Args:
         boxes: float64, (N, 4), XYWH in pixels of the images as they are on disk; finite, with w, h > 0.
         sizes: (N, 2), width and height of the box's image.
-        cfg: a Detectron2 config: its anchors, INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN.
         max_boxes: look at that many evenly spaced boxes only; None for all.
 
     Returns:
         What json can hold: ``boxes`` looked at, ``unmatched`` of them, their ``share``, ``mean_best_iou``,
         ``unmatched_sizes`` (10 %, 50 % and 90 % quantiles of sqrt(w * h), pixels of the resized image), ``hints`` in
-        words, and ``sizes`` to set MODEL.ANCHOR_GENERATOR.SIZES to, or None.
-
-    Raises:
-        ValueError: see :func:`anchor_generator` and :func:`resized_sizes`.
+        words, and ``sizes`` to set MODEL.ANCHOR_GENERATOR.SIZES to, or None. A ValueError says why the anchors or
+        sizes of the config cannot be compared.
     """
     generator = anchor_generator(cfg)
     rows = _evenly_spaced(len(boxes), max_boxes or len(boxes))
@@ -115,7 +106,7 @@ def check_coverage(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode, max_boxes
         sides = np.sqrt((unmatched[:, 2:] - unmatched[:, :2]).prod(axis=1))
         result["unmatched_sizes"] = np.quantile(sides, (0.1, 0.5, 0.9)).tolist()
         rows = _evenly_spaced(len(boxes), _MAX_TRIED)
-        result.update(_suggest_sizes(boxes[rows], sizes[rows], generator, cfg))
+        result |= _suggest_sizes(boxes[rows], sizes[rows], generator, cfg)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Check a data set in COCO format before it costs a training: its json, its images, and the anchors that it needs."""
+"""Read a COCO json as training reads it, and check it, its images and the anchors it needs before a training."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -16,11 +19,11 @@ from detectron2.data.datasets import load_coco_json
 
 from ..files import printable
 from .anchors import check_coverage
-from .coco_json import SECTIONS, box_arrays, complete_elements, is_number, read_lists
 from .dataset_report import SEVERITIES, DatasetReport
 from .image_check import SAMPLE_SIZE, check_images
 
 Coco = dict[str, list[dict]]  # complete elements by section
+SECTIONS = ("images", "annotations", "categories")
 MODES = ("all", "sample", "none")
 _MAX_BOXES_FAST = 50_000  # whose anchors the fast form looks at
 _UNMATCHED_SHARE = 0.05  # of the boxes, from which the anchors are worth a warning
@@ -29,23 +32,85 @@ _SLACK = 1.0  # pixels by which rounding may push a box out of its image
 _XYXY_MIN_LEAVING, _XYXY_MIN_VALID = 0.10, 0.99  # shares of the boxes that make XYXY a suspicion
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # and not isinstance, to which True is a number
+
+
+def _whole_number(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    text = f"is no whole number from {low:,} to {high:,}"
+    return lambda value: _is_number(value) and low <= value <= high and value == int(value), text
+
+
+def _is_box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value))
+
+
+_ID, _SIDE = _whole_number(-(2**63), 2**63 - 1), _whole_number(1, 2**31 - 1)
+_FILE_NAME = (lambda value: type(value) is str and value, "is no text, or empty")
+_RULES = {  # section -> key -> (is a value valid?, what is wrong if not)
+    "images": {"id": _ID, "file_name": _FILE_NAME, "width": _SIDE, "height": _SIDE},
+    "annotations": {
+        **dict.fromkeys(("id", "image_id", "category_id"), _ID),
+        "bbox": (_is_box, "is no list of four numbers"),
+        "iscrowd": (lambda value: value in (0, 1), "is neither 0 nor 1"),
+        "ignore": (lambda value: value == 0, "is not 0, which Detectron2 refuses"),
+    },
+    "categories": {
+        # 1.0 is refused: --register and Detectron2 list and sort these ids.
+        "id": (lambda value: type(value) is int and _ID[0](value), _ID[1]),
+        "name": (lambda value: type(value) is str, "is no text"),
+    },
+}
+_OPTIONAL = ("iscrowd", "ignore")
+
+
+def read_lists(json_file: str | os.PathLike) -> tuple[dict[str, list], list[str]]:
+    """Return the lists of a COCO json by section, and the sections that it has no list of (here, an empty one).
+
+    An OSError says that the file cannot be read, a ValueError that it is no json in UTF-8.
+    """
+    if os.path.exists(json_file) and not os.path.isfile(json_file):
+        raise ValueError("it is a folder, a pipe or a device")  # a pipe would be waited for
+    text = Path(json_file).read_text(encoding="utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError("byte order mark at character 0: save the file as UTF-8 without one")
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    lists = {section: content.get(section) if type(content) is dict else None for section in SECTIONS}
+    missing = [section for section in SECTIONS if type(lists[section]) is not list]
+    return {**lists, **{section: [] for section in missing}}, missing
+
+
+def complete_elements(report: DatasetReport, section: str, elements: list) -> list[dict]:
+    """Return the elements of a section that have all keys, of the right type, and report the others."""
+    objects = {index: element for index, element in enumerate(elements) if type(element) is dict}
+    others = {index: element for index, element in enumerate(elements) if index not in objects}
+    faults = [("wrong_type", f"an element of {section} is no object", others)]
+    for key, (is_valid, problem) in _RULES[section].items():
+        missing = {index: row for index, row in objects.items() if key not in row and key not in _OPTIONAL}
+        wrong = {index: row[key] for index, row in objects.items() if key in row and not is_valid(row[key])}
+        faults.append(("missing_key", f'{section} without "{key}"', missing))
+        faults.append(("wrong_type", f'"{key}" of {section} {problem}', wrong))
+    for code, text, values in faults:
+        found = list(values.items())
+        report.add_all("fatal", code, text, found, lambda at: f"{section}[{at[0]}] = {printable(at[1])}", " times")
+        objects = {index: row for index, row in objects.items() if index not in values}
+    return list(objects.values())
+
+
 def check_coco(
-    json_file: str | os.PathLike,
-    image_root: str | os.PathLike,
-    cfg: CfgNode | None = None,
-    *,
-    images: str = "all",
+    json_file: str | os.PathLike, image_root: str | os.PathLike, cfg: CfgNode | None = None, *, images: str = "all"
 ) -> DatasetReport:
     """Check a data set in COCO format. Whatever is wrong with the files becomes a finding, never an exception.
 
     Without a fatal finding Detectron2's ``load_coco_json`` reads the file.
 
     Args:
-        json_file: the annotations.
-        image_root: folder that their file names start from.
+        json_file, image_root: as Detectron2's; the file names in the json start from the folder ``image_root``.
         cfg: a Detectron2 config, for the anchors and DATALOADER.FILTER_EMPTY_ANNOTATIONS; None leaves both out.
-        images: "all" decodes every image; "sample" (the fast form, for the start of a training) opens at most 64,
-            evenly spaced; "none" opens none.
+        images: "all" decodes every image; "sample" (the fast form) opens at most 64, evenly spaced; "none" opens none.
 
     Raises:
         ValueError: ``images`` is none of the three.
@@ -79,7 +144,7 @@ def check_coco(
         "anchors": None,
     }
     if is_coco:
-        boxes, sizes = box_arrays(coco["annotations"], coco["images"])
+        boxes, sizes = _box_arrays(coco)
         _check_ids(report, coco)
         _check_boxes(report, coco["annotations"], boxes, sizes)
         _check_evaluation(report, lists["annotations"])
@@ -92,15 +157,21 @@ def check_coco(
     return report
 
 
+def _box_arrays(coco: Coco) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes, (A, 4) XYWH, and widths and heights of their images, (A, 2), NaN where there is no image."""
+    # NumPy takes no integer beyond 1e308.
+    edges = [math.inf if abs(x) > sys.float_info.max else x for row in coco["annotations"] for x in row["bbox"]]
+    by_image = {row["id"]: (row["width"], row["height"]) for row in coco["images"]}
+    sizes = [by_image.get(row["image_id"], (math.nan, math.nan)) for row in coco["annotations"]]
+    return np.array(edges, np.float64).reshape(-1, 4), np.array(sizes, np.float64).reshape(-1, 2)
+
+
 def _count_classes(coco: Coco) -> list[dict]:
     """Return id, name, number of boxes and number of images of each class."""
     boxes, known = Counter(row["category_id"] for row in coco["annotations"]), {row["id"] for row in coco["images"]}
     pairs = {(row["category_id"], row["image_id"]) for row in coco["annotations"] if row["image_id"] in known}
-    images = Counter(category for category, _ in pairs)
-    return [
-        {"id": row["id"], "name": row["name"], "boxes": boxes[row["id"]], "images": images[row["id"]]}
-        for row in coco["categories"]
-    ]
+    images, classes = Counter(key for key, _ in pairs), [(row["id"], row["name"]) for row in coco["categories"]]
+    return [{"id": key, "name": name, "boxes": boxes[key], "images": images[key]} for key, name in classes]
 
 
 def _check_ids(report: DatasetReport, coco: Coco) -> None:
@@ -130,17 +201,13 @@ def _check_boxes(report: DatasetReport, annotations: list[dict], boxes: np.ndarr
     with np.errstate(invalid="ignore", over="ignore"):
         outside = (x >= widths) | (y >= heights) | (x + w <= 0) | (y + h <= 0)
         leaving = (x < -_SLACK) | (y < -_SLACK) | (x + w > widths + _SLACK) | (y + h > heights + _SLACK)
+    cut = has_size & leaving & ~outside
     for level, code, text, mask in (
         ("fatal", "nonfinite_boxes", "that are not finite (the loss becomes NaN)", ~finite),
         ("error", "negative_boxes", "of negative width or height (Detectron2 turns them over)", negative),
         ("error", "zero_boxes", "without width or height (Detectron2 drops them)", finite & ~has_size & ~negative),
         ("error", "boxes_outside", "entirely outside their image (Detectron2 drops them)", has_size & outside),
-        (
-            "warning",
-            "boxes_leave_image",
-            "that leave their image (Detectron2 cuts them)",
-            has_size & leaving & ~outside,
-        ),
+        ("warning", "boxes_leave_image", "that leave their image (Detectron2 cuts them)", cut),
     ):
         found = [annotations[index] for index in np.flatnonzero(mask)]
         report.add_all(level, code, f"boxes {text}", found, _box_text, f" of {len(mask):,}")
@@ -163,11 +230,11 @@ def _check_evaluation(report: DatasetReport, annotations: list) -> None:
         lacking = [place for place, row in rows.items() if key not in row]
         report.add_all(level, f"missing_{key}", f'annotations without "{key}" ({hint})', lacking, of=" times")
     areas = {place: row["area"] for place, row in rows.items() if "area" in row}
-    wrong = [(place, area) for place, area in areas.items() if not (is_number(area) and 0 <= area < math.inf)]
+    wrong = [(place, area) for place, area in areas.items() if not (_is_number(area) and 0 <= area < math.inf)]
     text = 'annotations whose "area" is no number >= 0, which evaluation compares with'
     report.add_all("error", "bad_area", text, [f"{place} = {printable(area)}" for place, area in wrong], of=" times")
-    if any(is_number(row.get("id")) and row["id"] == 0 for row in rows.values()):
-        text = "an annotation has the id 0, whose object counts as missed in pycocotools; number from 1"
+    if any(_is_number(row.get("id")) and row["id"] == 0 for row in rows.values()):
+        text = "the object of the annotation with id 0 counts as missed in pycocotools; number from 1"
         report.add("warning", "annotation_id_zero", text)
 
 
@@ -197,13 +264,11 @@ def _check_objects(report: DatasetReport, coco: Coco, objects: list[dict], cfg: 
 
 
 def _ask_detectron2(report: DatasetReport, annotations: list[dict]) -> None:
-    """Let Detectron2 load the masks and keypoints that it might stumble over, and report what it refuses or drops.
-
-    It is not asked about plain polygons, which most masks are: to load a whole file costs more than all other checks.
-    """
+    """Let Detectron2 load the masks and keypoints that it might stumble over, and report what it refuses or drops."""
     asked = []
     for index, row in enumerate(annotations):
         mask, keypoints = row.get("segmentation"), row.get("keypoints")
+        # Not the plain polygons, which most masks are: to load a whole file costs more than all other checks.
         is_plain = type(mask) is list and all(type(polygon) is list for polygon in mask)
         is_plain = is_plain and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
         if keypoints or (mask and not is_plain):

@@ -1,7 +1,5 @@
 """What the checks of a data set find, for programs and for people."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,15 +34,10 @@ class Finding:
 
 @dataclass
 class DatasetReport:
-    """The findings about a data set, and its numbers.
+    """The findings about a data set, and its numbers."""
 
-    Attributes:
-        findings: in :func:`~focal_plugin.data.check_coco`'s report the worst first.
-        summary: counts, "classes" (id, name, boxes, images), "box_sizes" and "anchors"; what json can hold.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    summary: dict = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)  # in the report of `check_coco` the worst first
+    summary: dict = field(default_factory=dict)  # counts, "classes" (id, name, boxes, images), "box_sizes", "anchors"
 
     @property
     def errors(self) -> list[Finding]:

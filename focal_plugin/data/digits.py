@@ -59,13 +59,8 @@ def _load_handwriting():
 
 @functools.lru_cache(maxsize=len(SPLITS))
 def source_indices(split: str) -> list[np.ndarray]:
-    """Return the indices into `load_digits()` that a split draws from, an array per class; the splits share none.
-
-    Every class is cut once, in the source's order: neighbors in it look alike, and a random cut would be easier.
-
-    Raises:
-        ImportError: scikit-learn is missing.
-    """
+    """Return the indices into `load_digits()` that a split draws from, an array per class; the splits share none."""
+    # Every class is cut once, in the source's order: neighbors in it look alike, and a random cut would be easier.
     labels = _load_handwriting()[1]
     per_class = [np.flatnonzero(labels == digit) for digit in range(len(CLASS_NAMES))]
     return [np.split(indices, [int(len(indices) * TRAIN_SHARE)])[SPLITS.index(split)] for indices in per_class]
@@ -97,8 +92,7 @@ def _render_glyph(rng, source):
 
 def _warp(rng, source):
     """Rotate, shear and enlarge 8x8 ink into (_CANVAS, _CANVAS) opacity, with thick or thin strokes."""
-    padded = np.zeros((8 + 2 * _MARGIN, 8 + 2 * _MARGIN), np.uint8)
-    padded[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = source
+    padded = np.pad(source, _MARGIN)
     angle, shear, step = math.radians(rng.uniform(-10, 10)), rng.uniform(-0.1, 0.1), len(padded) / _CANVAS
     a, b = step * math.cos(angle), step * (math.sin(angle) + shear)
     c, d = -step * math.sin(angle), step * math.cos(angle)
@@ -116,12 +110,8 @@ def draw_scene(
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
     """Draw scene ``index`` (from 0) of a split, which depends on the arguments alone.
 
-    Returns:
-        The (image_size, image_size, 3) uint8 RGB image; 0 to 6 XYWH boxes in whole pixels, tight to the ink; as many
-        labels in 0..9.
-
-    Raises:
-        ImportError: scikit-learn is missing.
+    Return the (image_size, image_size, 3) uint8 RGB image; 0 to 6 XYWH boxes in whole pixels, tight to the ink; as many
+    labels in 0..9.
     """
     rng = _generator(seed, SPLITS.index(split), index)
     image = _draw_background(rng, image_size)
@@ -135,8 +125,8 @@ def draw_scene(
             placed.append((box, label))
     grain = int(rng.integers(2, 9))
     image += rng.integers(-grain, grain + 1, image.shape, dtype=np.int8)
-    boxes = [box for box, label in placed if label is not None]
-    return np.clip(image, 0, 255).astype(np.uint8), boxes, [label for _, label in placed if label is not None]
+    digits = [(box, label) for box, label in placed if label is not None]
+    return np.clip(image, 0, 255).astype(np.uint8), [box for box, _ in digits], [label for _, label in digits]
 
 
 def draw_labels(split: str, index: int, *, seed: int = 0) -> list[int]:
@@ -220,19 +210,16 @@ def _lay_ink(rng, image, glyph, box):
 def make_digits(
     root: str | os.PathLike, *, num_train: int = 4000, num_val: int = 300, image_size: int = 128, seed: int = 0
 ) -> Path:
-    """Write the data set in COCO format, unless it is there already.
+    """Write the data set in COCO format, unless it is there already, and return the path of its folder.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. Of several processes at
-    once one draws while the others wait.
+    It holds `train.json`, `val.json`, `train/*.png` and `val/*.png`, and appears whole or not at all. Of several
+    processes at once one draws while the others wait.
 
     Args:
         root: folder that holds the data sets; created when missing.
         num_train, num_val: images in `train` and in `val`, at least 1.
         image_size: side of the square images, pixels, at least 64.
         seed: non-negative; another seed gives other scenes from the same handwriting.
-
-    Returns:
-        Path of the folder, which holds `train.json`, `val.json`, `train/*.png` and `val/*.png`.
 
     Raises:
         ImportError: scikit-learn is missing and the data set is still to be drawn.
@@ -244,7 +231,7 @@ def make_digits(
     counts, folder = {"train": num_train, "val": num_val}, _folder(root, num_train, num_val, image_size, seed)
     if _is_complete(folder, counts):  # asked first without the lock: the data may lie where nothing can be written
         return folder
-    draft = folder.with_name(f".{folder.name}.draft")
+    draft = folder.with_name(f".{folder.name}.draft")  # to be renamed when it is whole
     _load_handwriting()  # raises where there is none, before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(draft.with_suffix(".lock")):
@@ -283,8 +270,7 @@ def _write_split(folder, split, count, image_size, seed):
         images.append(image)
         for box, label in zip(boxes, labels):
             ids = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": label + 1}
-            area = float(box[2] * box[3])
-            annotations.append({**ids, "bbox": [float(edge) for edge in box], "area": area, "iscrowd": 0})
+            annotations.append({**ids, "bbox": [float(x) for x in box], "area": float(box[2] * box[3]), "iscrowd": 0})
     content = {
         "info": {"description": f"digits in cluttered scenes, {split}", "version": FORMAT_VERSION, "source": _SOURCE},
         "images": images,
@@ -317,8 +303,8 @@ def _load_registered(name, split, size):
 
 
 def _set_metadata(name, split, size):
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digits"
-    meta, folder = MetadataCatalog.get(name), _folder(root, image_size=size)
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    meta, folder = MetadataCatalog.get(name), _folder(root / "digits", image_size=size)
     for key in ("json_file", "image_root"):  # Metadata refuses to change an attribute, but not to lose it
         meta.__dict__.pop(key, None)
     return meta.set(

@@ -1,7 +1,5 @@
 """Checks on the image files of a COCO json: there, inside their folder, readable, of the size that the json gives."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
@@ -32,10 +30,7 @@ _FILE_FINDINGS = (
 
 
 def check_images(report: DatasetReport, images: list[dict], image_root: str, mode: str) -> int:
-    """Look at the names of ``images``, complete elements of the json, and at their files; return at how many.
-
-    ``mode`` is what :func:`~focal_plugin.data.check_coco` calls ``images``.
-    """
+    """Look at the names of complete elements of the json and at their files; return at how many in this mode."""
     names = [image["file_name"] for image in images]
     repeated = list((Counter(names) - Counter(set(names))).elements())  # each use after the first
     upward = [name for name in names if ".." in PurePath(name).parts and not os.path.isabs(name)]
@@ -95,9 +90,8 @@ def _inspect(image_root: str, row: dict, decode: bool) -> Iterator[tuple[str, st
             turned = False
         width, height = image.size[::-1] if turned else image.size
         if (width, height) != (row["width"], row["height"]):
-            why = ", turned by its EXIF orientation" if turned else ""
-            text = f"{name}: {width} x {height}{why}, in the json {row['width']} x {row['height']}"
-            yield "mis_sized_images", text
+            size = f"{width} x {height}{', turned by its EXIF orientation' * turned}"
+            yield "mis_sized_images", f"{name}: {size}, in the json {row['width']} x {row['height']}"
         if decode:
             try:
                 image.convert("RGB")

@@ -1,7 +1,7 @@
 """Training data as a stream in which the n-th image, augmentation included, depends on the seed and on n alone.
 
-A run of Detectron2's that is resumed sees the beginning of the data again, augmented differently. This stream can begin
-at any batch, with any number of data workers, and gives the images that an uninterrupted run would have seen.
+A resumed run of Detectron2's sees the beginning of the data again, augmented differently. This stream can begin at any
+batch, with any number of data workers, and gives the images that an uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TRIES = 1000  # images, to find one that can be trained on
 SKIPPED = "skipped"  # key of an image's dict: the files that it replaces
+Mapper = Callable[[dict], dict]  # from a dict in Detectron2's format to what the model takes
 
 
 class TrainingStream(Sampler):
@@ -39,10 +40,8 @@ class TrainingStream(Sampler):
     from the annotations, and not after loading as in Detectron2: those before the first batch need not be read.
 
     Args:
-        make_sampler: returns one of Detectron2's training samplers for a seed; the sampler gives this process's share
-            of an endless stream of indices. Called in all processes alike.
+        make_sampler: returns one of Detectron2's training samplers for a ``seed``, both the same in all processes.
         batch_size: images per step of this process.
-        seed: of the stream; the same in all processes.
         groups: for each image, the group that it shares batches with; None puts all images into one group.
     """
 
@@ -50,7 +49,6 @@ class TrainingStream(Sampler):
         self, make_sampler: Callable[[int], Sampler], batch_size: int, seed: int, groups: Sequence[int] | None = None
     ):
         self._make_sampler, self.batch_size, self._groups = make_sampler, batch_size, groups
-        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
         self.start_from(0, seed)
 
     def start_from(self, batch: int, seed: int) -> None:
@@ -63,7 +61,7 @@ class TrainingStream(Sampler):
 
     def _grouped(self) -> Iterator[tuple[int, int]]:
         buckets: dict[int, list] = {}
-        for sample in zip(self._sampler, itertools.count(self._rank, self._world_size)):
+        for sample in zip(self._sampler, itertools.count(comm.get_rank(), comm.get_world_size())):
             bucket = buckets.setdefault(0 if self._groups is None else self._groups[sample[0]], [])
             bucket.append(sample)
             if len(bucket) == self.batch_size:
@@ -77,18 +75,11 @@ class TrainingStream(Sampler):
 class SeededDataset(Dataset):
     """Map images with random numbers that depend on their place in the stream only.
 
-    An image that cannot be read is replaced by another, drawn by the same rule, which lists it under :data:`SKIPPED`.
-
-    Args:
-        dataset: dicts in Detectron2's format.
-        mapper: turns such a dict into what the model trains on.
-        stream: gives (index, position), and the seed.
-        max_bad_images: unreadable images that may be passed over before a readable one.
+    An image that cannot be read is replaced by another, drawn by the same rule, which lists it under :data:`SKIPPED`;
+    at most ``max_bad_images`` are passed over before a readable one. The ``stream`` gives (index, position) and seed.
     """
 
-    def __init__(
-        self, dataset: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream, max_bad_images: int
-    ):
+    def __init__(self, dataset: Sequence[dict], mapper: Mapper, stream: TrainingStream, max_bad_images: int):
         self._dataset, self._mapper, self._stream, self._max_bad_images = dataset, mapper, stream, max_bad_images
 
     def __len__(self) -> int:
@@ -102,8 +93,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, sample: tuple[int, int]) -> dict:
         """Return the mapped image of a sample of the stream, or of its replacement; leaves the generators seeded.
 
-        Raises:
-            ValueError: more images cannot be read than may be passed over; names them.
+        A ValueError names the images that cannot be read where they are more than may be passed over.
         """
         (index, position), seed, skipped = sample, self._stream.seed, []
         others = None  # made when first needed: seeding it from a text takes a while
@@ -111,7 +101,7 @@ class SeededDataset(Dataset):
             _seed(seed, position)
             image, reason = _read(self._mapper, self._dataset[index])
             if reason:
-                skipped.append((_name(image), reason))
+                skipped.append((image, reason))
                 if len(skipped) > self._max_bad_images:
                     raise ValueError(too_many_bad_images(skipped, self._max_bad_images))
             elif image is not None:  # a mapper returns None to ask for another image
@@ -126,23 +116,19 @@ class SeededDataset(Dataset):
 class NamingMapper:
     """Map images with one of Detectron2's mappers for evaluation, where none can be left out: errors name the file."""
 
-    def __init__(self, mapper: Callable[[dict], dict]):
+    def __init__(self, mapper: Mapper):
         self._mapper = mapper
 
     def __call__(self, image: dict) -> dict:
         image, reason = _read(self._mapper, image)
         if reason:
             hint = "mend it or take it out of the annotations (tools/check_dataset.py lists all such images)"
-            raise ValueError(f"{_name(image)} cannot be read ({reason}), and an evaluation needs every image: {hint}")
+            raise ValueError(f"{image} cannot be read ({reason}), and an evaluation needs every image: {hint}")
         return image
 
 
-def _name(image: dict) -> str:
-    return printable(image["file_name"], 500, quotes=False)
-
-
-def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
-    """Return the mapped image and no reason, or the image as it is and why its file cannot be read."""
+def _read(mapper: Mapper, image: dict) -> tuple[dict | str, str]:
+    """Return the mapped image and no reason, or the name of its file, safe to print, and why it cannot be read."""
     try:
         return mapper(image), ""
     except Exception:
@@ -152,28 +138,23 @@ def _read(mapper: Callable[[dict], dict], image: dict) -> tuple[dict, str]:
         except MemoryError:
             raise
         except Exception as error:
-            return image, printable(f"{type(error).__name__}: {error}", 500, quotes=False)
+            reason = f"{type(error).__name__}: {error}"
+            return printable(image["file_name"], 500, quotes=False), printable(reason, 500, quotes=False)
         raise
 
 
 def too_many_bad_images(skipped: Sequence[tuple[str, str]], limit: int) -> str:
     """Return an error message that names the files, given as (file name, reason), and says what to do."""
-    files = "\n".join(f"  {name}: {reason}" for name, reason in skipped)
-    return (
-        f"{len(skipped)} image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {limit}:\n{files}\n"
-        "Mend or remove them (tools/check_dataset.py lists them all), or raise DATALOADER.MAX_BAD_IMAGES."
-    )
+    files = "".join(f"  {name}: {reason}\n" for name, reason in skipped)
+    text = f"{len(skipped)} image(s) cannot be read, and DATALOADER.MAX_BAD_IMAGES allows {limit}:\n{files}"
+    return text + "Mend or remove them (tools/check_dataset.py lists them all), or raise DATALOADER.MAX_BAD_IMAGES."
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> DataLoader:
+def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> DataLoader:
     """Build a loader of Detectron2's training data from whose :func:`stream_of` training can be resumed.
 
-    Args:
-        cfg: a Detectron2 config with the plugin's keys; ``DATALOADER.SAMPLER_TRAIN`` names the sampler.
-        mapper: as Detectron2's; default: ``DatasetMapper(cfg, True)``.
-
-    Raises:
-        ValueError: no image is left to train on, or there is no such sampler.
+    ``cfg`` has the plugin's keys; ``mapper`` is by default Detectron2's ``DatasetMapper(cfg, True)``. A ValueError says
+    that no image is left to train on, or that there is no such sampler.
     """
     mapper = mapper or DatasetMapper(cfg, is_train=True)
     try:
@@ -240,9 +221,8 @@ def ignore_sigterm(loader: DataLoader) -> DataLoader:
     """Make the data workers of a loader ignore SIGTERM unless it comes from the process that started them.
 
     A scheduler sends it to every process, and means the trainer, which needs living data workers to save a checkpoint.
-    Where signals cannot be waited for (not on Linux) nothing changes.
     """
-    if loader.num_workers and hasattr(signal, "sigwaitinfo"):
+    if loader.num_workers and hasattr(signal, "sigwaitinfo"):  # where signals can be waited for, as on Linux
         loader.__class__ = _SigtermIgnoringLoader
         loader.worker_init_fn = _init_worker
     return loader

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .coco_json import complete_elements, read_lists
+from .dataset_check import complete_elements, read_lists
 from .dataset_report import DatasetReport
 
 _FORM = "--register name=annotations.json:image_dir"
@@ -18,9 +18,8 @@ _FORM = "--register name=annotations.json:image_dir"
 
 def add_register_argument(parser: ArgumentParser, purpose: str = "") -> None:
     """Add the flag ``--register``, repeatable, whose values :func:`register_from_args` takes."""
-    form, purpose = "NAME=ANNOTATIONS.JSON:IMAGE_DIR", f", {purpose}" if purpose else ""
-    text = f"register a COCO-format data set under NAME{purpose}; repeatable"
-    parser.add_argument("--register", action="append", default=[], metavar=form, help=text)
+    text = f"register a COCO-format data set under NAME{', ' * bool(purpose)}{purpose}; repeatable"
+    parser.add_argument("--register", action="append", default=[], metavar="NAME=ANNOTATIONS.JSON:IMAGE_DIR", help=text)
 
 
 def register_from_args(
@@ -29,7 +28,7 @@ def register_from_args(
     """Register every data set of a repeatable `--register` flag, and return the class names by data set name.
 
     Args:
-        args: list of "name=annotations.json:image_dir", split at the first "=" and at the last ":"; None for none.
+        args: "name=annotations.json:image_dir" each, split at the first "=" and at the last ":".
         known: what an earlier call returned, perhaps in another process: spares reading the annotations again.
 
     Raises:
@@ -47,20 +46,11 @@ def register_from_args(
 
 
 def register_coco_json(
-    name: str,
-    json_file: str | os.PathLike,
-    image_root: str | os.PathLike,
-    thing_classes: Sequence[str] | None = None,
+    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike, thing_classes: Sequence[str] | None = None
 ) -> None:
-    """Register a data set in COCO format, class names included.
+    """Register a data set in COCO format, class names included: ``thing_classes`` by category id, else the json's.
 
     Registering the same three again does nothing, so that every spawned worker may do it. "~" is expanded in paths.
-
-    Args:
-        name: what DATASETS.TRAIN or DATASETS.TEST calls it.
-        json_file: the annotations.
-        image_root: directory that the json's file names start from.
-        thing_classes: the class names by category id, if they are known; None reads them from the json.
 
     Raises:
         FileNotFoundError: the json file or the image directory does not exist.
@@ -105,7 +95,7 @@ def _read_classes(json_file: str) -> dict:
         raise ValueError(f"has a category without a whole number as id or without a name: {wrong}")
     if not names:
         raise ValueError("has no categories: there is nothing to learn")
-    ids = {category: index for index, (category, _) in enumerate(sorted(names))}
+    ids = {category: index for index, category in enumerate(sorted(dict(names)))}
     if len(ids) < len(names):
         raise ValueError("has two categories with the same id")
     return {"thing_classes": [name for _, name in sorted(names)], "thing_dataset_id_to_contiguous_id": ids}

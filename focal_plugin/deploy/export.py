@@ -6,19 +6,17 @@ The exported model takes one image and returns what ``model([{"image": image}])`
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import detectron2
 import numpy as np
 import torch
-import torchvision
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import inference_context
 from detectron2.export import TracingAdapter
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
@@ -26,7 +24,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..files import atomic_write
+from ..files import atomic_write, versions
+from .predict import read_picture, to_input
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
 OPSET = 16  # Detectron2's STABLE_ONNX_OPSET_VERSION, 11, is older than torch exports today
@@ -46,90 +45,59 @@ MIN_SCORE = 0.3
 Detections = tuple[Tensor, Tensor, Tensor]  # boxes (N, 4) XYXY, classes (N,), scores (N,)
 
 
-class MissingPackageError(ImportError):
-    """Tell that a package that only the export needs is not installed; the message says how to install it."""
-
-
 def require(package: str, purpose: str) -> object:
-    """Import ``package``, or raise a :class:`MissingPackageError`."""
+    """Import a package that only the export needs, or raise an ImportError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as e:
-        raise MissingPackageError(f"{purpose} needs the package {package} ({e}): pip install {package}") from e
+        raise ImportError(f"{purpose} needs the package {package} ({e}): pip install {package}") from e
 
 
 def read_sample(cfg: CfgNode, path: str | os.PathLike | None = None) -> Tensor:
-    """Return an image as the exported model takes it: float32 (3, H, W), 0 to 255, resized as for a test.
-
-    Without a ``path``: noise, which most models find something in.
+    """Return an image, or noise in which most models find something, as the exported model takes it: see `to_input`.
 
     Raises:
         ValueError: it is no image; the message names it.
     """
-    if path is None:
-        coarse = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        image = coarse.repeat(32, axis=0).repeat(32, axis=1)  # blobs: fine noise is flat for a network
-    else:
-        try:
-            image = read_image(path, cfg.INPUT.FORMAT)
-        except Exception as e:  # Pillow raises what its decoders do
-            raise ValueError(f"--sample-image {path} cannot be read as an image: {e}") from e
-    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    image = resize.get_transform(image).apply_image(image)
-    return torch.as_tensor(image.astype(np.float32).transpose(2, 0, 1))
+    coarse = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    blobs = coarse.repeat(32, axis=0).repeat(32, axis=1)  # fine noise is flat for a network
+    return to_input(cfg, blobs if path is None else read_picture(path))
 
 
 def export(model: nn.Module, image: Tensor, path: str | os.PathLike) -> None:
-    """Write a model as ONNX if ``path`` ends in .onnx, else as TorchScript.
+    """Write a RetinaNet on the CPU, traced with a float32 (3, H, W) image, as ONNX if ``path`` ends in .onnx.
 
-    ``torch.jit.load`` reads the latter and needs torchvision, whose NMS it calls.
-
-    Args:
-        model: a RetinaNet on the CPU, in whatever mode; it comes back as it was.
-        image: float32 (3, H, W) to trace with.
-        path: the file, which is whole or not there.
+    Else as TorchScript: ``torch.jit.load`` reads it and needs torchvision, whose NMS it calls. The file is whole or not
+    there.
 
     Raises:
-        MissingPackageError: onnx is not installed.
+        ImportError: onnx is not installed.
         ValueError: an operation of the model cannot be exported.
     """
-    is_onnx = os.fspath(path).endswith(".onnx")
+    is_onnx, outputs = os.fspath(path).endswith(".onnx"), list(OUTPUTS)
     if is_onnx:
         require("onnx", "an ONNX export")
-    modes = [(module, module.training) for module in model.modules()]  # the exporters leave others behind
+    axes = {INPUT: {1: "height", 2: "width"}} | {name: {0: "N"} for name in outputs[:3]}
+    names = {"input_names": [INPUT], "output_names": outputs, "dynamic_axes": axes}
     try:
-        adapter = TracingAdapter(model.eval(), [{INPUT: image}]).eval()
+        # A copy, for the exporters leave modules in other modes.
+        adapter = TracingAdapter(copy.deepcopy(model).eval(), [{INPUT: image}]).eval()
+        inputs = adapter.flattened_inputs
         with atomic_write(path, "wb") as file:
-            if is_onnx:
-                torch.onnx.export(
-                    adapter,
-                    adapter.flattened_inputs,
-                    file,
-                    dynamo=False,  # the other exporter cannot follow Detectron2's data-dependent shapes
-                    opset_version=OPSET,
-                    input_names=[INPUT],
-                    output_names=list(OUTPUTS),
-                    dynamic_axes={INPUT: {1: "height", 2: "width"}} | {name: {0: "N"} for name in list(OUTPUTS)[:3]},
-                )
+            if is_onnx:  # by the exporter that can follow Detectron2's data-dependent shapes
+                torch.onnx.export(adapter, inputs, file, dynamo=False, opset_version=OPSET, **names)
             else:  # not compared with a second trace: that would find the adapter's new outputs_schema different
-                torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False), file)
+                torch.jit.save(torch.jit.trace(adapter, inputs, check_trace=False), file)
     except (RuntimeError, ValueError) as e:  # an operation that torch's exporters do not know; a too small image
-        height, width = image.shape[1:]
-        raise ValueError(
-            f"{type(model).__name__} with this backbone and head cannot be exported with a sample image of {height} x "
-            f"{width}: {e}"
-        ) from e
-    finally:
-        for module, training in modes:
-            module.training = training
+        size = "{} x {}".format(*image.shape[1:])
+        raise ValueError(f"{type(model).__name__} cannot be exported with a sample image of {size}: {e}") from e
 
 
 def write_description(path: str | os.PathLike, cfg: CfgNode, classes: Sequence[str], formats: Sequence[str]) -> None:
     """Write ``model.json``: all that a program must know to use the exported model."""
-    retinanet = cfg.MODEL.RETINANET
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, detectron2)}
+    retinanet, made_by = cfg.MODEL.RETINANET, versions()
     if "onnx" in formats:
-        versions |= {"onnx": require("onnx", "an ONNX export").__version__, "opset": OPSET}
+        made_by |= {"onnx": require("onnx", "an ONNX export").__version__, "opset": OPSET}
     description = {
         "files": {name: FILES[name] for name in formats},
         "input": {
@@ -155,48 +123,45 @@ def write_description(path: str | os.PathLike, cfg: CfgNode, classes: Sequence[s
         },
         "device": "cpu",
         "weights": os.path.basename(cfg.MODEL.WEIGHTS),
-        "versions": versions,
+        "versions": made_by,
     }
     with atomic_write(path) as file:
-        json.dump(description, file, indent=2)
-        file.write("\n")
-
-
-# ------------------------------ does it find what the model finds?
+        file.write(json.dumps(description, indent=2) + "\n")
 
 
 class Difference(NamedTuple):
-    """What two models find differently in one image.
-
-    Attributes:
-        count: detections that have a partner.
-        box, score: how far these are apart at most; pixels, and of 1.
-        skipped: detections that have none and, see :func:`compare`, need none.
-        problems: a line for each other one.
-    """
+    """What two models find differently in one image: of those paired, how many and how far apart at most."""
 
     count: int = 0
-    box: float = 0.0
+    box: float = 0.0  # pixels
     score: float = 0.0
-    skipped: int = 0
-    problems: Sequence[str] = ()
+    skipped: int = 0  # that have no partner and, see compare, need none
+    problems: Sequence[str] = ()  # a line for each other one
 
 
 def check_export(model: RetinaNet, path: str | os.PathLike, sample: Tensor) -> dict[str, Difference]:
     """Compare an exported model with the model in a handful of images, whose names are returned with the differences.
 
-    Two sizes, each as it is and turned round, and an image in which nothing is found.
-
-    Args:
-        model: on the CPU, in whatever mode.
-        path: of the exported model.
-        sample: float32 (3, H, W).
+    Two sizes of the sample, float32 (3, H, W), each as it is and turned round, and an image in which nothing is found.
+    The model is on the CPU, in whatever mode.
 
     Raises:
-        MissingPackageError: onnxruntime is not installed, and the file ends in .onnx.
+        ImportError: onnxruntime is not installed, and the file ends in .onnx.
     """
-    exported, differences = load_exported(path), {}
-    for name, image in check_images(model, sample).items():
+    exported, differences, images = load_exported(path), {}, {}
+    height, width = sample.shape[-2:]
+    other = (max(1, height * 3 // 4 + 5), max(1, width * 5 // 4 + 3))  # no multiple of the strides
+    for size in ((height, width), other):
+        image = interpolate(sample[None], size, mode="bilinear", align_corners=False)[0]
+        images[f"{size[0]} x {size[1]}"] = image
+        images[f"{size[0]} x {size[1]}, turned"] = image.flip(1, 2).contiguous()
+    # Of one colour, and not of a smaller size, for which a GroupNorm has too few pixels on the last level.
+    colours = (model.pixel_mean.cpu(), *torch.tensor([0.0, 255.0, 64.0, 192.0]).view(4, 1, 1, 1))
+    for image in (colour.expand(3, *other).contiguous() for colour in colours):
+        if len(detect(model, image)[0]) == 0:
+            images["nothing to find"] = image
+            break
+    for name, image in images.items():
         want = detect(model, image)
         try:
             differences[name] = compare(want, exported(image), model)
@@ -216,23 +181,6 @@ def load_exported(path: str | os.PathLike) -> Callable[[Tensor], Detections]:
     return lambda image: tuple(output.detach() for output in traced(image)[:3])
 
 
-def check_images(model: RetinaNet, sample: Tensor) -> dict[str, Tensor]:
-    """Return names and images of :func:`check_export`."""
-    height, width = sample.shape[-2:]
-    other = (max(1, height * 3 // 4 + 5), max(1, width * 5 // 4 + 3))  # no multiple of the strides
-    images = {}
-    for size in ((height, width), other):
-        image = interpolate(sample[None], size, mode="bilinear", align_corners=False)[0]
-        images[f"{size[0]} x {size[1]}"] = image
-        images[f"{size[0]} x {size[1]}, turned"] = image.flip(1, 2).contiguous()
-    # Of one colour, and not of a smaller size, for which a GroupNorm has too few pixels on the last level.
-    for colour in (model.pixel_mean.cpu(), *torch.tensor([0.0, 255.0, 64.0, 192.0]).view(4, 1, 1, 1)):
-        image = colour.expand(3, *other).contiguous()
-        if len(detect(model, image)[0]) == 0:
-            return {**images, "nothing to find": image}
-    return images
-
-
 def detect(model: RetinaNet, image: Tensor) -> Detections:
     """Return what the model itself finds in a float32 (3, H, W) image."""
     with inference_context(model), torch.no_grad():
@@ -248,43 +196,39 @@ def compare(want: Detections, got: Detections, model: RetinaNet) -> Difference:
     that suppress each other, rounding decides.
     """
     scores = want[2].sort(descending=True).values.tolist()
-    least = model.test_score_thresh
-    if len(scores) > COMPARED:
-        least = max(least, min(MIN_SCORE, scores[COMPARED]))
-    if len(scores) >= model.max_detections_per_image:
-        least = max(least, scores[-1])
+    best, last = (min(MIN_SCORE, score) for score in scores[COMPARED:]), scores[model.max_detections_per_image - 1 :]
+    least = max([model.test_score_thresh, *best, *last]) + SCORE_TOLERANCE
     boxes = (want[0][:, None] - got[0][None]).abs().amax(dim=2)
     apart = (want[2][:, None] - got[2][None]).abs()
     cost = torch.maximum(boxes / BOX_TOLERANCE, apart / SCORE_TOLERANCE).nan_to_num(nan=1e6).clamp(max=1e6)
     cost = cost.masked_fill(want[1][:, None] != got[1][None], 1e6)
     pairs = [(i, j) for i, j in zip(*linear_sum_assignment(cost)) if cost[i, j] <= 1]
     problems, skipped = [], 0
-    for mine, other, paired, what in (
-        (want, got, {i for i, _ in pairs}, "missing"),
-        (got, want, {j for _, j in pairs}, "too many"),
-    ):
-        for i in set(range(len(mine[0]))) - paired:
-            box, label, score = mine[0][i], int(mine[1][i]), float(mine[2][i])
-            if score <= least + SCORE_TOLERANCE:  # not NaN
+    for side, mine, other, what in ((0, want, got, "missing"), (1, got, want, "too many")):
+        for i in set(range(len(mine[0]))) - {pair[side] for pair in pairs}:
+            box, label, score = (found[i] for found in mine)
+            if score <= least:  # not NaN
                 skipped += 1
                 continue
             near = (other[0][other[1] == label] - box).abs().amax(dim=1).tolist()
-            nearest = f"; the nearest of its class is {min(near):.3g} px off" if near else ""
             place = ", ".join(f"{x:.1f}" for x in box.tolist())
-            problems.append(f"class {label} at ({place}), score {score:.4f}, is {what}{nearest}")
+            problems.append(
+                f"class {label} at ({place}), score {score:.4f}, is {what}; the nearest of its class is "
+                f"{min(near, default=math.inf):.3g} px off"
+            )
     box, score = (max((float(x[i, j]) for i, j in pairs), default=0.0) for x in (boxes, apart))
     return Difference(len(pairs), box, score, skipped, problems)
 
 
 def format_differences(differences: dict[str, Difference]) -> str:
     """Return a line for each image, and a verdict."""
-    lines, compared, wrong = [], 0, 0
+    lines = []
     for name, d in differences.items():
         line = f"  {name:<22} {d.count:>4} detections, boxes within {d.box:.2g} px, scores within {d.score:.2g}"
         lines.append(line + (f"; {d.skipped} of low score not compared" if d.skipped else ""))
         lines += [f"    {problem}" for problem in d.problems[:3]]
         lines += [f"    and {len(d.problems) - 3} more"] if len(d.problems) > 3 else []
-        compared, wrong = compared + d.count, wrong + len(d.problems)
+    compared, wrong = (sum(found) for found in zip(*((d.count, len(d.problems)) for d in differences.values())))
     verdict = f"the same {compared} detections, to {BOX_TOLERANCE:g} px and {SCORE_TOLERANCE:g} in score"
     if not compared:
         verdict = "nothing was found that could be compared, which says little: give --sample-image one with objects"

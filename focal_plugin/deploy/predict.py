@@ -8,14 +8,14 @@ In Python, one image::
 
 from __future__ import annotations
 
-import glob
-import itertools
+import functools
 import json
 import logging
 import math
 import os
+import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -23,16 +23,17 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.transforms import Bbox
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from ..config import load_config
 from ..data import add_register_argument
 from ..engine import load_checked_config
 from ..engine.checkpoint import build_trained_model
@@ -40,88 +41,65 @@ from ..files import atomic_write, printable
 
 logger = logging.getLogger(__name__)
 
-IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-SHORTEST_EDGE = 400
-"""Smaller pictures are drawn enlarged, or their labels could not be read."""
+SHORTEST_EDGE = 400  # smaller pictures are drawn enlarged, or their labels could not be read
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Add ``--config-file``, ``--register`` and ``--classes``: which model, and how its classes are called."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config of the model (required)")
     add_register_argument(parser, "for its class names and category ids")
-    names = "class names (default: those in the checkpoint, else of --register or DATASETS.TEST, else numbers)"
-    parser.add_argument("--classes", metavar="A,B,C", help=names)
+    text = "class names (default: those in the checkpoint, else of --register or DATASETS.TEST, else numbers)"
+    split = functools.partial(re.split, r"\s*,\s*")
+    parser.add_argument("--classes", type=split, default=(), metavar="A,B,C", help=text)
 
 
 def load_inference_config(args: Namespace) -> CfgNode:
-    """Return the frozen, checked config of a command line, whose DATASETS.TEST need not be on this machine.
+    """Return the checked config of a command line, whose DATASETS need not be on this machine.
 
     ``args`` have ``config_file``, ``register`` and ``opts`` (``KEY VALUE ...``).
 
     Raises:
         FileNotFoundError, ValueError: the config, a key, the weights; the message says which.
     """
-    given = load_config(args.config_file, args.opts)
-    if not given.MODEL.WEIGHTS:
+    cfg = load_checked_config(Namespace(**vars(args), eval_only=False, resume=False), needs_data=False)
+    if not cfg.MODEL.WEIGHTS:
         raise ValueError("no trained weights: add MODEL.WEIGHTS path/to/model_final.pth")
-    opts = [*args.opts, "DATASETS.TEST", "()"]
-    cfg = load_checked_config(Namespace(**{**vars(args), "opts": opts, "eval_only": True, "resume": False}))
     registered = [text.partition("=")[0] for text in args.register]
     cfg.defrost()
-    named = [name for name in given.DATASETS.TEST if name in registered]
-    cfg.DATASETS.TEST = tuple(named or registered or given.DATASETS.TEST)
-    cfg.freeze()
+    cfg.DATASETS.TEST = tuple(sorted(registered, key=lambda name: name not in cfg.DATASETS.TEST)) or cfg.DATASETS.TEST
     return cfg
 
 
-def read_extras(cfg: CfgNode) -> dict:
-    """Return ``thing_classes`` and ``score_threshold`` of the checkpoint MODEL.WEIGHTS, where it has them.
-
-    What cannot be of the model is left out with a warning. The weights have been loaded before, and so can be.
-    """
-    if "://" in cfg.MODEL.WEIGHTS or not cfg.MODEL.WEIGHTS.endswith(".pth"):
-        return {}
-    stored = torch.load(cfg.MODEL.WEIGHTS, map_location="meta", weights_only=True)  # no tensor is read
-    names, score, extras = stored.get("thing_classes"), stored.get("score_threshold"), {}
-    is_list = isinstance(names, list) and len(names) == cfg.MODEL.RETINANET.NUM_CLASSES
-    if is_list and all(isinstance(name, str) and name.strip() for name in names):
-        extras["thing_classes"] = names
-    if isinstance(score, float) and 0 <= score <= 1:
-        extras["score_threshold"] = score
-    for key in (stored.keys() & {"thing_classes", "score_threshold"}) - extras.keys():
-        logger.warning(f"{cfg.MODEL.WEIGHTS}: its {key} {printable(stored[key])} cannot be this model's: left out")
-    return extras
-
-
-def name_classes(cfg: CfgNode, given: str | None = None, stored: Sequence[str] = ()) -> tuple[list[str], list[int]]:
+def name_classes(cfg: CfgNode, given: Sequence[str] = ()) -> tuple[list[str], list[int]]:
     """Return how the model's K classes are called, and their ids in COCO results.
 
-    Args:
-        cfg: whose first DATASETS.TEST, if it is registered with names, is asked for names last. Where its names are
-            those used, the ids are its json's; else 0, 1, ...
-        given: names with commas between them, which come first.
-        stored: the checkpoint's, which come second. Where nothing says more, the names are "0", "1", ...
+    The names are those ``given``, else those of the first DATASETS.TEST where it is registered, else "0", "1", ... The
+    ids are that data set's where its names are those used, else 0, 1, ...
 
     Raises:
         ValueError: there are not K names in ``given`` or in the data set.
     """
     dataset = "".join(cfg.DATASETS.TEST[:1])
     known = MetadataCatalog.get(dataset).as_dict() if dataset in MetadataCatalog.list() else {}
-    of_dataset, num_classes = list(known.get("thing_classes") or []), cfg.MODEL.RETINANET.NUM_CLASSES
-    names = list(stored) or of_dataset or [str(number) for number in range(num_classes)]
-    names = names if given is None else [name.strip() for name in given.split(",")]
-    if len(names) != num_classes or not all(names):
-        source = f"DATASETS.TEST {dataset}" if given is None else f"--classes {given}"
-        raise ValueError(
-            f"{source} has {len(names)} class names and the model {num_classes} (MODEL.RETINANET.NUM_CLASSES): give "
-            "as many with --classes A,B,C"
-        )
+    of_dataset, indices = list(known.get("thing_classes") or []), range(cfg.MODEL.RETINANET.NUM_CLASSES)
+    names = list(given) or of_dataset or [str(index) for index in indices]
+    if len(names) != len(indices) or not all(names):
+        source = f"--classes {','.join(given)}" if given else f"DATASETS.TEST {dataset}"
+        text = f"{source} has {len(names)} class names and the model {len(indices)} (MODEL.RETINANET.NUM_CLASSES)"
+        raise ValueError(f"{text}: give as many with --classes A,B,C")
     if not set(names) <= set(of_dataset):
-        return names, list(range(num_classes))
+        return names, list(indices)
     ids = {index: category for category, index in known.get("thing_dataset_id_to_contiguous_id", {}).items()}
-    indices = range(num_classes) if names == of_dataset else map(of_dataset.index, names)
-    return names, [ids.get(index, index) for index in indices]
+    positions = indices if names == of_dataset else map(of_dataset.index, names)
+    return names, [ids.get(position, position) for position in positions]
+
+
+def to_input(cfg: CfgNode, image: np.ndarray) -> Tensor:
+    """Turn a BGR uint8 (H, W, 3) image into a model's: float32 (C, H', W'), 0 to 255, resized as for a test."""
+    image = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), cfg.INPUT.FORMAT)
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
+    return torch.as_tensor(resize.apply_image(image).astype(np.float32).transpose(2, 0, 1))
 
 
 class Predictor:
@@ -129,41 +107,32 @@ class Predictor:
 
     Args:
         cfg: the config with ``MODEL.WEIGHTS``, which are read safely and must be all of the model's.
-        classes: names with commas between them; None: the checkpoint's, else those of ``DATASETS.TEST``, else numbers.
-        score_threshold: detections below it are left out. Lower than ``MODEL.RETINANET.SCORE_THRESH_TEST``, it
-            replaces that: the model would never show them. None: the checkpoint's, else 0.5.
-
-    Attributes:
-        classes, category_ids: see :func:`name_classes`.
+        classes: K names; without, the checkpoint's, else as :func:`name_classes`.
+        score_threshold: detections below it are left out; it may be lower than ``MODEL.RETINANET.SCORE_THRESH_TEST``.
+            None: the checkpoint's, else 0.5.
 
     Raises:
         FileNotFoundError, ValueError: ``MODEL.WEIGHTS``, or not K names.
     """
 
-    def __init__(self, cfg: CfgNode, classes: str | None = None, score_threshold: float | None = None):
-        cfg = cfg.clone()
+    def __init__(self, cfg: CfgNode, classes: Sequence[str] = (), score_threshold: float | None = None):
+        self.cfg = cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
         self.model = build_trained_model(cfg).eval()
-        extras = read_extras(cfg)
-        self.classes, self.category_ids = name_classes(cfg, classes, extras.get("thing_classes", ()))
-        self.score_threshold = extras.get("score_threshold", 0.5) if score_threshold is None else score_threshold
+        stored = _read_stored(cfg)
+        self.classes, self.category_ids = name_classes(cfg, classes or stored.get("thing_classes", ()))
+        self.score_threshold = stored.get("score_threshold", 0.5) if score_threshold is None else score_threshold
         self.model.test_score_thresh = min(self.model.test_score_thresh, self.score_threshold)
-        self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-        if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-            raise ValueError(f"INPUT.FORMAT {cfg.INPUT.FORMAT}: must be BGR or RGB to predict")
-        self.is_rgb = cfg.INPUT.FORMAT == "RGB"
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return what is found in a BGR uint8 (H, W, 3) image, in its pixels, on the CPU.
 
         Instances with ``pred_boxes`` (N, 4) XYXY, ``pred_classes`` (N,) and ``scores`` (N,), highest first.
         """
-        resized = self.resize.get_transform(image).apply_image(image[:, :, ::-1] if self.is_rgb else image)
-        tensor = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
+        inputs = {"image": to_input(self.cfg, image), "height": image.shape[0], "width": image.shape[1]}
         with torch.no_grad():
-            (output,) = self.model([{"image": tensor, "height": image.shape[0], "width": image.shape[1]}])
-        found = output["instances"].to("cpu")
+            found = self.model([inputs])[0]["instances"].to("cpu")
         return found[found.scores >= self.score_threshold]
 
     def draw(self, image: np.ndarray, found: Instances) -> np.ndarray:
@@ -184,141 +153,90 @@ class Predictor:
             spots = [Bbox.from_bounds(x, max(0, min(y, height - size.height)), size.width, size.height) for y in ends]
             taken.append(next((spot for spot in spots if not spot.count_overlaps(taken)), spots[0]))
             axes.texts[-1].set(position=taken[-1].p0 + 1, zorder=10 + score)
-        picture = visualizer.output.get_image()[:, :, ::-1]  # which can come out a pixel smaller or larger
-        return np.ascontiguousarray(picture if picture.shape == image.shape else cv2.resize(picture, (width, height)))
+        return np.ascontiguousarray(visualizer.output.get_image()[:, :, ::-1])
 
 
-def find_inputs(arguments: Sequence[str], output: str | os.PathLike) -> list[Path]:
-    """Return the images and videos that files, folders (with all below them) and globs name, each once.
-
-    A file that is named outright is taken whatever its name ends in. In a folder that holds ``output``, that is left
-    out: its pictures are of the last run.
-
-    Raises:
-        FileNotFoundError: an argument names nothing; the message says which.
-    """
-    found: dict[str, Path] = {}
-    for argument in arguments:
-        path, drawn, why = Path(argument), Path(output).resolve(), "no image or video in this folder"
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES | VIDEOS]
-            if drawn not in (path.resolve(), *path.resolve().parents):
-                inside = [p for p in inside if drawn not in p.resolve().parents]
-        else:  # before the glob: a file can be called a[1].png
-            inside = [path] if path.is_file() else map(Path, sorted(glob.glob(argument, recursive=True)))
-            why = "nothing matches" if glob.has_magic(argument) else "there is no such file or folder"
-        files = {os.path.abspath(p): p for p in inside if p.is_file()}
-        if not files:
-            raise FileNotFoundError(f"{argument}: {why}")
-        for key, path in files.items():
-            found.setdefault(key, path)
-    return list(found.values())
-
-
-def output_names(paths: Sequence[Path]) -> list[Path]:
-    """Return where the picture of each input goes below the output folder: as it lies below what they have in common.
-
-    Names that would be one (``a.png`` and ``a.gif``, both drawn as .png) are told apart by a number.
-    """
-    absolute = [Path(os.path.abspath(path)) for path in paths]
-    common = os.path.commonpath({path.parent for path in absolute})
-    names: dict[str, Path] = {}  # by what a file system without upper case makes of them
-    for path in absolute:
-        suffix = path.suffix.lower()
-        if suffix not in (".avi", ".jpg", ".jpeg"):
-            suffix = ".mp4" if suffix in VIDEOS else ".png"
-        first = path.relative_to(common).with_suffix(suffix)
-        numbered = (first.with_name(f"{first.stem}_{number}{suffix}") for number in itertools.count(2))
-        name = next(name for name in itertools.chain([first], numbered) if str(name).lower() not in names)
-        names[str(name).lower()] = name
-    return list(names.values())
-
-
-class UnreadableError(ValueError):
-    """Tell that an image or a video cannot be read, or one cannot be written; the message names it."""
+def _read_stored(cfg: CfgNode) -> dict:
+    """Return what a checkpoint that has been loaded holds, without names and a threshold that cannot be the model's."""
+    if "://" in cfg.MODEL.WEIGHTS or not cfg.MODEL.WEIGHTS.endswith(".pth"):
+        return {}
+    stored = torch.load(cfg.MODEL.WEIGHTS, map_location="meta", weights_only=True)  # no tensor is read
+    num_classes, is_possible = cfg.MODEL.RETINANET.NUM_CLASSES, {}
+    is_possible["score_threshold"] = lambda score: isinstance(score, float) and 0 <= score <= 1
+    is_possible["thing_classes"] = lambda names: (
+        isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) and n.strip() for n in names)
+    )
+    for key in is_possible.keys() & stored.keys():
+        if not is_possible[key](stored[key]):
+            value = printable(stored.pop(key))
+            logger.warning(f"{cfg.MODEL.WEIGHTS}: its {key} {value} cannot be this model's: left out")
+    return stored
 
 
 def predict(
-    predictor: Predictor, paths: Sequence[Path], output: str | os.PathLike
-) -> Iterator[tuple[Path, int | UnreadableError]]:
-    """Predict and draw one input after the other, and write ``detections.json`` at the end.
+    predictor: Predictor, targets: Mapping[Path, Path], output: Path
+) -> Iterator[tuple[Path, int | ValueError]]:
+    """Draw what is found in each image or video to its target, and write ``detections.json`` at the end.
 
     These are COCO results, with ``file_name``, ``category`` (the class's name) and, for videos, the ``frame`` from 0.
-    ``image_id`` counts images (unreadable ones, too) and frames from 0 in the order of ``paths``.
-
-    Args:
-        predictor: names the classes, too.
-        paths: from :func:`find_inputs`.
-        output: folder of the pictures and of ``detections.json``.
+    ``image_id`` counts images (unreadable ones, too) and frames from 0.
 
     Yields:
-        Each path with how many objects were found in it, or with why it could not be read.
-
-    Raises:
-        ValueError: a picture would overwrite an input.
+        Each path with how many objects were found in it, or with why it could not be read or drawn.
     """
-    targets = [Path(output) / name for name in output_names(paths)]
-    overwritten = {target.resolve() for target in targets} & {path.resolve() for path in paths}
-    if overwritten:
-        raise ValueError(f"--output {output}: the picture would overwrite {min(overwritten)}; give another folder")
     results: list[dict] = []
     image_id = 0
-    for path, target in zip(paths, targets):
+    for path, target in targets.items():
         before, is_video = len(results), path.suffix.lower() in VIDEOS
         try:
-            for number, found in enumerate(_predict_file(predictor, path, target, is_video)):
-                place = {"file_name": os.fspath(path), **({"frame": number} if is_video else {})}
+            for number, found in enumerate(_predict_file(predictor, path, target)):
                 for result in instances_to_coco_json(found, image_id):
                     label = result["category_id"]
-                    category = {"category_id": predictor.category_ids[label], "category": predictor.classes[label]}
-                    results.append({**result, **category, **place})
+                    result |= {"category_id": predictor.category_ids[label], "category": predictor.classes[label]}
+                    result |= {"file_name": os.fspath(path), **({"frame": number} if is_video else {})}
+                    results.append(result)
                 image_id += 1
-        except UnreadableError as e:
+        except ValueError as e:
             image_id += not is_video
             yield path, e
         else:
             yield path, len(results) - before
-    with atomic_write(Path(output) / "detections.json") as file:
+    with atomic_write(output / "detections.json") as file:
         json.dump(results, file)
 
 
-def _predict_file(predictor: Predictor, path: Path, target: Path, is_video: bool) -> Iterator[Instances]:
+def _predict_file(predictor: Predictor, path: Path, target: Path) -> Iterator[Instances]:
     """Yield what is found in an image, or in each frame of a video, after drawing it to ``target``."""
-    images, rate = _open(path, is_video)
-    writer = None
-    try:
-        for image in images:
-            height, width = image.shape[:2]
-            try:
-                found = predictor(image)
-            except ValueError as e:  # of a side that would be resized to no pixel, or too few for the network's norms
-                raise UnreadableError(f"{path}, {width} x {height} pixels, cannot be predicted on: {e}") from e
-            picture = predictor.draw(image, found)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if is_video and writer is None:
-                codec = cv2.VideoWriter_fourcc(*("MJPG" if target.suffix == ".avi" else "mp4v"))
-                writer = cv2.VideoWriter(os.fspath(target), codec, rate, picture.shape[1::-1])
-            if not (writer.isOpened() if is_video else cv2.imwrite(os.fspath(target), picture)):
-                raise UnreadableError(f"{target} cannot be written")
-            if is_video:
-                writer.write(picture)
-            yield found
-    finally:
-        if writer is not None:
-            writer.release()
-
-
-def _open(path: Path, is_video: bool) -> tuple[Iterable[np.ndarray], float]:
-    """Return the BGR images of a file, and how many of them a second has."""
-    if not is_video:
+    is_video, writer = path.suffix.lower() in VIDEOS, None  # which ends its file when nothing refers to it any more
+    if is_video:
+        video = cv2.VideoCapture(os.fspath(path))
+        total, rate = (max(0, video.get(key)) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))  # 0: unknown
+        frames = (frame for _, frame in iter(video.read, (False, None)))
+        images = tqdm(frames, total=total or None, unit="frame", disable=None)
+        codec = cv2.VideoWriter_fourcc(*("MJPG" if target.suffix.lower() == ".avi" else "mp4v"))
+    else:
+        images = [read_picture(path)]
+    for image in images:
         try:
-            return [read_image(os.fspath(path), "BGR")], 0.0  # turned as its EXIF says, as it is for training
-        except Exception as e:  # Pillow raises what its decoders do
-            raise UnreadableError(f"{path} cannot be read as an image: {e}") from e
-    video = cv2.VideoCapture(os.fspath(path))
-    total, rate, (is_read, first) = video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS), video.read()
-    if not is_read:
-        raise UnreadableError(f"{path} cannot be read as a video (or OpenCV lacks its codec)")
-    others = itertools.takewhile(lambda frame: frame is not None, (video.read()[1] for _ in itertools.count()))
-    frames = itertools.chain([first], others)
-    return tqdm(frames, total=total if total > 0 else None, unit="frame", disable=None), rate if rate > 0 else 25.0
+            found = predictor(image)
+        except ValueError as e:  # of a side that would be resized to no pixel, or too few for the network's norms
+            height, width = image.shape[:2]
+            raise ValueError(f"{path}, {width} x {height} pixels, cannot be predicted on: {e}") from e
+        picture = predictor.draw(image, found)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_video:
+            writer = writer or cv2.VideoWriter(os.fspath(target), codec, rate or 25, picture.shape[1::-1])
+            writer.write(picture)
+        if not (writer.isOpened() if is_video else cv2.imwrite(os.fspath(target), picture)):
+            raise ValueError(f"{target} cannot be written")
+        yield found
+    if is_video and writer is None:
+        raise ValueError(f"{path} cannot be read as a video (or OpenCV lacks its codec)")
+
+
+def read_picture(path: str | os.PathLike) -> np.ndarray:
+    """Return an image file as BGR uint8 (H, W, 3), turned as its EXIF says, or raise a ValueError."""
+    try:
+        return read_image(os.fspath(path), "BGR")
+    except Exception as e:  # Pillow raises what its decoders do
+        raise ValueError(f"{path} cannot be read as an image: {e}") from e

@@ -72,11 +72,11 @@ def preflight(args: Namespace, workers: Workers) -> Job:
     return Job(args, cfg, resume, register_from_args(args.register), warnings)
 
 
-def load_checked_config(args: Namespace) -> CfgNode:
+def load_checked_config(args: Namespace, needs_data: bool = True) -> CfgNode:
     """Return the frozen config of a command line, its data sets registered; write nothing.
 
-    ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``. Errors are
-    those of :func:`preflight`.
+    ``args`` have ``config_file``, ``register``, ``opts`` (``KEY VALUE ...``), ``eval_only`` and ``resume``. The data
+    sets of the config are checked if it ``needs_data``. Errors are those of :func:`preflight`.
     """
     if not args.config_file:
         raise ValueError("no config: give --config-file, e.g. --config-file configs/retina_focal.yaml")
@@ -86,7 +86,8 @@ def load_checked_config(args: Namespace) -> CfgNode:
     if torch.device(cfg.MODEL.DEVICE).type == "cpu" or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMPTrainer needs CUDA
-    check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    if needs_data:
+        check_datasets(cfg, splits=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         weights = cfg.MODEL.WEIGHTS
         if args.eval_only and not weights:

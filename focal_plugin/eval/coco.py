@@ -1,14 +1,18 @@
-"""Evaluate detections as COCO does: AP, curves and kinds of error. Matching and numbers are pycocotools' own."""
+"""Evaluate detections as COCO does: AP, curves and kinds of error. Matching and numbers are pycocotools' own.
+
+``truth`` is from :func:`read_truth`, ``predictions`` are from :func:`read_predictions`; from ``iou`` on a detection has
+found an object. Readers raise OSError or ValueError; the message names the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,73 +26,47 @@ from ..files import printable
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CURVES = ("IoU .5", "IoU .75", "mean of IoU .5 to .95")
 BACKGROUND_IOU = 0.1  # what overlaps less has nothing to do with an object
-KINDS = {  # of error, as Bolya et al. call them, "TIDE", ECCV 2020
-    "Localization": "of an object of this class, but not closely enough",
-    "Classification": "of an object of another class",
-    "Both": "beside an object of another class",
-    "Duplicate": "of an object that a detection of higher score has found",
-    "Background": "where there is no object",
-    "Missed": "an object that no detection is right about, whatever lies on it",
-}
-_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _SWAPPED = "Are the two files swapped? Predictions go first."
-_CLASSES = (
-    "run tools/predict.py with --classes A,B,C, which are the annotations' {} in the order of the model, or with "
-    "--register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
-)
 
 
 class PrecisionRecall(NamedTuple):
-    """COCO's interpolated precision at 101 recalls, and its mean: the AP at one IoU. All in 0..1."""
+    """COCO's interpolated precision at the recalls 0, .01 to 1, and its mean: the AP at one IoU. All in 0..1."""
 
     iou: float
-    recall: np.ndarray
     precision: np.ndarray
     ap: float
 
 
 class Error(NamedTuple):
-    """A false detection or a missed object.
+    """A false detection or a missed object, of a kind as Bolya et al. call it ("TIDE", ECCV 2020)."""
 
-    Attributes:
-        kind: of :data:`KINDS`.
-        entry: the detection or object, as in COCO's format.
-        other: what it overlaps most: an object, or, of a missed object, a detection; None if there is nothing.
-        overlap: IoU with it.
-    """
-
-    kind: str
-    entry: dict
-    other: dict | None = None
-    overlap: float = 0.0
-
-
-# ------------------------------ reading
+    kind: str  # Localization, Classification, Both, Duplicate, Background or Missed
+    entry: dict  # the detection or object, in COCO's format
+    other: dict | None = None  # the object, or of a missed object the detection, that it overlaps most
+    overlap: float = 0.0  # IoU with it
 
 
 def read_truth(path: str | os.PathLike) -> COCO:
-    """Read annotations in COCO's format.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or is something else; the message names it.
-    """
-    content, truth = _read_json(path), COCO()
+    """Read annotations in COCO's format; ids of annotations are made anew, from 1."""
+    content, truth = None, COCO()
     try:
+        content = json.loads(Path(path).read_bytes())
         for section in ("annotations", "categories", "images"):
             ids = sorted(entry["id"] for entry in content[section])  # as COCOeval does, which takes no mix of types
             if len(set(ids)) < len(ids) or not (ids or section == "annotations"):
                 raise ValueError(f"no {section}, or two with one id")
         names = {category["id"]: category["name"] + "" for category in content["categories"]}
+        images = {image["id"] for image in content["images"]}
         for number, annotation in enumerate(content["annotations"], start=1):
             box, annotation["id"] = annotation["bbox"], number  # COCOeval takes a match with the id 0 for none
             _check_numbers(box, annotation.setdefault("area", box[2] * box[3]))
-            if annotation.setdefault("iscrowd", 0) not in (0, 1) or annotation["category_id"] not in names:
-                raise ValueError(f"iscrowd or category_id of {printable(annotation, 200)}")
+            known = annotation["category_id"] in names and annotation["image_id"] in images
+            if annotation.setdefault("iscrowd", 0) not in (0, 1) or not known:
+                raise ValueError(f"iscrowd, category_id or image_id of {printable(annotation, 200)}")
         truth.dataset = {"info": {}, **content}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(None):
             truth.createIndex()
-        if not truth.imgToAnns.keys() <= truth.imgs.keys():
-            raise ValueError("annotations of images that are not there")
     except _MALFORMED as e:
         hint = f"{_SWAPPED} " * isinstance(content, list) + f"tools/check_dataset.py {path} IMAGES says more"
         raise ValueError(f"{path}: not annotations in COCO's format ({type(e).__name__}: {e}). {hint}") from e
@@ -99,13 +77,10 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
     """Read results in COCO's format, of the images and categories of ``truth``.
 
     Names of images (``file_name``) and classes (``category``) count more than ids: tools/predict.py has ids of its own.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, is something else, or of other images or categories; the message
-            names it.
     """
-    results, result = _read_json(path), None
+    results = result = None
     try:
+        results = json.loads(Path(path).read_bytes())
         for result in results:
             _check_numbers(result["bbox"], result["score"])
             hash((result["image_id"], result["category_id"]))
@@ -114,11 +89,12 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
         raise ValueError(f"{path}: no list of image_id, category_id, bbox and score, as COCO has it: {problem}") from e
     files = {id_: os.path.basename(str(image.get("file_name"))) for id_, image in truth.imgs.items()}
     classes = {id_: category["name"] for id_, category in truth.cats.items()}
-    way_out = _CLASSES.format(printable([*classes.values()], 200))
-    for key, name_key, names, hint in (
-        ("image_id", "file_name", files, "are the predictions of other images?"),
-        ("category_id", "category", classes, way_out),
-    ):
+    way_out = (
+        f"run tools/predict.py with --classes A,B,C, which are the annotations' {printable([*classes.values()], 200)} "
+        "in the order of the model, or with --register NAME=ANNOTATIONS.JSON:IMAGE_DIR"
+    )
+    for key, name_key, names in (("image_id", "file_name", files), ("category_id", "category", classes)):
+        hint = way_out if names is classes else "are the predictions of other images?"
         counts = Counter(names.values())
         ids = {name: id_ for id_, name in names.items() if counts[name] == 1}
         for result in results:
@@ -140,42 +116,23 @@ def _check_numbers(box: Any, number: Any) -> None:
         raise ValueError(f"{printable([box, number], 100)} is no box of four numbers and a number")
 
 
-def _read_json(path: str | os.PathLike) -> Any:
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: not readable as json ({e})") from e
-
-
-# ------------------------------ numbers
-
-
 def evaluate(truth: COCO, predictions: Sequence[Mapping]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Evaluate as COCO does.
 
-    Args:
-        truth: from :func:`read_truth`.
-        predictions: from :func:`read_predictions`.
-
     Returns:
-        One row for all K classes together, over which COCO means, and one for each: name, objects (without crowds),
-        detections, and :data:`METRICS` in percent, NaN where there is no object of that kind; and by name of
-        :data:`CURVES`, (1 + K, 101) precisions at COCO's recalls, NaN without objects.
+        A row for the mean over all K classes and one for each: name, objects (without crowds), detections, and
+        :data:`METRICS` in percent; by name of :data:`CURVES`, (1 + K, 101) precisions. Without objects they are NaN.
     """
     precision = _evaluate(truth, predictions)[1]
     every = precision[..., 0]
     parts = (every, every[:1], every[5:6], *(precision[..., area] for area in (1, 2, 3)))
     ids = sorted(truth.cats)
-    counts = {
-        "objects": Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"]),
-        "detections": Counter(p["category_id"] for p in predictions),
-    }
-    table = {
-        "name": ["all classes", *(truth.cats[id_]["name"] for id_ in ids)],
-        **{key: [sum(count.values()), *(count[id_] for id_ in ids)] for key, count in counts.items()},
-        **{metric: 100 * _with_mean(part.mean((0, 1))) for metric, part in zip(METRICS, parts)},
-    }
+    table = {"name": ["all classes", *(truth.cats[id_]["name"] for id_ in ids)]}
+    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+    for key, entries in (("objects", objects), ("detections", predictions)):
+        count = Counter(entry["category_id"] for entry in entries)
+        table[key] = [sum(count.values()), *(count[id_] for id_ in ids)]
+    table |= {metric: 100 * _with_mean(part.mean((0, 1))) for metric, part in zip(METRICS, parts)}
     curves = [_with_mean(part.mean(0)).T for part in (parts[1], parts[2], parts[0])]
     return pd.DataFrame(table), dict(zip(CURVES, curves))
 
@@ -186,17 +143,14 @@ def precision_recall_curves(
     """Return, for each IoU, the mean curve over all classes that have objects, as COCO's AP at it is computed."""
     truth = read_truth(coco_gt_json)
     # All areas, 100 detections: the others take most of the time.
-    evaluation, precision = _evaluate(truth, read_predictions(results_json, truth), ious, 100)
+    _, precision = _evaluate(truth, read_predictions(results_json, truth), ious, 100)
     curves = _with_mean(precision[..., 0])[..., 0]
-    return [PrecisionRecall(iou, evaluation.params.recThrs, c, float(c.mean())) for iou, c in zip(ious, curves)]
+    return [PrecisionRecall(iou, curve, float(curve.mean())) for iou, curve in zip(ious, curves)]
 
 
 def _evaluate(truth: COCO, predictions: Sequence[Mapping], ious: Sequence[float] = (), most: int = 0) -> tuple:
-    """COCO's evaluation and its precision, (IoU, recall, class, area), masked where there is no object.
-
-    With ``ious`` it is of these, of objects of all sizes, and of ``most`` detections of an image.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
+    """COCO's evaluation and its masked precision, (IoU, recall, class, area); with ``ious``, only of all sizes."""
+    with contextlib.redirect_stdout(None):
         found = truth.loadRes([dict(p) for p in predictions]) if predictions else COCO()
         evaluation = COCOeval(truth, found, "bbox")
         if ious:
@@ -212,16 +166,8 @@ def _with_mean(values: np.ma.MaskedArray) -> np.ndarray:
     return np.ma.concatenate([values.mean(-1, keepdims=True), values], axis=-1).filled(np.nan)
 
 
-# ------------------------------ errors
-
-
 def match(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> dict[int, tuple[list, list, list]]:
-    """Match all detections with the objects of all sizes at one IoU, as COCO does.
-
-    Returns:
-        By image id, the correct detections, the false ones and the missed objects. Crowds, and detections in them, are
-        in none of the lists.
-    """
+    """Match as COCO does; return, by image, correct and false detections and missed objects, all without crowds."""
     most = max(Counter(p["image_id"] for p in predictions).values(), default=1)
     evaluation, _ = _evaluate(truth, predictions, [iou], most)
     images: dict[int, tuple[list, list, list]] = {image_id: ([], [], []) for image_id in truth.imgs}
@@ -239,64 +185,39 @@ def match(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> dict
 def best_threshold(truth: COCO, predictions: Sequence[Mapping], iou: float = 0.5) -> float:
     """Return the score from which on detections have the highest F1, 2 * correct / (detections + objects).
 
-    Args:
-        truth: without an annotation of the id 0, as from :func:`read_truth`.
-        predictions: results in COCO's format.
-        iou: from which on a detection has found an object.
-
-    Returns:
-        The score; 0 if no detection is correct.
+    It is 0 if no detection is correct. ``truth`` can be any without an annotation of the id 0.
     """
-    ranked, num_objects = [], 0
-    for correct, false, missed in match(truth, predictions, iou).values():
-        ranked += [(d["score"], True) for d in correct] + [(d["score"], False) for d in false]
-        num_objects += len(correct) + len(missed)
-    ranked.sort(reverse=True)
+    images = match(truth, predictions, iou).values()
+    num_objects = sum(len(correct) + len(missed) for correct, _, missed in images)
+    ranked = [(d["score"], right) for image in images for right, found in zip((1, 0), image) for d in found]
     # The highest score chooses first: what those from a score on are matched with does not depend on the rest.
-    best, best_f1, found = 0.0, 0.0, 0
-    for count, (score, right) in enumerate(ranked, start=1):
-        found += right
-        f1 = 2 * found / (count + num_objects)
-        if f1 > best_f1 and (count == len(ranked) or ranked[count][0] < score):  # it does not part equal scores
-            best, best_f1 = score, f1
-    return best
+    scores, right = np.array(sorted(ranked, reverse=True)).reshape(-1, 2).T
+    f1 = 2 * right.cumsum() / (np.arange(1, len(right) + 1) + num_objects)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # it does not part equal scores
+    return float(scores[f1.argmax()]) if f1.any() else 0.0
 
 
 def find_errors(truth: COCO, predictions: Sequence[Mapping], iou: float, score_threshold: float) -> list[Error]:
-    """Find what is detected and is not there, and what is there and not detected.
-
-    Args:
-        truth: from :func:`read_truth`.
-        predictions: from :func:`read_predictions`.
-        iou: from which on a detection has found an object.
-        score_threshold: only detections from this score on.
-
-    Returns:
-        False detections, the highest score first, then missed objects, the largest box first.
-    """
+    """Find false detections from a score on, the highest score first, then what they miss, the largest box first."""
+    # In TIDE's order, but that a duplicate, which is of the right class, comes before a wrong class.
+    kinds = [("Duplicate", [True], iou), ("Classification", [False], iou)]
+    kinds += [("Localization", [True], BACKGROUND_IOU), ("Both", [False], BACKGROUND_IOU)]
     false_positives, misses = [], []
     kept = [p for p in predictions if p["score"] >= score_threshold]
     for image_id, (correct, false, missed) in match(truth, kept, iou).items():
         objects = [o for o in truth.imgToAnns[image_id] if not o["iscrowd"]]
-        false_positives += [_false_positive(detection, objects, iou) for detection in false]
-        misses += [Error("Missed", o, *(_nearest(o, correct + false, BACKGROUND_IOU) or ())) for o in missed]
+        false_positives += [_error(d, objects, kinds, "Background") for d in false]
+        misses += [_error(o, correct + false, [("Missed", [True, False], BACKGROUND_IOU)], "Missed") for o in missed]
     false_positives.sort(key=lambda e: -e.entry["score"])
-    misses.sort(key=lambda e: -e.entry["bbox"][2] * e.entry["bbox"][3])
-    return false_positives + misses
+    return false_positives + sorted(misses, key=lambda e: -e.entry["bbox"][2] * e.entry["bbox"][3])
 
 
-def _false_positive(detection: dict, objects: list[dict], iou: float) -> Error:
-    same = [o for o in objects if o["category_id"] == detection["category_id"]]
-    others = [o for o in objects if o["category_id"] != detection["category_id"]]
-    # In TIDE's order, but that a duplicate, which is of the right class, comes before a wrong class.
-    order = ("Duplicate", same, iou), ("Classification", others, iou)
-    for kind, candidates, least in (*order, ("Localization", same, BACKGROUND_IOU), ("Both", others, BACKGROUND_IOU)):
-        if near := _nearest(detection, candidates, least):
-            return Error(kind, detection, *near)
-    return Error("Background", detection)
-
-
-def _nearest(entry: dict, others: list[dict], least: float) -> tuple[dict, float] | None:
-    """What of the others overlaps an entry most, and by which IoU; None if that is below ``least``."""
-    overlaps = box_iou([entry["bbox"]], [o["bbox"] for o in others], [0] * len(others))[0] if others else np.zeros(1)
-    return (others[overlaps.argmax()], float(overlaps.max())) if overlaps.max() >= least else None
+def _error(entry: dict, others: list[dict], kinds: Sequence[tuple[str, list[bool], float]], otherwise: str) -> Error:
+    """Of the first kind of which another, of its classes (True: the entry's own), overlaps the entry by enough."""
+    overlaps = box_iou([entry["bbox"]], [o["bbox"] for o in others], [0] * len(others))[0] if others else np.zeros(0)
+    is_same = np.array([o["category_id"] == entry["category_id"] for o in others])
+    for kind, classes, least in kinds:
+        near = np.where(np.isin(is_same, classes), overlaps, -1)
+        if near.max(initial=-1) >= least:
+            return Error(kind, entry, others[near.argmax()], float(near.max()))
+    return Error(otherwise, entry)

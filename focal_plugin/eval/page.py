@@ -8,67 +8,60 @@ import mimetypes
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pycocotools.coco import COCO
 
 from ..files import atomic_write, origin, printable
-from .coco import KINDS, METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
-from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image, save_svg
+from ..losses.args import check
+from .coco import METRICS, Error, best_threshold, evaluate, find_errors, read_predictions, read_truth
+from .drawing import MISSED, TRUTH, WRONG, crop, draw_curves, open_image
 
 NONE = "–"
+_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "`": "'", "[": "\\["})
 
 
-def render_html(context: dict[str, Any], folder: Path, template: str = "page.html") -> str:
+def render_html(context: dict[str, Any], folder: Path, template: str) -> str:
     """Render a page; ``folder`` has the pictures, which go into the page itself."""
-    environment = _environment(autoescape=True)
-    environment.filters["data_uri"] = lambda name: _data_uri(folder / name)
-    return environment.get_template(template).render(context)
+
+    def data_uri(name: str) -> str:
+        data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
+        return f"data:{mimetypes.guess_type(name)[0]};base64,{data}"
+
+    return _render(template, context, data_uri=data_uri)
 
 
 def render_markdown(context: dict[str, Any]) -> str:
     """Render report.md."""
-    environment = _environment(autoescape=False)
-    environment.filters["md"] = markdown_text
-    return environment.get_template("report.md").render(context)
+    return _render("report.md", context, md=markdown_text)
+
+
+def _render(template: str, context: dict[str, Any], **filters: Callable[[str], str]) -> str:
+    environment = Environment(
+        loader=PackageLoader("focal_plugin.eval", "templates"),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        finalize=lambda value: _safe(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return environment.get_template(template).render(context)
 
 
 def markdown_text(text: str) -> str:
     """Return a text on one line, and without what Markdown would take for a table, a tag or a quotation."""
     text = " / ".join(line for line in _safe(text).splitlines() if line.strip())
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
-        text = text.replace(mark, instead)
-    return text
+    return text.translate(_MARKDOWN)
 
 
 def _safe(text: str) -> str:
     """The text with its lines; those with control characters, marks of direction or lone surrogates escaped."""
     lines = (line if line.isprintable() else printable(line, 10 * len(line), quotes=False) for line in text.split("\n"))
     return "\n".join(lines)
-
-
-def _environment(autoescape: bool) -> Environment:
-    return Environment(
-        loader=PackageLoader("focal_plugin.eval", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        finalize=lambda value: _safe(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _data_uri(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-# ------------------------------ the page on one evaluation
 
 
 def write_eval_report(
@@ -82,20 +75,14 @@ def write_eval_report(
     examples: int = 24,
     command: str = "",
 ) -> str:
-    """Write one HTML file that needs nothing else.
+    """Write one HTML file that needs nothing else; return the result in one line.
 
     Args:
-        predictions: results in COCO's format, as ``coco_instances_results.json`` of an evaluation.
-        annotations: in COCO's format.
-        path: the HTML file.
+        predictions, annotations: in COCO's format; the first are ``coco_instances_results.json`` of an evaluation.
         images: the folder that the file names of the annotations start from; None: no pictures.
         iou: from which on a detection has found an object, for errors and pictures.
         score_threshold: only detections from this score on, for errors and pictures; None: from that of the highest F1.
-        examples: so many pictures of each kind of error at most.
-        command: what a person typed.
-
-    Returns:
-        The result in one line.
+        examples: so many pictures, at most, of false detections and of missed objects.
 
     Raises:
         OSError, ValueError: a file or folder is not there or something else; the message names it.
@@ -104,51 +91,41 @@ def write_eval_report(
         raise FileNotFoundError(f"there is no folder {os.fspath(images)}")
     if os.path.realpath(path) in map(os.path.realpath, (predictions, annotations)):
         raise ValueError(f"{os.fspath(path)} is one of the two files to read: give the page another name")
-    for name, value, valid, bounds in (
-        ("--examples", examples, examples >= 0, ">= 0"),
-        ("--iou", iou, 0 < iou <= 1, "in (0, 1]"),
-        ("--score-threshold", score_threshold, score_threshold == score_threshold, "a number"),
-    ):
-        if not valid:
-            raise ValueError(f"{name} must be {bounds}, got {value}")
+    check(examples >= 0, "--examples", ">= 0", examples)
+    check(0 < iou <= 1, "--iou", "in (0, 1]", iou)
+    check(score_threshold == score_threshold, "--score-threshold", "a number", score_threshold)
     truth = read_truth(annotations)
     found = read_predictions(predictions, truth)
     table, curves = evaluate(truth, found)
     threshold = best_threshold(truth, found, iou) if score_threshold is None else score_threshold
     errors = find_errors(truth, found, iou, threshold)
     kinds = Counter(error.kind for error in errors)
-    num_missed, num_objects = kinds["Missed"], int(table.objects[0])
-    correct, num_false = num_objects - num_missed, len(errors) - num_missed
+    num_objects, num_false = int(table.objects[0]), len(errors) - kinds["Missed"]
+    correct = num_objects - kinds["Missed"]
     why = ", from which on F1 is the highest" if score_threshold is None and threshold else ""
     summary = (
         f"at IoU {iou:g}, of the {correct + num_false:,} detections with a score of at least {threshold:.3g}{why}, "
-        f"{correct:,} are right and {num_false:,} false; {num_missed:,} of {num_objects:,} objects are missed"
+        f"{correct:,} are right and {num_false:,} false; {kinds['Missed']:,} of {num_objects:,} objects are missed"
     )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        html = render_html(
-            {
-                "name": _safe(Path(predictions).name),
-                "total": table.iloc[0],
-                "num_images": len(truth.imgs),
-                "num_seen": len({p["image_id"] for p in found}),
-                "names": {id_: category["name"] for id_, category in truth.cats.items()},
-                "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
-                "curves": _draw_curves(table, curves, folder),
-                "summary": summary,
-                "kinds": [(kind, kinds[kind], meaning) for kind, meaning in KINDS.items()],
-                "threshold": threshold,
-                "wrong": _draw_errors(errors[:num_false][:examples], truth, images, folder, (WRONG, TRUTH)),
-                "misses": _draw_errors(errors[num_false:][:examples], truth, images, folder, (MISSED, WRONG)),
-                "has_images": images is not None,
-                "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED},
-                **origin(command),
-            },
-            folder,
-            "evaluation.html",
-        )
-    with atomic_write(path) as file:
-        file.write(html)
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+        context = {
+            "name": _safe(Path(predictions).name),
+            "total": table.iloc[0],
+            "truth": truth,
+            "num_seen": len({p["image_id"] for p in found}),
+            "rows": table[["name", *METRICS, "objects", "detections"]].map(_text).values.tolist(),
+            "curves": draw_curves(table, curves, Path(folder)),
+            "summary": summary,
+            "kinds": kinds,
+            "threshold": threshold,
+            "wrong": errors[:num_false][:examples],
+            "misses": errors[num_false:][:examples],
+            "draw": lambda error: _draw_error(error, truth, images, Path(folder)),
+            "has_images": images is not None,
+            "colors": {"truth": TRUTH, "wrong": WRONG, "missed": MISSED},
+            **origin(command),
+        }
+        file.write(render_html(context, Path(folder), "evaluation.html"))
     return f"AP {_text(table.AP[0])}, AP50 {_text(table.AP50[0])}; {summary}"
 
 
@@ -158,29 +135,12 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else f"{value:,}"
 
 
-def _draw_curves(table: pd.DataFrame, curves: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, str]]:
-    """Draw a panel for all classes and, the worst first, one for each, if there are several."""
-    panels = []
-    rows = table.index[table.AP.notna()][: 1 if len(table) == 2 else None]
-    for row in sorted(rows, key=lambda row: (row > 0, table.AP[row])):
-        own = {name: values[row] for name, values in curves.items()}
-        areas = ", ".join(f"{name}: {100 * curve.mean():.1f}" for name, curve in own.items())
-        panels.append({"file": f"curve{row}.svg", "name": table.name[row], "areas": areas})
-        save_svg(draw_curves(own, small=row > 0), folder / panels[-1]["file"])
-    return panels
-
-
-def _draw_errors(
-    errors: Sequence[Error], truth: COCO, images: str | os.PathLike | None, folder: Path, colors: Sequence[str]
-) -> list[tuple[Error, str, str]]:
-    """Draw each; with its image's name, and the picture's, which is "" if the image cannot be read."""
-    drawn = []
-    for number, error in enumerate(errors):
-        name, file = truth.imgs[error.entry["image_id"]].get("file_name", ""), ""
-        image = open_image(images, name) if images is not None else None
-        if image is not None:
-            boxes = [(e["bbox"], color, "") for e, color in zip((error.entry, error.other), colors) if e]
-            file = f"{error.kind}{number}.jpg"
-            crop(image, boxes).save(folder / file, quality=85)
-        drawn.append((error, name, file))
-    return drawn
+def _draw_error(error: Error, truth: COCO, images: str | os.PathLike | None, folder: Path) -> str:
+    """Draw an error; return the picture's name in the folder, "" if the image cannot be read."""
+    image = images is not None and open_image(images, truth.imgs[error.entry["image_id"]].get("file_name"))
+    if not image:
+        return ""
+    colors, file = (MISSED, WRONG) if error.kind == "Missed" else (WRONG, TRUTH), f"{error.kind}{error.entry['id']}.jpg"
+    boxes = [(entry["bbox"], color, "") for entry, color in zip((error.entry, error.other), colors) if entry]
+    crop(image, boxes).save(folder / file, quality=85)
+    return file

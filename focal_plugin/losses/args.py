@@ -11,16 +11,13 @@ from torch import Tensor
 Alpha = Union[float, Sequence[float], Tensor]
 
 REDUCTIONS = ("none", "sum", "mean")
-IGNORE = -1
-"""Label of an anchor that takes no part in the loss."""
+IGNORE = -1  # label of an anchor that takes no part in the loss
 
 
 class Weights(NamedTuple):
-    """Weights of positives and negatives: two numbers, or two (K, 1) tensors, which broadcast to (outer, K, inner).
+    """Weights of positives and negatives: two numbers, or two (K, 1) tensors, which broadcast to (outer, K, inner)."""
 
-    A number stays Python's: a tensor made of it would have to be copied to a GPU at each step.
-    """
-
+    # A number stays Python's: a tensor made of it would have to be copied to a GPU at each step.
     pos: Union[float, Tensor]
     neg: Union[float, Tensor]
 
@@ -55,9 +52,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_alpha(alpha: Alpha, num_classes: Optional[int] = None, *, name: str = "alpha") -> Alpha:
     """Return a float if alpha is one number, of Python, numpy or torch, else alpha itself, one number a class.
 
-    Raises:
-        ValueError: it is no number <= 1, and not ``num_classes`` (None: any number of) numbers in [0, 1]. The range of
-            a tensor on a GPU is not looked at. The message calls it ``name``.
+    Raise a ValueError, which calls it ``name``, unless it is a number <= 1, or ``num_classes`` (None: any number of)
+    numbers in [0, 1]. The range of a tensor on a GPU is not looked at.
     """
     is_tensor = isinstance(alpha, Tensor)
     if isinstance(alpha, numbers.Real) or (is_tensor and alpha.dim() == 0):
@@ -108,10 +104,8 @@ def check_labels(labels: Tensor, shape: torch.Size, class_dim: int, max_label: i
     """Raise a ValueError unless these are integer labels in [-1, max_label] for logits of ``shape``."""
     expected = shape[:class_dim] + shape[class_dim + 1 :]
     if len(shape) == 0 or labels.shape != expected or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"targets must be integer labels of shape {tuple(expected)} or, for a sigmoid, dense and of the shape "
-            f"{tuple(shape)} of inputs; got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
+        allowed = f"integer labels of shape {tuple(expected)} or, for a sigmoid, dense of inputs' shape {tuple(shape)}"
+        raise ValueError(f"targets must be {allowed}; got {labels.dtype} of shape {tuple(labels.shape)}")
     check_label_range(labels, max_label)
 
 

@@ -6,8 +6,8 @@ for the gradient, which is written once. Only the logits and the targets are kep
 
 Shapes: logits are seen as (outer, K, inner), in the order in which they lie in memory: K classes, whatever varies
 slower than the class in ``outer`` and faster in ``inner``. That is a view both of what a convolution writes
-(N, A * K, H, W: outer = N * A, inner = H * W) and of its channels_last form (outer = N * H * W * A, inner = 1). Labels
-and everything else that each anchor (each set of K logits) has one of are (outer, 1, inner).
+(N, A * K, H, W: outer = N * A, inner = H * W) and of its channels_last form (outer = N * H * W * A, inner = 1). What
+each anchor (each set of K logits) has one of, as its label, is (outer, 1, inner).
 """
 
 import math
@@ -29,18 +29,13 @@ _BLOCK, _BLOCK_ON_DEVICE = 2**16, 2**24
 
 
 class BlockwiseLoss(ABC):
-    """A loss of logits and their targets, which are integer labels or dense.
+    """A loss of logits and their targets: the ``formula`` of each logit times the ``weights``.
 
     A subclass gives the loss as one differentiable :meth:`expression`. Where speed counts it also gives the loss and
     the gradient of a block in closed form. Labels that are -1 are handled here: loss and gradient are 0.
-
-    Args:
-        formula: the loss of one logit.
-        weights: what it is multiplied by, as :meth:`expression` takes them.
     """
 
-    has_labels = True
-    """Whether targets are labels, of which some may be ignored, or dense."""
+    has_labels = True  # whether targets are labels, of which some may be ignored, or dense
 
     def __init__(self, formula: Formula, weights: Union[Weights, float, Tensor]):
         self.formula, self.weights = formula, weights
@@ -70,8 +65,6 @@ class BlockwiseLoss(ABC):
         loss = layout.unflat(loss)
         return loss.squeeze(class_dim) if sum_classes else loss
 
-    # ------------------------------ what a subclass gives
-
     @abstractmethod
     def expression(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the loss of (outer, K, inner) float32 or float64 logits, from differentiable operations only.
@@ -94,9 +87,6 @@ class BlockwiseLoss(ABC):
             loss = self.expression(leaf, target)
             return torch.autograd.grad(loss, leaf, grad.expand_as(loss))[0]
 
-    # ------------------------------ the two passes
-
-    @torch.no_grad()
     def loss(self, x: Tensor, target: Tensor, sum_classes: bool) -> Tensor:
         """Return the loss of (outer, K, inner) logits, (outer, 1, inner) if the classes are summed over."""
         out = x.new_zeros((x.shape[0], 1 if sum_classes else x.shape[1], x.shape[2]), dtype=float_dtype(x))
@@ -159,14 +149,11 @@ class _Blockwise(torch.autograd.Function):
 class Layout:
     """How logits lie in memory, and the way to (outer, K, inner) and back, for labels with a class dimension of 1.
 
-    Args:
-        x: the logits. If they are not one dense piece of memory, the layout is that of their contiguous copy.
-        class_dim: the dimension of ``x`` that runs over classes.
+    If they are not one dense piece of memory, the layout is that of their contiguous copy.
     """
 
     def __init__(self, x: Tensor, class_dim: int):
-        # The dimensions in the order in which they lie in memory.
-        order = []
+        order = []  # the dimensions as they lie in memory
         for dim in range(x.dim()):
             # A sort by comparisons: torch.compile cannot follow sorted() where the sizes are symbols.
             place = len(order)
@@ -185,9 +172,6 @@ class Layout:
         """Return (outer, K, inner) in the logits' shape."""
         sizes = [flat.shape[1] if dim == self.class_dim else self.sizes[dim] for dim in self.order]
         return flat.view(sizes).permute([self.order.index(dim) for dim in range(len(sizes))])
-
-
-# ------------------------------ blocks and threads
 
 
 # More threads than this would wait for each other in Python; fewer blocks for each than this do not pay for a thread.

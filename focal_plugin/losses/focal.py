@@ -26,18 +26,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .args import (
-    IGNORE,
-    Alpha,
-    Weights,
-    alpha_weights,
-    check,
-    check_call,
-    check_dense,
-    check_gamma,
-    check_labels,
-    float_dtype,
-)
+from .args import IGNORE, Alpha, alpha_weights, check, check_call, check_dense, check_gamma, check_labels, float_dtype
 from .blockwise import BlockwiseLoss
 from .dense import DenseLoss
 from .formulas import Focal, FocalStar, Formula
@@ -101,9 +90,7 @@ def sigmoid_focal_loss_star(
     return _sigmoid_loss(FocalStar(float(gamma), float(beta)), inputs, targets, alpha, reduction, class_dim)
 
 
-def _sigmoid_loss(
-    formula: Formula, inputs: Tensor, targets: Tensor, alpha: Alpha, reduction: str, class_dim: int
-) -> Tensor:
+def _sigmoid_loss(formula: Formula, inputs: Tensor, targets: Tensor, alpha: Alpha, reduction: str, class_dim: int):
     class_dim, num_classes = check_call(inputs, reduction, class_dim)
     weights = alpha_weights(alpha, num_classes, inputs)
     if targets.shape == inputs.shape:
@@ -171,5 +158,5 @@ class LabelLoss(BlockwiseLoss):
         if triton_kernels.is_usable(x, self.formula):
             return triton_kernels.run(x, target, self.formula, self.weights, factor)
         # One factor for all goes into the weights, which saves a pass over each block.
-        scaled = LabelLoss(self.formula, Weights(*(w * factor for w in self.weights)))
+        scaled = LabelLoss(self.formula, self.weights._make(w * factor for w in self.weights))
         return scaled._fill(torch.empty_like(x), x, target, True)

@@ -27,8 +27,7 @@ def softmax_focal_loss(
     """Eq. (5) of Lin et al. 2017, ``-alpha_y * (1 - p_y)**gamma * log(p_y)``, with ``p = softmax(inputs)``.
 
     gamma = 0 without alpha is ``torch.nn.functional.cross_entropy``. Finite for every gamma >= 0 and all logits whose
-    differences are finite. float16 and bfloat16 inputs are computed in, and returned as, float32. No gradient flows to
-    targets and alpha.
+    differences are finite. Dtypes and gradients as in :func:`focal_plugin.losses.sigmoid_focal_loss`.
 
     Args:
         inputs: logits of C >= 2 classes along ``class_dim``, of any shape and memory layout. With ``background``, C is
@@ -39,7 +38,7 @@ def softmax_focal_loss(
         gamma: focusing parameter, >= 0.
         reduction: "none", "sum" or "mean". The mean is over the examples that are not ignored.
         class_dim: the dimension of ``inputs`` that runs over classes.
-        background: whether the last class is background; only a number as alpha asks for it.
+        background: whether the last class is background.
 
     Returns:
         The loss of each example, of the shape of ``targets`` (0 where ignored), else a scalar.

@@ -2,9 +2,8 @@
 
 Bytes for each logit of e bytes: e forward; 2 e backward, where the gradient is recomputed and written in the logits'
 dtype after it was scaled; (1 or 2 label bytes + 4 of the anchor's loss) / K beside them. The losses of the anchors are
-the first of two stages of a deterministic sum, and what OHEM ranks by. Shapes as in
-:mod:`focal_plugin.losses.blockwise`, which is the reference of these kernels and takes over where Triton is not
-installed or the tensors are not on a GPU.
+the first of two stages of a deterministic sum, and what OHEM ranks by. Shapes as in the module ``blockwise``, which is
+the reference of these kernels and takes over where Triton is not installed or the tensors are not on a GPU.
 """
 
 import os
@@ -26,10 +25,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_usable(x: Tensor, formula: Formula) -> bool:
-    """Return whether the kernels can take these logits and this formula.
-
-    FOCAL_PLUGIN_TRITON=0 in the environment switches them off.
-    """
+    """Return whether the kernels can take these; FOCAL_PLUGIN_TRITON=0 in the environment switches them off."""
     if triton is None or not isinstance(formula, (Focal, FocalStar)) or os.environ.get("FOCAL_PLUGIN_TRITON") == "0":
         return False
     if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or x.dtype not in _DTYPES or x.numel() == 0:
@@ -44,7 +40,6 @@ def run(x: Tensor, labels: Tensor, formula: Formula, weights: Weights, factor: O
     Args:
         x: contiguous float32, float16 or bfloat16.
         labels: (outer, 1, inner) int8, int16 or int32.
-        formula: of one logit.
         weights: numbers, or (K, 1) float32 tensors.
         factor: a 0-dim tensor: return the gradient of the sum of these losses times it, in the dtype of ``x``.
     """
@@ -53,6 +48,7 @@ def run(x: Tensor, labels: Tensor, formula: Formula, weights: Weights, factor: O
         out = x.new_empty((outer, 1, inner), dtype=torch.float32)
     else:
         out, factor = torch.empty_like(x), factor.to(x.device, torch.float32)
+    tensors = x, labels.contiguous(), out, out if factor is None else factor
     # Anchors that lie next to each other are split among programs as one list, planes of `inner` one by one.
     num_planes, num_anchors = (1, outer) if inner == 1 else (outer, inner)
     block_anchors, block_classes = _tile(num_classes, inner)
@@ -60,12 +56,8 @@ def run(x: Tensor, labels: Tensor, formula: Formula, weights: Weights, factor: O
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(x):
         _kernel[(num_planes * triton.cdiv(num_anchors, block_anchors),)](
-            x,
-            labels.contiguous(),
-            out,
-            out if factor is None else factor,
-            weights.pos,
-            weights.neg,
+            *tensors,
+            *weights,
             num_classes,
             inner,
             num_anchors,

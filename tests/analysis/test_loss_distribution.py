@@ -45,25 +45,26 @@ def check(distribution, logits, labels):
             assert (fraction[0], share[0]) == (0, 0) and (fraction[-1], share[-1]) == (1, 1)
 
 
-def written(memory_format, num=2, anchors=3, height=61, width=83):
-    """A level as a convolution writes it, (N, A * 8, H, W), seen as (N, H, W, A, 8); more than one block."""
-    logits, labels = make(num, height, width, anchors, num_classes=8)
-    x = logits.permute(0, 3, 4, 1, 2).reshape(num, -1, height, width).contiguous(memory_format=memory_format)
-    return x.view(num, anchors, 8, height, width).permute(0, 3, 4, 1, 2), labels
+def level(memory_format):
+    """As a convolution writes it, (N, A * 8, H, W), seen as (N, H, W, A, 8); more than one block."""
+    x = (4 * torch.randn(2, 3 * 8, 61, 83) - 2).contiguous(memory_format=memory_format)
+    return x.view(2, 3, 8, 61, 83).permute(0, 3, 4, 1, 2), make(2, 61, 83, 3, num_classes=8)[1]
 
 
-@pytest.mark.parametrize(
-    "logits, labels",
-    [
-        *((make(40, 30)[0].to(dtype), make(40, 30)[1]) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
-        make(40, 30, num_classes=1),
-        [x[::2, 1::3] for x in make(40, 30)],
-        *map(written, (torch.contiguous_format, torch.channels_last)),
-        # Losses far below what float32 holds, and in the bins whose end is open.
-        *((change(make(40, 30)[0]), make(40, 30)[1]) for change in (lambda x: x.abs() + 195, lambda x: 50 * x)),
-        (-make(40, 30)[0].abs() - 195, make(40, 30)[1]),
-    ],
+# The third and fourth: losses far below what float32 holds, and, as the second's, in the bins whose end is open.
+CHANGES = (
+    torch.Tensor.double,
+    lambda x: 50 * x,
+    lambda x: -x.abs() - 195,
+    lambda x: x.abs() + 195,
+    torch.Tensor.bfloat16,
 )
+CASES = [(change(make(40, 30)[0]), make(40, 30)[1]) for change in CHANGES]
+CASES += [make(40, 30, num_classes=1), [x[::2, 1::3] for x in make(40, 30)]]
+CASES += map(level, (torch.contiguous_format, torch.channels_last))
+
+
+@pytest.mark.parametrize("logits, labels", CASES)
 def test_equals_a_sort_of_all_losses(logits, labels):
     before = logits.clone()
     distribution = counted(logits, labels)
@@ -82,26 +83,19 @@ def test_hardest_share_between_the_edges(gamma):
     for group, losses in naive(logits, labels, gamma).items():
         shares = np.append(0, losses.cumsum() / losses.sum())
         exact = np.interp(fractions * len(losses), np.arange(len(losses) + 1), shares)
-        assert np.interp(fractions, *distribution.curve(group, gamma)) == pytest.approx(exact, rel=1e-3, abs=1e-4)
+        exact = pytest.approx(exact, rel=1e-3, abs=1e-4)
+        assert np.interp(fractions, *distribution.curve(group, gamma)) == exact
+        # Out of more windows than were counted: the others have no loss, they are the easiest.
+        shares = np.interp([*(fractions / 4), 0.6], *distribution.curve(group, gamma, out_of=4 * len(losses)))
+        assert shares[:-1] == exact and shares[-1] == 1
 
 
-def test_a_known_case():
-    """Four negatives of p = .5 with log 2 each, one hard one of loss 200 and one positive."""
-    distribution = counted(torch.tensor([[0.0, 0.0], [0.0, 0.0], [200.0, 0.0]]), torch.tensor([2, 2, 1]))
-    assert distribution.count("positive") == 1 and distribution.count("negative") == 5
-    assert distribution.total("positive", 0) == pytest.approx(np.log(2))
-    assert np.interp(0.2, *distribution.curve("negative", 0)) == pytest.approx(200 / (200 + 4 * np.log(2)))
-    # Out of more windows than were counted: the others have no loss, they are the easiest.
-    assert np.interp(0.05, *distribution.curve("negative", 0, out_of=20)) == pytest.approx(200 / (200 + 4 * np.log(2)))
-    assert np.interp([0.25, 0.6], *distribution.curve("negative", 0, out_of=20)) == pytest.approx([1, 1])
-
-
-@pytest.mark.parametrize("num, label", [(0, K), (30, -1), (30, K)])
-def test_no_windows_have_no_distribution(num, label):
-    distribution = counted(torch.randn(num, K), torch.full((num,), label))
-    assert distribution.count("negative") == (K * num if label == K else 0)
-    assert distribution.count("positive") == distribution.total("positive", 2) == 0
-    assert np.isnan(distribution.curve("positive", 2)[1]).all()
+def test_no_windows_have_no_distribution():
+    for num, label, negatives in ((0, K, 0), (30, -1, 0), (30, K, 30 * K)):
+        distribution = counted(torch.randn(num, K), torch.full((num,), label))
+        assert distribution.count("negative") == negatives
+        assert distribution.count("positive") == distribution.total("positive", 2) == 0
+        assert np.isnan(distribution.curve("positive", 2)[1]).all()
 
 
 def test_the_images_add_up_in_a_state_that_does_not_grow():
@@ -114,21 +108,19 @@ def test_the_images_add_up_in_a_state_that_does_not_grow():
     assert sum(x.numel() * x.element_size() for x in state) == 2 * NUM_BINS * (1 + 4) * 8 < 620_000
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda d: LossDistribution([]), "gammas must be one or more"),
-        (lambda d: LossDistribution([1, 1.0]), "different numbers"),
-        (lambda d: LossDistribution([-1]), "gamma must be a finite number >= 0"),
-        (lambda d: d.count("foreground"), "group must be one of positive, negative"),
-        (lambda d: d.total("positive", 7), "gamma 7 was not counted"),
-        (lambda d: d.update(torch.zeros(3, K), torch.zeros(4, dtype=torch.long)), "targets must be"),
-        (lambda d: d.update(torch.zeros(3, K), torch.full((3,), K + 1)), "labels must be in"),
-        (lambda d: d.update(torch.full((3, K), torch.nan), torch.full((3,), K)), "NaN or infinite"),
-        (lambda d: d.update(torch.full((3, K), -torch.inf), torch.full((3,), K)), "NaN or infinite"),
-        (lambda d: d.update(torch.full((3, K), torch.inf), torch.full((3,), 0)), "NaN or infinite"),
-    ],
-)
-def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(LossDistribution())
+def test_errors():
+    full, update = torch.full, LossDistribution().update
+    for call, message in (
+        (lambda: LossDistribution([]), "gammas must be one or more"),
+        (lambda: LossDistribution([1, 1.0]), "different numbers"),
+        (lambda: LossDistribution([-1]), "gamma must be a finite number >= 0"),
+        (lambda: LossDistribution().count("foreground"), "group must be one of positive, negative"),
+        (lambda: LossDistribution().total("positive", 7), "gamma 7 was not counted"),
+        (lambda: update(torch.zeros(3, K), torch.zeros(4, dtype=torch.long)), "targets must be"),
+        (lambda: update(torch.zeros(3, K), full((3,), K + 1)), "labels must be in"),
+        (lambda: update(full((3, K), torch.nan), full((3,), K)), "NaN or infinite"),
+        (lambda: update(full((3, K), -torch.inf), full((3,), K)), "NaN or infinite"),
+        (lambda: update(full((3, K), torch.inf), full((3,), 0)), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

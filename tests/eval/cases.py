@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+BOX = [20.0, 20.0, 40.0, 40.0]
+
 
 def annotation(number, image, category, bbox, **more):
     return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "area": bbox[2] * bbox[3], **more}
@@ -28,9 +30,8 @@ def random_case(num_classes, seed=0):
     rng = np.random.default_rng(seed)
     annotations, results = [], []
     for image in range(6):
-        for _ in range(8):
-            size = rng.choice([12, 50, 120])
-            box = [float(x) for x in (*rng.uniform(0, 80, 2), *(size * rng.uniform(0.7, 1.3, 2)))]
+        for size in rng.choice([12, 50, 120], 8):
+            box = [*rng.uniform(0, 80, 2).tolist(), *(size * rng.uniform(0.7, 1.3, 2)).tolist()]
             category, crowd = int(7 + rng.integers(num_classes)), int(rng.random() < 0.1)
             annotations.append(annotation(len(annotations), image, category, box, iscrowd=crowd))
             for _ in range(rng.integers(3)):
