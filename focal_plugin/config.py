@@ -79,11 +79,7 @@ def add_focal_config(cfg: CN) -> None:
 
 
 def extend_config(add_keys: Callable[[CN], None]) -> Callable[[CN], None]:
-    """Let :func:`load_config`, and so the tools, know keys of your own, such as those of a head: a decorator.
-
-    Args:
-        add_keys: is given the config with all defaults; adds keys to it.
-    """
+    """Let :func:`load_config`, and so the tools, know keys that ``add_keys(defaults)`` adds: a decorator."""
     if add_keys not in _EXTENSIONS:
         _EXTENSIONS.append(add_keys)
     return add_keys
@@ -99,9 +95,6 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
         config_file: as :func:`find_config` takes it; empty for the defaults alone.
         opts: ``["KEY", "VALUE", ...]`` overrides.
 
-    Returns:
-        the config, not frozen.
-
     Raises:
         FileNotFoundError, ValueError: a file is not there, or has no valid YAML, an unknown key or a value of the
             wrong type; the message names the file and the key.
@@ -111,10 +104,8 @@ def get_config(config_file: str | os.PathLike, opts: Sequence[str] = ()) -> CN:
         add_keys(cfg)
     path = os.fspath(config_file) and str(find_config(config_file))
     if path.endswith(".py"):
-        raise ValueError(
-            f"{path} is a Python config, which tools/lazyconfig_train_net.py takes; here give the YAML file of the "
-            "same recipe"
-        )
+        way_out = "which tools/lazyconfig_train_net.py takes; here give the YAML file of the same recipe"
+        raise ValueError(f"{path} is a Python config, {way_out}")
     default = cfg.OUTPUT_DIR
     if path:
         merge_file(cfg, path)
@@ -128,22 +119,16 @@ load_config = get_config  # for what does not come with focal_plugin, it reads b
 
 
 def find_config(config_file: str | os.PathLike) -> Path:
-    """Return the path of a config file: one that exists, or one under the installed ``configs`` folder.
-
-    Raises:
-        FileNotFoundError: there is neither; the message lists those that there are.
-    """
+    """Return a config file's path, as given or in the installed ``configs``; its FileNotFoundError lists those."""
     folder = config_dir()
     for path in (Path(config_file), folder / config_file):
         if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
     shipped = sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.yaml"))
-    near = difflib.get_close_matches(str(config_file)[-200:], shipped, n=1)
-    names = ", ".join(name for name in shipped if not name.startswith("paper/"))
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(
-        f"no config file {printable(str(config_file), 300)}; {hint}focal_plugin has {names}, and those of paper/"
-    )
+    hints = [f"did you mean {name}? " for name in difflib.get_close_matches(str(config_file)[-200:], shipped, n=1)]
+    names = "".join(f"{name}, " for name in shipped if not name.startswith("paper/"))
+    there_are = f"{''.join(hints)}focal_plugin has {names}and those of paper/"
+    raise FileNotFoundError(f"no config file {printable(str(config_file), 300)}; {there_are}")
 
 
 def config_dir() -> Path:
@@ -157,13 +142,11 @@ def unknown_keys(cfg: CN) -> list[str]:
 
     Groups of keys that neither Detectron2 nor focal_plugin has are another project's, and not looked at.
     """
-    known, lines = load_config(""), []
-    names = all_keys(known)
-    for key in all_keys(cfg):
+    known, unread = load_config(""), "no such key in Detectron2 or focal_plugin, nothing of theirs reads it"
+    names, lines = all_keys(known), []
+    for key in set(all_keys(cfg)).difference(names):
         group, _, name = key.rpartition(".")
         # COMPUTED_ is Detectron2's own prefix for values that code puts into a config.
-        is_ours = not name.startswith("COMPUTED_") and (not group or isinstance(lookup(known, group), CN))
-        if is_ours and key not in names:
-            hint = did_you_mean(key, names)
-            lines.append(f"{key}: no such key in Detectron2 or focal_plugin, nothing of theirs reads it{hint}")
-    return lines
+        if not name.startswith("COMPUTED_") and (not group or isinstance(lookup(known, group), CN)):
+            lines.append(f"{key}: {unread}{did_you_mean(key, names)}")
+    return sorted(lines)

@@ -31,11 +31,8 @@ _WITHOUT_ALIASES = (
 def merge_file(cfg: CfgNode, file: str, opened: list[str] | None = None) -> None:
     """Merge a YAML file and, before it, those of its ``_BASE_`` into ``cfg``, as ``CfgNode.merge_from_file`` does.
 
-    Args:
-        opened: what has been read for this config so far, for which this file is a ``_BASE_``.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`focal_plugin.get_config`.
+    ``opened`` has been read for this config so far, this file is a ``_BASE_`` of it. Errors are those of
+    :func:`focal_plugin.get_config`.
     """
     opened = opened or []
     name = f"{opened[0]}: its _BASE_ {printable(file, 300)}" if opened else file
@@ -192,16 +189,12 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()
         line = _line(event.start_mark)
         if event.anchor:
-            raise ValueError(
-                f"an alias or anchor, {printable(event.anchor)}{line}: write the value out at each place, or let "
-                f"PyYAML do it: {_WITHOUT_ALIASES}"
-            )
+            way_out = f"write the value out at each place, or let PyYAML do it: {_WITHOUT_ALIASES}"
+            raise ValueError(f"an alias or anchor, {printable(event.anchor)}{line}: {way_out}")
         if event.tag:
-            raise ValueError(
-                f"the tag {printable(event.tag.replace('tag:yaml.org,2002:', '!!'))}{line}. Python tags can run any "
-                "code and are refused: write the values as literals, e.g. anchor sizes as numbers "
-                "(see configs/Base-FocalRetinaNet.yaml)"
-            )
+            tag = printable(event.tag.replace("tag:yaml.org,2002:", "!!"))
+            way_out = "write the values as literals, anchor sizes as in configs/Base-FocalRetinaNet.yaml"
+            raise ValueError(f"the tag {tag}{line}. Python tags can run any code and are refused: {way_out}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):

@@ -48,8 +48,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def begin_run(self, run: str | None = None) -> None:
         """Make the folder that of one run; what another has left there stays, but is not resumed from any more.
 
-        Args:
-            run: the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
+        ``run`` is the one that goes on here, "" if its checkpoints do not say; None: a new one begins.
         """
         self.run = uuid.uuid4().hex if run is None else run
         if not self.save_to_disk or not self.save_dir or "://" in self.save_dir:
@@ -59,8 +58,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         if run is None:
             for earlier in _resumable(folder)[:1]:
                 logger.warning(
-                    f"{folder} has checkpoints of an earlier run, such as {earlier.name}: this one starts afresh and "
-                    "overwrites them as it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
+                    f"{folder} has checkpoints of an earlier run, such as {earlier.name}, which this one overwrites as "
+                    "it goes. --resume would have gone on; another OUTPUT_DIR keeps both"
                 )
             # A new run that is stopped before its first checkpoint is not to be taken for the old one.
             (folder / "last_checkpoint").unlink(missing_ok=True)
@@ -69,15 +68,9 @@ class SafeCheckpointer(DetectionCheckpointer):
                 file.write(self.run)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Save the model, what else was given to the constructor, and ``kwargs``.
+        """Save the model, what else the constructor was given, and ``kwargs``, plain values and tensors, to NAME.pth.
 
-        Args:
-            name: of the file, without ".pth".
-            tag: whether ``last_checkpoint`` shall name it.
-            kwargs: tensors, numbers, strings and containers of them.
-
-        Raises:
-            OSError: it cannot be written, as on a full disk. All earlier files are whole.
+        With ``tag``, ``last_checkpoint`` then names it. An OSError, as of a full disk, leaves all earlier files whole.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -94,12 +87,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             cause = error if isinstance(error, OSError) else error.__context__ or error
             if not isinstance(cause, OSError) and "write" not in str(error):
                 raise
-            raise OSError(
-                getattr(cause, "errno", None),
-                f"could not write {path} ({cause}). The earlier checkpoints are whole, the last one is "
-                f"{_read(self.save_dir) or 'none'}. Make room, or choose another OUTPUT_DIR, and type the same command "
-                "with --resume",
-            ) from error
+            number, last = getattr(cause, "errno", None), _read(self.save_dir) or "none"
+            what = f"could not write {path} ({cause}). The earlier checkpoints are whole, the last one is {last}"
+            way_out = "Make room, or choose another OUTPUT_DIR, and type the same command with --resume"
+            raise OSError(number, f"{what}. {way_out}") from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with self._open_to_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
@@ -115,29 +106,24 @@ class SafeCheckpointer(DetectionCheckpointer):
             ValueError: there are checkpoints to resume from, and none can be read; or ``path`` is refused.
             FileNotFoundError: a worker does not see the checkpoint that the first one resumes from.
         """
-        self.resumed_from = self._newest_for_all() if resume else ""
+        self.resumed_from = ""
+        if resume and "://" in self.save_dir:
+            self.resumed_from = self.get_checkpoint_file()
+        elif resume:
+            keys, is_main = {"iteration", *self.checkpointables}, comm.is_main_process()
+            found, why_none = comm.all_gather(newest_resumable(Path(self.save_dir), keys) if is_main else None)[0]
+            if why_none:
+                raise ValueError(why_none)
+            seen = comm.all_gather(not found or os.path.isfile(found))
+            if not all(seen):
+                unseen = f"worker {seen.index(False)} does not see {found}"
+                raise FileNotFoundError(f"{unseen}: OUTPUT_DIR must be on a disk that all machines share")
+            self.resumed_from = found
         if self.resumed_from:
             return self.load(self.resumed_from)
         if resume:
             logger.warning(f"--resume: {self.save_dir} has no checkpoint to resume from; starting afresh")
         return self.load(path, checkpointables=[])
-
-    def _newest_for_all(self) -> str:
-        """Return the file that all workers resume from, as the main one finds it; empty if there is none."""
-        if "://" in self.save_dir:
-            return self.get_checkpoint_file()
-        keys = {"iteration", *self.checkpointables}
-        found, why_none = comm.all_gather(
-            newest_resumable(Path(self.save_dir), keys) if comm.is_main_process() else None
-        )[0]
-        if why_none:
-            raise ValueError(why_none)
-        seen = comm.all_gather(not found or os.path.isfile(found))
-        if not all(seen):
-            raise FileNotFoundError(
-                f"worker {seen.index(False)} does not see {found}: OUTPUT_DIR must be on a disk that all machines share"
-            )
-        return found
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """Load as DetectionCheckpointer does.
@@ -146,7 +132,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             ValueError: the file is damaged, would run code, or does not fit; the message names it.
             OSError: it is not there, or cannot be read.
         """
-        path = os.fspath(path) if path else ""
+        path = os.fspath(path or "")
         if path and "://" not in path:
             check_regular(path.partition("?")[0])  # behind the "?" there may be Detectron2's matching_heuristics
         self._parsed_url_during_load = None  # which Detectron2 leaves behind after an error, and then stumbles over
@@ -169,11 +155,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         other_shape = {name: f"{name} {there} -> {here}" for name, there, here in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in other_shape]
         self.unfilled, self.skipped = [*other_shape, *missing], []
-        for what, names in (
-            ("other shape in the model", list(other_shape.values())),
-            ("not in the file", missing),
-            ("not in the model", incompatible.unexpected_keys),
-        ):
+        kinds = "other shape in the model", "not in the file", "not in the model"
+        for what, names in zip(kinds, (list(other_shape.values()), missing, incompatible.unexpected_keys)):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             self.skipped += [f"{len(names)} {what} ({', '.join(names[:3])}{more})"] if names else []
 
@@ -197,18 +180,15 @@ def build_trained_model(cfg: CfgNode) -> FocalRetinaNet:
     # Detectron2 only warns of weights that stay random, whose loss would be measured here.
     wrong = [key for key in checkpointer.unfilled if not key.endswith("num_batches_tracked")]
     if wrong:
-        raise ValueError(
-            f"MODEL.WEIGHTS is no trained model of this config: it lacks, or has in another shape, {len(wrong)} of "
-            f"its weights, such as {', '.join(wrong[:3])}"
-        )
+        lacks = f"it lacks, or has in another shape, {len(wrong)} of its weights, such as {', '.join(wrong[:3])}"
+        raise ValueError(f"MODEL.WEIGHTS is no trained model of this config: {lacks}")
     return model
 
 
 def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
     """Return the checkpoint to go on from, what ``last_checkpoint`` names or else the newest good one; or why none is.
 
-    What a killed save has left behind is removed, what cannot be resumed from is logged; ``keys`` are what a checkpoint
-    of a run holds beyond the weights.
+    What a killed save has left is removed, what cannot be resumed from is logged; ``keys`` a checkpoint has to have.
     """
     for leftover in folder.glob(f"*.pth{TEMPORARY}"):
         with suppress(OSError):
@@ -233,11 +213,9 @@ def newest_resumable(folder: Path, keys: Set[str]) -> tuple[str, str]:
         except (OSError, ValueError) as error:
             logger.warning(f"cannot resume from {path}: {error}")
             problems.append(f"\n  {path}: {error}")
-    why = (
-        f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}\n"
-        "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
-    )
-    return "", why if problems else ""
+    why = f"none of the checkpoints in {folder} can be resumed from:{''.join(problems)}"
+    way_out = "To start afresh leave out --resume, with another OUTPUT_DIR to keep them"
+    return "", f"{why}\n{way_out}" if problems else ""
 
 
 def remove_old_checkpoints(folder: str, keep: int, iteration: int) -> None:

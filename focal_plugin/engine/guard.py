@@ -22,8 +22,8 @@ from torch.nn.utils import get_total_norm
 from ..config import load_config
 from ..files import atomic_write, printable
 from ..scalars import flush_scalars
-from .auto_scale import usual_lr
 from .preemption import stop_requested
+from .preflight import usual_lr
 from .safe_load import load_plain
 from .worker_state import unwrap_ddp
 
@@ -45,7 +45,6 @@ class NonFiniteGuard(HookBase):
     in the same step, by one small tensor. Detectron2 looks at the losses of the main worker and says which step.
 
     Attributes:
-        looked_at: the last step that it has looked at.
         batch: what the model was trained on last.
         stopping: whether training ends after this step, to be resumed later; the same on all workers.
         finishing: whether this step is the last, though ``SOLVER.MAX_ITER`` says otherwise; the same on all workers.
@@ -79,11 +78,7 @@ class NonFiniteGuard(HookBase):
             self._losses = {name: loss.detach() for name, loss in losses.items() if isinstance(loss, Tensor)}
 
     def after_backward(self) -> None:
-        """Look at this step, with the weights still those of before it.
-
-        Raises:
-            FloatingPointError: on all workers, if a loss or a gradient of any is NaN or infinite.
-        """
+        """Raise a FloatingPointError, on all workers and before the step, if a loss or gradient of any is broken."""
         loss = sum((loss.sum() for loss in self._losses.values()), torch.zeros(()))
         broken = ~torch.isfinite(torch.stack([loss, self._gradient_norm(2.0).to(loss)]))
         bad_loss, bad_gradient = self.exchange(broken)
@@ -106,8 +101,7 @@ class NonFiniteGuard(HookBase):
     def exchange(self, broken: Tensor | None = None) -> tuple[bool, bool]:
         """Learn from all workers whether to stop, and whether a loss or a gradient is broken. A collective call.
 
-        Args:
-            broken: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
+        ``broken``: (2,) bool, whether this worker's loss and gradients are; None: neither is looked at.
         """
         broken = torch.zeros(2, dtype=torch.bool) if broken is None else broken
         requests = torch.tensor([stop_requested(), self._finish])
@@ -149,10 +143,7 @@ class NonFiniteGuard(HookBase):
         return facts
 
     def _save(self, facts: dict[str, Any]) -> str:
-        """Save the batch and the weights before the step; return where, or "" if the disk does not take it.
-
-        The norms' running statistics are those after its forward pass, which training does not read.
-        """
+        """Save the batch and the weights before the step, with the norms' statistics after it; return where, or ""."""
         state = unwrap_ddp(self.trainer.model).state_dict()
         if self._normalizer is not None:
             state["loss_normalizer"] = self._normalizer
@@ -172,9 +163,7 @@ class NonFiniteGuard(HookBase):
         usual, ratio = 1e-3, ""  # more than what AdamW is commonly given
         if solver.OPTIMIZER == "SGD":
             usual = usual_lr(solver)
-            ratio = (
-                f" for the batch: per image it is {solver.BASE_LR / usual:.3g} times that of the published schedules"
-            )
+            ratio = f" for the batch: per image it is {solver.BASE_LR / usual:.3g} times the published schedules'"
         amp = f" ({solver.AMP.PRECISION})" if solver.AMP.ENABLED else " (not likely here: it is float32)"
         return _CAUSES.format(ratio=ratio, lower=min(solver.BASE_LR / 4, usual), amp=amp)
 
@@ -187,18 +176,8 @@ def _plain(image: dict[str, Any]) -> dict[str, Any]:
     """Return an image of a batch in types that any checkpoint may hold."""
     kept = {k: image[k] for k in ("file_name", "image_id", "height", "width", "image") if k in image}
     if "instances" in image:
-        objects = image["instances"]
-        kept |= {"boxes": objects.gt_boxes.tensor, "classes": objects.gt_classes, "image_size": (*objects.image_size,)}
+        kept |= {"boxes": image["instances"].gt_boxes.tensor, "classes": image["instances"].gt_classes}
     return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kept.items()}
-
-
-def _unplain(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the input of the model that :func:`_plain` was given."""
-    saved = dict(saved)
-    instances = Instances(saved.pop("image_size", saved["image"].shape[-2:]))
-    instances.gt_boxes = Boxes(saved.pop("boxes", torch.zeros(0, 4)))
-    instances.gt_classes = saved.pop("classes", torch.zeros(0, dtype=torch.long))
-    return {**saved, "instances": instances}
 
 
 @torch.no_grad()
@@ -209,13 +188,10 @@ def largest_logit(model: nn.Module, batch: Sequence[dict]) -> str:
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)
         logits, _ = model.head([features[name] for name in model.head_in_features])
-        return f"{max(float(level.abs().max()) for level in logits):.3g}" if _all_finite(logits) else BROKEN
+        largest = torch.stack([level.abs().max() for level in logits]).max().item()
+        return f"{largest:.3g}" if math.isfinite(largest) else BROKEN
     except Exception as error:  # another architecture, or no memory left
         return f"unknown ({type(error).__name__})"
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
@@ -226,8 +202,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         opts: ``["KEY", "VALUE", ...]``: what to change in its config, to see whether that helps.
 
     Raises:
-        ValueError: the file is no such one, or an override is wrong.
-        OSError: it cannot be read.
+        OSError, ValueError: the file cannot be read or is no such one, or an override is wrong.
     """
     content = load_plain(path)
     missing = {"model", "batch", "facts", "iteration", "config"} - content.keys()
@@ -240,8 +215,10 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
         cfg = load_config(file.name, ["OUTPUT_DIR", ".", *opts])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    batch = [_unplain(saved) for saved in content["batch"]]
-    model = build_model(cfg).train()
+    batch, model = content["batch"], build_model(cfg).train()
+    for image in batch:
+        boxes, classes = image.pop("boxes", torch.zeros(0, 4)), image.pop("classes", torch.zeros(0, dtype=torch.long))
+        image["instances"] = Instances(image["image"].shape[-2:], gt_boxes=Boxes(boxes), gt_classes=classes)
 
     def losses_of(images: list[dict]) -> dict[str, Tensor]:
         model.load_state_dict(content["model"])  # each time: a forward pass moves the normalizer
@@ -257,16 +234,14 @@ def replay(path: str, opts: Sequence[str] = ()) -> Iterator[str]:
     losses = losses_of(batch)
     sum(losses.values()).backward()
     yield from (f"{name:<16} {loss.item():.6g}" for name, loss in losses.items())
-    broken = [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     yield f"{'gradients':<16} " + (f"{BROKEN} in {len(broken)} parameters, {broken[0]} first" if broken else "finite")
     yield "each image alone, its losses divided by a normalizer of its own:"
     for image in batch:
         with torch.no_grad():
             values = ", ".join(f"{name} {loss.item():.6g}" for name, loss in losses_of([image]).items())
         boxes = image["instances"].gt_boxes.tensor
-        sides = boxes[:, 2:] - boxes[:, :2]
-        worst = ""
-        if len(boxes):
-            index = int(torch.where(torch.isfinite(sides).all(1), sides.min(1).values, -torch.inf).argmin())
-            worst = ", the smallest " + " x ".join(f"{side:.3g}" for side in sides[index].tolist())
+        sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
+        smallest = sorted(sides, key=lambda pair: min(pair) if all(map(math.isfinite, pair)) else -math.inf)[:1]
+        worst = "".join(f", the smallest {w:.3g} x {h:.3g}" for w, h in smallest)
         yield f"{os.path.basename(_name(image))} {values}, {len(boxes)} boxes{worst}"

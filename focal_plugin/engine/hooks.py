@@ -76,8 +76,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 class BestCheckpointer(hooks.BestCheckpointer):
     """Keep the best model in ``model_best.pth``, from which no run resumes, and remember how good it was.
 
-    For the main worker, after :class:`EvalHook`. After ``patience`` evaluations in a row without a new best training
-    ends; 0: it does not.
+    For the main worker, after :class:`EvalHook`. After ``patience`` (0: any number of) evaluations in a row without a
+    new best training ends.
     """
 
     def __init__(self, eval_period: int, checkpointer: SafeCheckpointer, val_metric: str, patience: int = 0):
@@ -167,16 +167,10 @@ class EvalHook(hooks.EvalHook):
 
 
 class BadImages(HookBase):
-    """Name, count and limit the images that could not be read, as they reach the model.
-
-    Args:
-        limit: how many files of this worker may be replaced by others.
-    """
+    """Name and count the images that could not be read, as they reach the model; a worker may have ``limit``."""
 
     def __init__(self, limit: int):
-        self._limit = limit
-        self._reasons: dict[str, str] = {}
-        self._handle = None
+        self._limit, self._reasons, self._handle = limit, {}, None
 
     def before_train(self) -> None:
         # Before the forward pass: a step may run the model several times, or break on what took an image's place.
@@ -193,10 +187,8 @@ class BadImages(HookBase):
         for name, reason in (skipped for image in self.trainer.guard.batch for skipped in image.get(SKIPPED, ())):
             if name not in self._reasons:
                 self._reasons[name] = reason
-                logger.warning(
-                    f"{name} cannot be read ({reason}); another image took its place. "
-                    f"{len(self._reasons)} of at most {self._limit} (DATALOADER.MAX_BAD_IMAGES)"
-                )
+                count = f"{len(self._reasons)} of at most {self._limit} (DATALOADER.MAX_BAD_IMAGES)"
+                logger.warning(f"{name} cannot be read ({reason}); another image took its place. {count}")
         if len(self._reasons) > self._limit:
             raise ValueError(too_many_bad_images(list(self._reasons.items()), self._limit))
 

@@ -25,10 +25,9 @@ from ..config import find_config
 from ..config_yaml import all_keys, lookup
 from ..data import add_register_argument, register_from_args
 from ..data.loader import stream_of
-from .auto_scale import learning_rate_warning
 from .checkpoint import SafeCheckpointer
 from .preemption import EXIT_PREEMPTED, Preempted, fail_together, stop_requested, stopped_by_sigterm
-from .preflight import Job, preflight
+from .preflight import Job, learning_rate_warning, preflight
 from .torchrun import Workers
 from .trainer import FocalTrainer
 
@@ -46,11 +45,9 @@ def argument_parser() -> ArgumentParser:
 def run(args: Namespace) -> int:
     """Train or evaluate as the command line says, on workers that are started here or were by torchrun.
 
-    What can be seen to be wrong is found before a worker starts, and printed as one message.
-
     Returns:
-        The exit code. 0: done; 1: failed; 2: refused; :data:`~focal_plugin.engine.preemption.EXIT_PREEMPTED` (75):
-        stopped by SIGTERM with all saved, the same command (of a training, with ``--resume``) goes on.
+        The exit code. 0: done; 1: failed; 2: refused, with a message; 75 (``preemption.EXIT_PREEMPTED``): stopped by
+        SIGTERM with all saved, the same command (of a training, with ``--resume``) goes on.
     """
     error, code = "", 0
     try:
@@ -65,10 +62,8 @@ def run(args: Namespace) -> int:
         error, code = str(e), 2 if isinstance(e, ConfigError) else 1
     except multiprocessing.ProcessExitedException as e:
         # A worker that was still importing when SIGTERM was handed on to it has died of it.
-        if e.exit_code == EXIT_PREEMPTED or (stop_requested() and e.exit_code == -signal.SIGTERM):
-            code = EXIT_PREEMPTED
-        else:
-            error, code = f"{e}; why, it has printed above", 1
+        is_stopped = e.exit_code == EXIT_PREEMPTED or (stop_requested() and e.exit_code == -signal.SIGTERM)
+        error, code = ("", EXIT_PREEMPTED) if is_stopped else (f"{e}; why, it has printed above", 1)
     except multiprocessing.ProcessRaisedException as e:
         # What a worker has raised on purpose says it all, without its traceback.
         *_, error = re.split(rf"\n(?:{__name__}.ConfigError|FloatingPointError): ", str(e))
@@ -157,8 +152,8 @@ def start_banner(trainer: FocalTrainer) -> str:
             rows[key] = f"{lookup(written, key)} -> {lookup(cfg, key)}"
     if "SOLVER.REFERENCE_WORLD_SIZE" in rows:
         rows["SOLVER.REFERENCE_WORLD_SIZE"] += "; scales overrides as well, and 0 takes all as it stands"
-    is_ours = stream_of(trainer.data_loader) is not None
-    images = len(trainer.data_loader.dataset) if is_ours else 0  # without those that are left out
+    # Without those that are left out; a loader that is not ours does not say.
+    images = len(trainer.data_loader.dataset) if stream_of(trainer.data_loader) is not None else 0
     train, test = (", ".join(names) or "nothing" for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     epochs = f"{solver.MAX_ITER * solver.IMS_PER_BATCH / images:.3g}" if images else "?"
     clipped = f"gradients clipped ({clip.CLIP_TYPE} {clip.CLIP_VALUE:g})" if clip.ENABLED else "gradients not clipped"

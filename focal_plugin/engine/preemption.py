@@ -1,8 +1,7 @@
 """End all workers of a run together: preempted by SIGTERM with a checkpoint, or because one of them has failed.
 
-Schedulers and spot machines send SIGTERM; training then stops at the end of the step. A worker that fails leaves the
-others in a collective, where they would wait for the process group's timeout (half an hour). Each worker therefore has
-a thread that looks into the process group's key-value store twice a second.
+Schedulers and spot machines send SIGTERM; training then stops at the end of the step. A worker that fails would leave
+the others in a collective for half an hour: a thread of each looks into the process group's store twice a second.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _requested = threading.Event()
 class Preempted(SystemExit):
     """The run was asked to stop and can be resumed; no error, and so no Exception."""
 
-    def __init__(self):
-        super().__init__(EXIT_PREEMPTED)
+    code = EXIT_PREEMPTED
 
 
 class FinishedEarly(SystemExit):
@@ -104,7 +102,6 @@ def fail_together() -> Iterator[None]:
 
 
 def _watch(store: torch.distributed.Store, ended: threading.Event) -> None:
-    """Look into the store until this worker has ended: hand preemption on, and stop when another has failed."""
     while not ended.wait(_PERIOD):
         try:
             failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""

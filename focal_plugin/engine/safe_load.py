@@ -37,9 +37,7 @@ def load_plain(path: str) -> Any:
 def load_zoo(path: str) -> dict[str, Any]:
     """Return a ``.pkl`` of Detectron2's or Caffe2's zoo, or a ``.pyth`` of pycls, as DetectionCheckpointer reads it.
 
-    Raises:
-        ValueError: it is damaged, or holds anything but arrays, numbers, strings and containers of them.
-        OSError: it cannot be read.
+    It is refused, as by :func:`load_plain`, if it holds anything but arrays, numbers, strings and containers of them.
     """
     with refusing(path):
         if path.endswith(".pyth"):
@@ -79,10 +77,6 @@ def check_regular(path: str) -> None:
 @contextmanager
 def refusing(filename: str, why: str = "") -> Iterator[None]:
     """Turn whatever a damaged or hostile file raises (anything, from KeyError to EOFError) into one error."""
-    why = why or (
-        "it is damaged, or no plain checkpoint of tensors and arrays but one that would run code when loaded. If you "
-        "trust it, load it yourself and save its state_dict again."
-    )
     try:
         yield
     except OSError as e:
@@ -93,6 +87,8 @@ def refusing(filename: str, why: str = "") -> Iterator[None]:
     except Exception as e:
         if " is refused: " in str(e):
             raise
+        way_out = "if you trust it, load it yourself and save its state_dict again"
+        why = why or f"it is damaged, or no plain checkpoint but one that would run code when loaded; {way_out}"
         raise ValueError(f"{filename} is refused: {why} ({printable(e, 500)})") from e
 
 

@@ -27,33 +27,25 @@ class Workers:
 
     @classmethod
     def find(cls, args: Namespace, env: Mapping[str, str] = os.environ) -> Workers:
-        """Return what torchrun has decided, in ``env``, or else what the flags of Detectron2's parser say.
-
-        Raises:
-            ValueError: they contradict each other.
-        """
+        """Return what torchrun has decided, in ``env``, or else the flags say; raise a ValueError if they disagree."""
         # Without a LOCAL_RANK they are of something that starts machines, as Kubeflow does, and not workers.
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             count = _number(env, "WORLD_SIZE", 1)
             here = _number(env, "LOCAL_WORLD_SIZE", count)
             if count % here or args.num_gpus not in (1, here) or args.num_machines not in (1, count // here):
-                raise ValueError(
-                    f"torchrun has started {count} workers, {here} of them here: leave out --num-gpus and "
-                    "--num-machines, torchrun decides; it has to start as many on each machine"
-                )
+                started = f"torchrun has started {count} workers, {here} of them here"
+                way_out = "leave out --num-gpus and --num-machines; torchrun has to start as many on each machine"
+                raise ValueError(f"{started}: {way_out}")
             restarts = _number(env, "TORCHELASTIC_RESTART_COUNT", 0)
             return cls(here, count // here, local_rank=_number(env, "LOCAL_RANK", 0), restarts=restarts)
         tasks = _number(env, "SLURM_STEP_NUM_TASKS", 1)
         if tasks > args.num_machines:
-            raise ValueError(
-                f"srun has started {tasks} tasks of this, each of which would be a run of its own: start torchrun once "
-                "a node, as tools/launch/slurm.sbatch does"
-            )
+            way_out = "start torchrun once a node, as tools/launch/slurm.sbatch does"
+            raise ValueError(f"srun has started {tasks} tasks of this, each of which would be a run: {way_out}")
         if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
-            raise ValueError(
-                f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}: at "
-                "least 1 of each is needed (on the CPU --num-gpus counts workers), and the ranks start at 0"
-            )
+            flags = f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}"
+            need = "at least 1 of each is needed (on the CPU --num-gpus counts workers), and the ranks start at 0"
+            raise ValueError(f"{flags}: {need}")
         if args.num_machines > 1 and args.dist_url == "auto":
             raise ValueError("--dist-url auto is for one machine: give all of them tcp://HOST_OF_RANK_0:PORT")
         restarts = _number(env, "SLURM_RESTART_COUNT", 0)
@@ -67,8 +59,7 @@ class Workers:
     def launch(self, main: Callable, *args, on_cpu: bool) -> None:
         """Run ``main(*args)`` as the worker that this process is, or in as many processes as there shall be.
 
-        Raises:
-            torch.multiprocessing.ProcessExitedException, ProcessRaisedException: a worker that was started here failed.
+        If one of those fails: ``ProcessExitedException`` or ``ProcessRaisedException`` of ``torch.multiprocessing``.
         """
         if on_cpu:
             # Detectron2's launch goes by the machine, not by what the config says, and would give CPU workers NCCL.
@@ -92,7 +83,6 @@ class Workers:
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
-    """Return a number of the environment, not below ``default`` where that is 1: there are at least as many workers."""
     text = env.get(name) or str(default)
     if not text.isdigit() or int(text) < min(default, 1):
         raise ValueError(f"the environment has {name}={text!r}, which is no number of workers or restarts: unset it")

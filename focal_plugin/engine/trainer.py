@@ -1,4 +1,4 @@
-"""Detectron2's ``DefaultTrainer`` with COCO evaluation, safe checkpoints, exact resumption and CPU workers."""
+"""Detectron2's ``DefaultTrainer`` with COCO evaluation, safe checkpoints and exact resumption."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ..data.loader import NamingMapper, build_train_loader, ignore_sigterm, stre
 from ..eval import coco
 from ..files import atomic_write
 from ..scalars import flush_scalars
-from .auto_scale import scale_to_workers
 from .checkpoint import SafeCheckpointer
 from .guard import NonFiniteGuard
 from .hooks import BadImages, BestCheckpointer, EvalHook, PeriodicCheckpointer, TrainingPicture
 from .preemption import FinishedEarly, Preempted, stop_requested
+from .preflight import check_values, scale_to_workers
 from .worker_state import preserve_rng, restore_worker_state, unwrap_ddp
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ DIVERGED = "diverged.json"
 
 
 class FocalTrainer(DefaultTrainer):
-    """``DefaultTrainer`` that evaluates with ``COCOEvaluator``, and that may be stopped at any moment and resumed.
-
-    Also trains in bfloat16 and on several CPU workers.
+    """``DefaultTrainer`` that may be stopped at any moment and resumed, in bfloat16 and on several CPU workers, too.
 
     Attributes:
         unscaled_cfg: the config before ``SOLVER.REFERENCE_WORLD_SIZE`` was applied; ``cfg`` is the one trained with.
@@ -55,8 +53,7 @@ class FocalTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         if "FOCAL" not in cfg.MODEL:
             raise ValueError(NO_KEYS)
-        if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
-            raise ValueError(f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: must be one of float16, bfloat16")
+        check_values(cfg, ("SOLVER.OPTIMIZER", "SOLVER.AMP.PRECISION"))
         self.unscaled_cfg = cfg
         cfg = scale_to_workers(cfg, comm.get_world_size())
         create_ddp_model = defaults.create_ddp_model
@@ -70,20 +67,15 @@ class FocalTrainer(DefaultTrainer):
             self._trainer.precision = torch.bfloat16
             # bfloat16 has float32's range: no gradient underflows, and a scale would only cost its steps.
             self._trainer.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
-        if comm.is_main_process():
-            for line in unknown_keys(self.unscaled_cfg):
-                logger.warning(line)
+        for line in unknown_keys(self.unscaled_cfg) if comm.is_main_process() else ():
+            logger.warning(line)
         self.guard = NonFiniteGuard(cfg, self.model)
         # Of the inner trainer, which alone calls after_backward, when the weights are still those of before the step.
         self._trainer.register_hooks([self.guard])
         self._worker_states = None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the newest checkpoint that is whole, with what each worker had for itself, or load the weights.
-
-        Raises:
-            ValueError: the run that was to be resumed is further than ``SOLVER.MAX_ITER``.
-        """
+        """Resume from the newest whole checkpoint (a ValueError, if it is past ``MAX_ITER``), or load the weights."""
         if not isinstance(self.checkpointer, SafeCheckpointer):
             super().resume_or_load(resume=resume)  # a subclass has put its own there
             return
@@ -95,10 +87,8 @@ class FocalTrainer(DefaultTrainer):
         if rest.get("finished_early") and self.cfg.TEST.EARLY_STOP_PATIENCE:
             self.max_iter = self.start_iter
         if self.start_iter > self.max_iter:
-            raise ValueError(
-                f"{self.checkpointer.resumed_from} has done {self.start_iter} steps, and SOLVER.MAX_ITER is "
-                f"{self.max_iter}: raise SOLVER.MAX_ITER, or start afresh in another OUTPUT_DIR"
-            )
+            done = f"{self.checkpointer.resumed_from} has done {self.start_iter} steps of {self.max_iter}"
+            raise ValueError(f"{done}: raise SOLVER.MAX_ITER, or start afresh in another OUTPUT_DIR")
         self._worker_states = rest.get("workers", [])
 
     def train(self) -> dict | None:
@@ -141,8 +131,6 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
-            raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r}: must be one of SGD, ADAMW")
         solver, clip, unclipped = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS, cfg.clone()
         unclipped.defrost()
         unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
@@ -160,40 +148,28 @@ class FocalTrainer(DefaultTrainer):
         can_draw = isinstance(unwrap_ddp(self.model), DenseDetector)  # others draw by themselves, or not at all
         # Here and not in the constructor: DefaultTrainer makes its checkpointer right before the hooks that keep it.
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        checkpoints = PeriodicCheckpointer(
-            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP
-        )
+        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP
+        checkpoints = PeriodicCheckpointer(self.checkpointer, period, keep)
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") if cfg.DATASETS.TRAIN else None
         if classes:  # so that a prediction can name them where the data set is not
             self.checkpointer.facts = {"thing_classes": list(map(str, classes))}
-        precise_bn = best = None
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            alone = cfg.clone()
-            alone.defrost()
-            alone.DATALOADER.NUM_WORKERS = 0  # as DefaultTrainer does, to save memory
-            loader = self.build_train_loader(alone)
-            precise_bn = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        best = None
         if is_main and cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC:
-            patience = cfg.TEST.EARLY_STOP_PATIENCE
             metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-            if len(names) > 1 and not any(metric.startswith(f"{name}/") for name in names):
+            if len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
                 metric = f"{names[0]}/{metric}"  # as the storage calls it
-            best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, patience)
-
-        def evaluate():
-            self._last_eval_results = self.test(self.cfg, self.model)
-            return self._last_eval_results
-
+            best = BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, cfg.TEST.EARLY_STOP_PATIENCE)
+        theirs = {type(hook): hook for hook in super().build_hooks()}
         return [
             BadImages(cfg.DATALOADER.MAX_BAD_IMAGES),
             TrainingPicture(cfg.VIS_PERIOD) if is_main and cfg.VIS_PERIOD > 0 and can_draw else None,
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            precise_bn,  # before a checkpoint, which shall hold its statistics
+            theirs[hooks.IterationTimer],
+            theirs[hooks.LRScheduler],
+            theirs.get(hooks.PreciseBN),  # before a checkpoint, which shall hold its statistics
             checkpoints,  # before an evaluation, which may fail; on all workers, Detectron2's on the main one only
-            EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, checkpoints),
+            EvalHook(cfg.TEST.EVAL_PERIOD, theirs[hooks.EvalHook]._func, checkpoints),
             best,
-            hooks.PeriodicWriter(self.build_writers()) if is_main else None,
+            theirs.get(hooks.PeriodicWriter),  # on the main one
         ]
 
     def after_step(self) -> None:
@@ -217,9 +193,9 @@ class FocalTrainer(DefaultTrainer):
             # Saved in float32 or bfloat16, which have no loss scale: float16 starts from its own.
             trainer = {**trainer, "grad_scaler": self._trainer.grad_scaler.state_dict()}
         super().load_state_dict({**state_dict, "_trainer": trainer, "hooks": {}})
-        named = {name: hook for name, hook in self._named_hooks() if hasattr(hook, "load_state_dict")}
+        named = dict(self._named_hooks())
         for name, state in state_dict.get("hooks", {}).items():
-            if name in named:
+            if hasattr(named.get(name), "load_state_dict"):
                 named[name].load_state_dict(state)
             else:
                 logger.warning(f"the checkpoint has a state for {name}, a hook that is not here or keeps none")
@@ -264,23 +240,19 @@ class _Evaluator(COCOEvaluator):
                 threshold = coco.best_threshold(self._coco_api, found)
                 get_event_storage().put_scalar("score_threshold", threshold, smoothing_hint=False)
             return
-        scores = sorted(detection["score"] for detection in found)
-        detected, annotated = (sorted({x["category_id"] for x in xs}) for xs in (found, self._coco_api.anns.values()))
-        best = f", scores {scores[0]:.3f} to {scores[-1]:.3f}" if scores else ""
+        scores, objects = [detection["score"] for detection in found], self._coco_api.anns.values()
+        detected, annotated = (sorted({x["category_id"] for x in xs}) for xs in (found, objects))
+        best = f", scores {min(scores):.3f} to {max(scores):.3f}" if scores else ""
         logger.warning(
-            f"AP is 0: {len(found)} detections{best} for {len(self._coco_api.anns)} objects. Category ids detected: "
+            f"AP is 0: {len(found)} detections{best} for {len(objects)} objects. Category ids detected: "
             f"{detected or 'none'}, annotated: {annotated}. Is it too early in training, were weights skipped (see the "
-            "start of this log), is MODEL.RETINANET.SCORE_THRESH_TEST higher than all scores, or do the classes have "
-            "another order than in training?"
+            "log's start), is MODEL.RETINANET.SCORE_THRESH_TEST too high, or was training's order of classes another?"
         )
 
 
 @torch.no_grad()
 def _clip_by_norm(max_norm: float, norm_type: float, optimizer: torch.optim.Optimizer, *_) -> None:
-    """Clip each parameter's gradient to a norm as Detectron2 does, in two passes over all of them.
-
-    Detectron2 calls ``clip_grad_norm_`` once a parameter: a tenth of the step of a small model.
-    """
+    # As Detectron2, which calls clip_grad_norm_ once a parameter: a tenth of the step of a small model.
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return

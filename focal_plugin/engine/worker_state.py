@@ -23,7 +23,8 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
     checkpoint has the main worker's only.
     """
     model = unwrap_ddp(model)
-    buffers = {name: buffer.detach().cpu().clone() for name, buffer in _saved_buffers(model).items()}
+    saved = model.state_dict()
+    buffers = {name: saved[name].cpu().clone() for name, _ in model.named_buffers() if name in saved}
     normalizer = getattr(model, "loss_normalizer", None)
     # Stock RetinaNet's is a plain number, which no state_dict has.
     normalizer = normalizer if isinstance(normalizer, (int, float)) else None
@@ -37,27 +38,17 @@ def gather_worker_states(model: nn.Module) -> list[dict[str, Any]]:
 
 def restore_worker_state(model: nn.Module, states: Sequence[dict[str, Any]]) -> None:
     """Put back this worker's part of :func:`gather_worker_states`, after the model has been loaded."""
-    if len(states) != comm.get_world_size():
+    if len(states) != (count := comm.get_world_size()):
         saved = f"{len(states)} worker(s)" if states else "a version without the workers' own state"
-        logger.warning(
-            f"the checkpoint was saved by {saved}, this run has {comm.get_world_size()}: it goes on, but not bit for "
-            "bit as it would have"
-        )
+        logger.warning(f"the checkpoint was saved by {saved}, this run has {count}: it goes on, but not bit for bit")
         return
     model, state = unwrap_ddp(model), states[comm.get_rank()]
-    own = _saved_buffers(model)
-    with torch.no_grad():
-        for name in state["buffers"].keys() & own.keys():
-            own[name].copy_(state["buffers"][name])
+    own = model.state_dict()  # the buffers themselves, detached
+    for name in state["buffers"].keys() & own.keys():
+        own[name].copy_(state["buffers"][name])
     if state["normalizer"] is not None:
         model.loss_normalizer = state["normalizer"]
     set_rng_state(state["rng"])
-
-
-def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that checkpoints hold, by their names there."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:

@@ -18,8 +18,7 @@ from tabulate import tabulate
 
 from ..config import config_dir, find_config, load_config
 from ..data import register_from_args
-from ..engine.auto_scale import scale_to_workers
-from ..engine.preflight import check_datasets
+from ..engine.preflight import check_datasets, scale_to_workers
 from .paper import TABLES, PaperRow, title_of
 from .results import Data, Run, typed
 from .runner import check_folder, format_duration

@@ -13,8 +13,8 @@ import torch
 
 from focal_plugin import get_config
 from focal_plugin.engine import FocalTrainer
-from focal_plugin.engine.auto_scale import check_scale, learning_rate_warning, scale_to_workers
 from focal_plugin.engine.launch import start_banner
+from focal_plugin.engine.preflight import check_scale, learning_rate_warning, scale_to_workers
 
 WORLDS = range(1, 17)
 SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -71,7 +71,7 @@ def test_decays_that_round_to_one_step_are_a_step_apart_or_dropped(caplog):
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(16, 17, 38, 39)"]
     assert scale_to_workers(config(*opts), 1).SOLVER.STEPS == (16, 17, 38, 39)
     assert not caplog.records
-    with caplog.at_level(logging.WARNING, "focal_plugin.engine.auto_scale"):
+    with caplog.at_level(logging.WARNING, "focal_plugin.engine.preflight"):
         assert scale_to_workers(config(*opts), 4).SOLVER.STEPS == (4, 5)
     assert "(16, 17, 38, 39), scaled to (4, 5, 10, 11): training ends after 10 steps, without (10, 11)" in caplog.text
 
