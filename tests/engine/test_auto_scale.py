@@ -30,14 +30,6 @@ def config(*opts, name="retina_focal.yaml"):
 # ------------------------------ scaling
 
 
-def test_the_coco_config_on_one_worker():
-    cfg = scale_to_workers(config(), 1)
-    solver = cfg.SOLVER
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (2, 0.00125, 720_000)
-    assert (solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == ((480_000, 640_000), 8000, 40_000)
-    assert cfg.TEST.EVAL_PERIOD == 0 and solver.REFERENCE_WORLD_SIZE == 1 and scale_to_workers(cfg, 1) is cfg
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_what_a_worker_gets_stays(world):
     base = config("TEST.EVAL_PERIOD", 5000)

@@ -1,6 +1,5 @@
 """What is saved, kept and found again; upstream's own hooks and checkpointer drive it."""
 
-import builtins
 import os
 from contextlib import nullcontext
 from urllib.error import URLError
@@ -8,7 +7,6 @@ from urllib.error import URLError
 import pytest
 import torch
 from detectron2.engine import TrainerBase
-from detectron2.utils.events import EventStorage
 
 from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
@@ -96,7 +94,9 @@ def test_later_ones_of_another_run_are_kept(tmp_path):
     """Where one went back to an earlier checkpoint by hand, the later ones are not the trainer's to delete."""
     Trainer(tmp_path, eval_period=0).go(6)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    Trainer(tmp_path, keep=1, eval_period=0).go(4, resume=True)
+    trainer = Trainer(tmp_path, keep=1, eval_period=0)
+    trainer.go(4, resume=True)
+    assert trainer.checkpointer.resumed_from.endswith("model_0000001.pth")
     assert {4, 5} <= set(numbers(tmp_path))
 
 
@@ -220,11 +220,6 @@ def test_a_last_checkpoint_that_names_none_or_is_not_there(tag, stopped, caplog)
     assert ("is not there" if tag is None else "names no checkpoint") in caplog.text
 
 
-def test_an_earlier_one_can_be_chosen_by_hand(stopped):
-    (stopped / "last_checkpoint").write_text("model_0000001.pth\n")
-    assert resume(stopped) == (1, "model_0000001.pth")
-
-
 def test_none_is_good(stopped):
     for path in stopped.glob("*.pth"):
         path.write_bytes(b"torn")
@@ -241,19 +236,8 @@ def test_parameters_that_were_skipped_are_told(tmp_path):
     torch.save({"weight": torch.ones(5, 1), "bias": torch.ones(1), "more": torch.ones(1)}, tmp_path / "w.pth")
     checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
     checkpointer.load(str(tmp_path / "w.pth"))
-    assert any("other shape in the model (weight (5, 1) -> (1, 1))" in line for line in checkpointer.skipped)
-    assert "1 not in the model (more)" in checkpointer.skipped
-    assert len(checkpointer.skipped) == 2  # fvcore has the one of another shape among the missing ones, too
-
-
-def test_a_load_after_one_that_failed(tmp_path):
-    (tmp_path / "torn.pth").write_bytes(b"PK\3\4 and no end")
-    torch.save({"weight": torch.full((1, 1), 5.0), "bias": torch.ones(1)}, tmp_path / "w.pth")
-    checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"torn.pth is refused: "):
-        checkpointer.load(str(tmp_path / "torn.pth"))
-    checkpointer.load(str(tmp_path / "w.pth"))
-    assert checkpointer.model.weight.item() == 5
+    other, more = sorted(checkpointer.skipped, reverse=True)  # fvcore has the first among the missing ones, too
+    assert "other shape in the model (weight (5, 1) -> (1, 1))" in other and more == "1 not in the model (more)"
 
 
 def test_weights_that_cannot_be_fetched_are_named():
@@ -266,29 +250,14 @@ def test_weights_that_cannot_be_fetched_are_named():
 # ------------------------------ writing
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_a_full_disk_leaves_the_earlier_files_whole(stopped, monkeypatch):
-    open_ = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda file, mode="r", **kw: open_("/dev/full" if "w" in mode else file, mode, **kw)
-    )
-    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
-    trainer = Trainer(stopped, eval_period=0)
-    with EventStorage(), pytest.raises(OSError, match=r"could not write .*No space left.*model_0000004.pth. Make room"):
-        trainer.checkpointer.save("model_0000005", iteration=5)
-    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
-
-
 def test_an_error_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
-    path.write_text("old")
+    with atomic_write(path) as file:
+        file.write("whole")
     with pytest.raises(KeyError), atomic_write(path) as file:
         file.write("half of the n")
         raise KeyError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with atomic_write(path) as file:
-        file.write("new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failing_rename_of_last_checkpoint_keeps_both_checkpoints(stopped, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs that are stopped, at any moment and in any way, and resumed: bit for bit what the run that never stopped is."""
 
+import functools
 import os
 import random
 import signal
@@ -45,14 +46,12 @@ def assert_same(got, want, where="checkpoint"):
 @pytest.fixture(scope="session")
 def never_stopped(command, tmp_path_factory):
     """never_stopped(KEY, VALUE, ...): the last checkpoint of such a run, trained once."""
-    known = {}
 
+    @functools.cache
     def train(*opts):
-        if opts not in known:
-            folder = tmp_path_factory.mktemp("never_stopped")
-            assert zygote.run(command(folder, *opts), folder / "console.txt") == 0, (folder / "console.txt").read_text()
-            known[opts] = load(folder / FINAL)
-        return known[opts]
+        folder = tmp_path_factory.mktemp("never_stopped")
+        assert zygote.run(command(folder, *opts), folder / "console.txt") == 0, (folder / "console.txt").read_text()
+        return load(folder / FINAL)
 
     return train
 

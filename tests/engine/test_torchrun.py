@@ -124,19 +124,6 @@ def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_po
 # ------------------------------ tools/launch
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
-def test_launch_scripts_parse_and_name_what_there_is(name):
-    path = ROOT / "tools" / "launch" / name
-    assert os.access(path, os.X_OK)
-    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
-    text = path.read_text()
-    configs = re.findall(r"configs/([\w/]+\.yaml)", text)
-    tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", text)
-    assert configs and tools and f"launch/{name}" in tools
-    assert [c for c in configs if not (ROOT / "configs" / c).is_file()] == []
-    assert [t for t in tools if not (ROOT / "tools" / t).is_file()] == []
-
-
 def run_script(tmp_path, name, *words, torchrun="exit 0", **env):
     """A launch script with stand-ins for what it calls, which leave their arguments in the file `calls`."""
     stand_ins, calls = tmp_path / "bin", tmp_path / "calls"
@@ -184,6 +171,11 @@ def test_torchrun_is_called_once_with_resume(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
-def test_launch_scripts_without_a_config_say_how_to_call_them(tmp_path, name):
+def test_launch_scripts_say_how_to_call_them_and_name_what_there_is(tmp_path, name):
     done, calls = run_script(tmp_path, name, **SLURM)
     assert done.returncode != 0 and "usage: " in done.stderr and calls == []
+    path = ROOT / "tools" / "launch" / name
+    configs = re.findall(r"configs/[\w/]+\.yaml", path.read_text())
+    tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", path.read_text())
+    assert configs and f"launch/{name}" in tools and os.access(path, os.X_OK)
+    assert [file for file in (*configs, *(f"tools/{tool}" for tool in tools)) if not (ROOT / file).is_file()] == []

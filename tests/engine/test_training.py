@@ -25,15 +25,7 @@ from focal_plugin.engine.trainer import DIVERGED
 
 # Of a CPU, where torch's scaler warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning", "ignore:.*GradScaler:UserWarning")
-SHORT = ("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "0")
-
-
-def read_metrics(tmp_path):
-    """The newest value of everything that was logged."""
-    metrics = {}
-    for line in (tmp_path / "run" / "metrics.json").read_text().splitlines():
-        metrics.update(json.loads(line))
-    return metrics
+SHORT = ("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "0", "VIS_PERIOD", "2")
 
 
 def test_trains_evaluates_and_resumes(command, run, tmp_path):
@@ -47,8 +39,8 @@ def test_trains_evaluates_and_resumes(command, run, tmp_path):
     out = tmp_path / "run"
     assert {"model_final.pth", "config.yaml", "metrics.json", "log.txt"} <= {p.name for p in out.iterdir()}
     assert (out / "inference" / "coco_instances_results.json").is_file()
-    metrics = read_metrics(tmp_path)
-    assert metrics["loss_cls"] > 0 and "bbox/AP" in metrics
+    logged = (out / "metrics.json").read_text()
+    assert '"loss_cls": ' in logged and '"bbox/AP": ' in logged
     names = [category["name"] for category in json.loads((command.scenes / "val.json").read_text())["categories"]]
     assert torch.load(out / "model_final.pth", weights_only=True)["thing_classes"] == names
 
@@ -58,15 +50,6 @@ def test_trains_evaluates_and_resumes(command, run, tmp_path):
     (tmp_path / "console.txt").unlink()
     assert run(*SHORT, "MODEL.WEIGHTS", out / "model_final.pth", flags=("--eval-only",)) == 0, run.text()
     assert "copypaste: AP,AP50,AP75" in run.text() and "Starting training" not in run.text()
-
-
-def test_two_cpu_workers_train(run, tmp_path):
-    """gloo; DDP without find_unused_parameters, so every parameter took part."""
-    opts = [*SHORT, "MODEL.FOCAL.HEAD", "OHEMHead", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "0.0"]
-    flags = ("--num-gpus", "2", "--dist-url", "auto")
-    assert run(*opts, "MODEL.FOCAL.NORMALIZER_SYNC", "True", flags=flags) == 0, run.text()
-    metrics = read_metrics(tmp_path)
-    assert metrics["ohem/num_neg"] > 0 and "bbox/AP" in metrics
 
 
 @pytest.mark.parametrize(
@@ -138,9 +121,8 @@ def test_gradients_are_clipped_as_detectron2_clips_them(norm_type):
 def test_mixed_precision_is_upstreams_trainer_with_another_dtype(scenes, tmp_path, precision, dtype):
     trainer = amp_trainer(scenes, tmp_path, "cpu", precision)
     assert isinstance(trainer._trainer, AMPTrainer) and trainer._trainer.precision == dtype
-    if dtype == torch.bfloat16:
-        # Nothing to scale: the loss goes into the backward pass as it is.
-        assert trainer._trainer.grad_scaler.scale(torch.tensor(3.0)) == 3
+    # With bfloat16 nothing is to be scaled: the loss goes into the backward pass as it is.
+    assert dtype == torch.float16 or trainer._trainer.grad_scaler.scale(torch.tensor(3.0)) == 3
 
 
 def test_float16_goes_on_from_a_run_that_had_no_loss_scale(scenes, tmp_path):
@@ -150,11 +132,6 @@ def test_float16_goes_on_from_a_run_that_had_no_loss_scale(scenes, tmp_path):
     for state in (saved, {**saved, "_trainer": {k: v for k, v in saved["_trainer"].items() if k != "grad_scaler"}}):
         trainer.load_state_dict(state)
         assert trainer._trainer.grad_scaler.get_scale() == 32
-
-
-def test_a_precision_that_there_is_not(scenes, tmp_path):
-    with pytest.raises(ValueError, match=r"SOLVER\.AMP\.PRECISION 'bf16': must be one of float16, bfloat16"):
-        amp_trainer(scenes, tmp_path, "cpu", "bf16")
 
 
 def test_a_config_without_the_keys_says_what_to_call():
@@ -226,9 +203,8 @@ def evaluate(tmp_path, restore_catalogs):
         evaluator = FocalTrainer.build_evaluator(get_config("digits/focal.yaml"), "judged", str(tmp_path))
         evaluator.reset()
         evaluator._results = {}
-        evaluator._eval_predictions(
-            [{"image_id": n, "instances": [{"image_id": n, **d} for d in ds]} for n, ds in found.items()]
-        )
+        images = [{"image_id": n, "instances": [{"image_id": n, **d} for d in ds]} for n, ds in found.items()]
+        evaluator._eval_predictions(images)
 
     return make
 
@@ -240,11 +216,8 @@ def test_an_ap_of_0_is_explained(scenes, evaluate, caplog, annotated):
     if not annotated:
         del truth["annotations"]
     evaluate(truth, {n: [{"category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}] for n in (1, 2)})
-    told = [record.getMessage() for record in caplog.records if "AP is 0" in record.getMessage()]
-    assert len(told) == annotated
-    assert not annotated or re.search(
-        r"AP is 0: 2 detections, scores 0\.500 to 0\.500 for \d+ .* detected: \[4\],", told[0]
-    )
+    told = re.findall(r"AP is 0: 2 detections, scores 0\.500 to 0\.500 for \d+ .* detected: \[4\],", caplog.text)
+    assert len(told) == caplog.text.count("AP is 0") == annotated
 
 
 def test_the_score_of_the_highest_f1_is_logged(scenes, evaluate):
