@@ -220,15 +220,12 @@ def test_a_last_checkpoint_that_names_none_or_is_not_there(tag, stopped, caplog)
     assert ("is not there" if tag is None else "names no checkpoint") in caplog.text
 
 
-def test_none_is_good(stopped):
+def test_none_is_good_or_there(stopped, caplog):
     for path in stopped.glob("*.pth"):
         path.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"(?s)none of the checkpoints in .*model_0000004.pth.*leave out --resume"):
         resume(stopped)
-
-
-def test_nothing_to_resume_from(tmp_path, caplog):
-    assert resume(tmp_path) == (0, "")
+    assert resume(stopped / "new") == (0, "")
     assert "has no checkpoint to resume from; starting afresh" in caplog.text
 
 

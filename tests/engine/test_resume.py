@@ -143,19 +143,12 @@ def test_sigterm_to_all_processes_in_an_evaluation(command, never_stopped, tmp_p
     opts = (*DATA_WORKERS, "SOLVER.MAX_ITER", "400")
     process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     for text in ("Start inference", "Saving checkpoint"):  # once in an evaluation, once in training
-        wait_for_text(tmp_path / "console.txt", text)
+        zygote.wait_for(tmp_path / "console.txt", text)
         os.killpg(process.pid, signal.SIGTERM)
         assert zygote.wait(process) == EXIT_PREEMPTED, (tmp_path / "console.txt").read_text()
         (tmp_path / "console.txt").unlink()
         process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     process.kill()
-
-
-def wait_for_text(path, text, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < deadline, f"no {text!r} in {path.read_text()}"
-        time.sleep(0.01)
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, tmp_path):

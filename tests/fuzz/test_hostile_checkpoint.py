@@ -161,7 +161,8 @@ def test_arrays(guard):
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
     # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
-    forged = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
+    dtype = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
+    forged = Call(*bare, (1, (1,), dtype, False, b"12345678"))
     for array in (
         np.array([SYSTEM], dtype=object),
         np.zeros(3, [("a", "f4")]),
@@ -171,7 +172,7 @@ def test_arrays(guard):
         Call(*bare, (1, (1,), obj, False, b"12345678")),
         Call(*bare, (1, (2,), np.dtype("O8"), False, [])),  # numpy reads past the end of the list
         Call(*bare, (1, (1,), np.dtype("(2,)f4"), False, b"12345678")),
-        Call(*bare, (1, (1,), forged, False, b"12345678")),
+        forged,
         Call(*bare, (1, (1,), np.dtype("O,i8"), False, b"1" * 16)),
         Call(np.ndarray, ((1,), "O", b"12345678")),
         Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
@@ -180,6 +181,11 @@ def test_arrays(guard):
         for protocol in (2, 4):
             with guard():
                 assert not loads("x.pkl", pickle.dumps({"model": {"0.weight": array}, "__author__": "x"}, protocol))
+    with guard():
+        assert not loads(
+            "x.pkl",
+            pickle.dumps({"model": {}, "__author__": "x", "forged": forged}),
+        )
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
