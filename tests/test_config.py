@@ -153,9 +153,6 @@ def test_files_are_read_and_merged_as_detectron2_does(tmp_path, content):
     assert (theirs != before) == (content != "_BASE_: []")
 
 
-# ------------------------------ unknown, and refused
-
-
 @pytest.mark.parametrize(
     "key, meant",
     [

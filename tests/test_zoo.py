@@ -78,9 +78,6 @@ def zoo_file(model, more=()):
     return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, 4)
 
 
-# ------------------------------ the configs
-
-
 def test_every_retinanet_of_the_zoo_is_there():
     # Detectron2's .py of the 1x schedule is the same model in its other config language.
     assert sorted(path.stem for path in THEIRS.glob("retinanet_*.yaml")) == ZOO
@@ -91,9 +88,6 @@ def test_urls_are_detectron2s():
     from detectron2.model_zoo import get_checkpoint_url
 
     assert [url(ours(name)) for name in ZOO] == [get_checkpoint_url(f"COCO-Detection/{name}.yaml") for name in ZOO]
-
-
-# ------------------------------ the checkpoints
 
 
 @pytest.mark.parametrize("name", ZOO)

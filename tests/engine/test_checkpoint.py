@@ -74,9 +74,6 @@ def numbers(folder):
     return sorted(int(path.stem.partition("_")[2]) for path in folder.glob("model_0*.pth"))
 
 
-# ------------------------------ keeping
-
-
 @pytest.mark.parametrize("keep, kept", [(0, range(7)), (1, [6]), (3, [4, 5, 6])])
 def test_the_last_are_kept(keep, kept, tmp_path):
     Trainer(tmp_path, keep=keep, eval_period=0).go(7)
@@ -98,9 +95,6 @@ def test_later_ones_of_another_run_are_kept(tmp_path):
     trainer.go(4, resume=True)
     assert trainer.checkpointer.resumed_from.endswith("model_0000001.pth")
     assert {4, 5} <= set(numbers(tmp_path))
-
-
-# ------------------------------ the best
 
 
 def test_the_best_is_kept_and_does_not_move_last_checkpoint(tmp_path):
@@ -164,9 +158,6 @@ def test_a_metric_that_there_is_not_ends_nothing(tmp_path):
     assert weight_in(tmp_path / "model_final.pth") == 9
 
 
-# ------------------------------ an evaluation that a stop has swallowed
-
-
 @pytest.mark.parametrize("crash_at, ap, owed", [(1, None, [(2, 2.0)]), (2, 10.0, [])])
 def test_an_evaluation_is_made_up_for(crash_at, ap, owed, tmp_path):
     """At step 2 a checkpoint is written, then it is evaluated: killed in between, the evaluation would be lost."""
@@ -174,9 +165,6 @@ def test_an_evaluation_is_made_up_for(crash_at, ap, owed, tmp_path):
     resumed = Trainer(tmp_path, {2: 10.0, 4: 20.0, 6: 30.0})
     resumed.go(6, resume=True)
     assert resumed.evaluated == [*owed, (4, 4.0), (6, 6.0)]
-
-
-# ------------------------------ finding the newest good one
 
 
 @pytest.fixture
@@ -242,9 +230,6 @@ def test_weights_that_cannot_be_fetched_are_named():
     want = r"^detectron2://x.pkl cannot be read \(<urlopen error Name or service not known>\); without a network"
     with pytest.raises(OSError, match=want), refusing("detectron2://x.pkl"):
         raise URLError("Name or service not known")
-
-
-# ------------------------------ writing
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path):

@@ -12,6 +12,7 @@ from itertools import chain
 import pytest
 import torch
 import zygote
+from detectron2.engine.launch import _find_free_port as unused_port
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -81,7 +82,7 @@ def work(folder):
 
 
 @pytest.fixture(scope="module")
-def workers(unused_port, tmp_path_factory):
+def workers(tmp_path_factory):
     """What each of the four workers saved; one launch for all cases."""
     folder = tmp_path_factory.mktemp("parallel")
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": "4"}

@@ -115,9 +115,6 @@ def test_all_problems_at_once_each_in_one_line():
     assert [line.split("'")[1] for line in text.splitlines()] == ["nowhere", "cells_train", "many"]
 
 
-# ------------------------------ values
-
-
 @pytest.mark.parametrize("key, values", WRONG, ids=[key for key, _ in WRONG])
 def test_a_wrong_value_is_refused_by_its_key(key, values):
     for value in values:

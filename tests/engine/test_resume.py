@@ -180,9 +180,6 @@ def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
     assert got["workers"][0]["normalizer"] == want["workers"][0]["normalizer"] < 100
 
 
-# ------------------------------ two workers, started as torchrun starts them
-
-
 def test_two_workers(pair, tmp_path):
     """Each has batch norms and a running mean of its own, which a checkpoint of upstream has for the first only."""
     assert pair() == [0, 0], pair.texts()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine.launch import _find_free_port as unused_port
 from zygote import ENV, ROOT, wait_for
 
 from focal_plugin.engine.torchrun import Workers
@@ -90,7 +91,7 @@ def test_sigterm_ends_an_evaluation(run, tmp_path):
 
 
 @pytest.mark.skipif(not Path(CHILDREN.format("self")).is_file(), reason="finds torchrun's workers in /proc")
-def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_port, tmp_path):
+def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, tmp_path):
     """Without --resume on the command line: the restart is what says so."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     torchrun += ["--master-port", str(unused_port()), "--monitor-interval", "0.2", TRAIN_NET]
@@ -102,9 +103,6 @@ def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_po
     text = (tmp_path / "console.txt").read_text()
     assert "FRESH, with random weights" in text and "RESUMING after step" in text
     assert (tmp_path / "run" / "model_final.pth").is_file()
-
-
-# ------------------------------ tools/launch
 
 
 def run_script(tmp_path, name, *words, torchrun="exit 0", **env):

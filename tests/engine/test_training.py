@@ -80,9 +80,6 @@ def test_no_config_file(tmp_path):
     assert "no config" in (tmp_path / "console.txt").read_text()
 
 
-# ------------------------------ the optimizer and its precision
-
-
 def test_optimizers():
     cfg = get_config("digits/focal.yaml", ["SOLVER.WEIGHT_DECAY_BIAS", "0.5"])
     model = build_model(cfg)
@@ -187,9 +184,6 @@ def test_vis_period_draws_on_the_main_worker(scenes, tmp_path, monkeypatch, peri
         assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
     monkeypatch.setattr("focal_plugin.engine.trainer.comm.is_main_process", lambda: False)
     assert not any(isinstance(hook, TrainingPicture) for hook in trainer.build_hooks())
-
-
-# ------------------------------ evaluations
 
 
 @pytest.fixture
