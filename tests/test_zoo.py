@@ -78,12 +78,9 @@ def zoo_file(model, more=()):
     return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, 4)
 
 
-def test_every_retinanet_of_the_zoo_is_there():
+def test_every_retinanet_of_the_zoo_is_there_with_its_url():
     # Detectron2's .py of the 1x schedule is the same model in its other config language.
     assert sorted(path.stem for path in THEIRS.glob("retinanet_*.yaml")) == ZOO
-
-
-def test_urls_are_detectron2s():
     pytest.importorskip("pkg_resources", reason="detectron2.model_zoo wants setuptools<81")
     from detectron2.model_zoo import get_checkpoint_url
 

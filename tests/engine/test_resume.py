@@ -27,14 +27,12 @@ def load(path):
 def assert_same(got, want, where="checkpoint"):
     """Bit for bit, whatever the types."""
     assert type(got) is type(want), where
+    if isinstance(want, (list, tuple)):
+        got, want = dict(enumerate(got)), dict(enumerate(want))
     if isinstance(want, dict):
         assert got.keys() == want.keys(), where
         for key in want:
             assert_same(got[key], want[key], f"{where}[{key!r}]")
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want), where
-        for i, (a, b) in enumerate(zip(got, want)):
-            assert_same(a, b, f"{where}[{i}]")
     elif isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype and got.shape == want.shape, where
         # As bytes, for two NaNs are not equal.

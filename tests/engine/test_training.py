@@ -61,10 +61,7 @@ def test_trains_evaluates_and_resumes(command, run, tmp_path):
         (("--eval-only",), [], "--eval-only would evaluate random weights"),
         (("--register", "x=nowhere.json:nowhere"), [], "there is no file .*nowhere.json"),
         (("--num-gpus", "0"), [], "--num-gpus 0 .*at least 1 of each"),
-        ((), ["MODEL.FOCAL.HEAD", "Foo"], "MODEL.FOCAL.HEAD must be one of"),
         ((), ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5"], "MODEL.RETINANET.FOCAL_LOSS_ALPHA must be in"),
-        ((), ["SOLVER.OPTIMIZER", "LAMB"], "SOLVER.OPTIMIZER 'LAMB': must be one of SGD, ADAMW"),
-        ((), ["DATASETS.TEST", '("lvis_v1_val",)'], "'lvis_v1_val' has no .*DETECTRON2_DATASETS"),
         (("--num-gpus", "3"), [], "SOLVER.IMS_PER_BATCH 4 cannot be shared out evenly among 3 workers"),
         ((), ["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: there is no file 'nowhere.pth'"),
     ],
@@ -80,7 +77,7 @@ def test_no_config_file(tmp_path):
     assert "no config" in (tmp_path / "console.txt").read_text()
 
 
-def test_optimizers():
+def test_adamw():
     cfg = get_config("digits/focal.yaml", ["SOLVER.WEIGHT_DECAY_BIAS", "0.5"])
     model = build_model(cfg)
     adamw = FocalTrainer.build_optimizer(cfg, model)
@@ -94,8 +91,6 @@ def test_optimizers():
     model.head.cls_score.weight.grad = torch.full_like(model.head.cls_score.weight, 1e6)
     adamw.step()
     assert adamw.state[model.head.cls_score.weight]["exp_avg_sq"].sum() <= 0.0011
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    assert isinstance(FocalTrainer.build_optimizer(cfg, model), torch.optim.SGD)
 
 
 @pytest.mark.parametrize("norm_type", ["2.0", "1.0", "inf"])
