@@ -38,9 +38,7 @@ WRONG = [
     ("SOLVER.REFERENCE_WORLD_SIZE", [-2, None]),
     ("TEST.EARLY_STOP_PATIENCE", [-1]),
     ("OUTPUT_DIR", [None, ""]),
-    ("SEED", [None]),
-    ("TEST.EVAL_PERIOD", [None]),
-    ("SOLVER.WARMUP_ITERS", [None]),
+    *((key, [None]) for key in ("SEED", "TEST.EVAL_PERIOD", "SOLVER.WARMUP_ITERS")),
 ]
 
 

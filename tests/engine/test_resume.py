@@ -193,12 +193,7 @@ def test_two_workers(pair, tmp_path):
 
 def test_sigterm_while_waiting_for_the_other_workers(pair):
     """They may come minutes later, on another machine."""
-
-    def terminate(pid):
-        time.sleep(1.5)
-        os.kill(pid, signal.SIGTERM)
-
-    assert pair(delay=terminate) == [EXIT_PREEMPTED] * 2, pair.texts()
+    assert pair(delay=lambda pid: time.sleep(1.5) or os.kill(pid, signal.SIGTERM)) == [EXIT_PREEMPTED] * 2, pair.texts()
 
 
 def test_another_number_of_workers_goes_on_and_says_so(pair, run):
