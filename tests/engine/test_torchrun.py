@@ -90,7 +90,7 @@ def test_sigterm_ends_an_evaluation(run, tmp_path):
     assert run(*weights, flags=("--eval-only",), fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, run.text()
 
 
-@pytest.mark.skipif(not Path(CHILDREN.format("self")).is_file(), reason="finds torchrun's workers in /proc")
+@pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).is_file(), reason="finds torchrun's workers in /proc")
 def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, tmp_path):
     """Without --resume on the command line: the restart is what says so."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
