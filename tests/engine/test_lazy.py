@@ -69,11 +69,12 @@ def test_optimizers_and_learning_rates_are_equal(pair):
     optimizer = copy.deepcopy(lazy.optimizer)
     optimizer.params.model = lazy_model
     theirs, ours = FocalTrainer.build_optimizer(cfg, yaml_model), instantiate(optimizer)
-    groups = [
-        [{**group, "params": [p.shape for p in group["params"]]} for group in optimizer.param_groups]
-        for optimizer in (theirs, ours)
-    ]
-    assert type(theirs) is type(ours) and groups[0] == groups[1]
+    settings, keys = [], ("lr", "weight_decay", "momentum", "nesterov", "dampening")
+    for optimizer, model in ((theirs, yaml_model), (ours, lazy_model)):
+        names = {p: name for name, p in model.named_parameters()}
+        groups = optimizer.param_groups
+        settings.append({names[p]: [group[key] for key in keys] for group in groups for p in group["params"]})
+    assert type(theirs) is type(ours) and settings[0] == settings[1]
     hook = hooks.LRScheduler(ours, instantiate(lazy.lr_multiplier))
     hook.trainer = SimpleNamespace(iter=0, max_iter=lazy.train.max_iter)
     hook.before_train()
