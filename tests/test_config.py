@@ -65,11 +65,8 @@ OHEM = {**META, **CE, "MODEL.RETINANET.FOCAL_LOSS_ALPHA": -1.0, "MODEL.FOCAL.HEA
 DIFFERENT = {
     "retina_focal.yaml": META,
     # The backbone; the schedule stays 1x, so that R-50 and R-101 differ in one thing.
-    "retina_focal_R_101.yaml": {
-        **META,
-        "MODEL.RESNETS.DEPTH": 101,
-        "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-101.pkl",
-    },
+    "retina_focal_R_101.yaml": META
+    | {"MODEL.RESNETS.DEPTH": 101, "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-101.pkl"},
     "retina_ce.yaml": {**META, **CE, "MODEL.RETINANET.FOCAL_LOSS_ALPHA": 0.75},  # Table 1a's best
     "retina_ohem.yaml": OHEM,
     "retina_ohem_1to3.yaml": {**OHEM, "MODEL.OHEM.NEG_POS_RATIO": 3.0},
@@ -125,7 +122,6 @@ def test_the_way_out_of_aliases_works(tmp_path):
         "---\nSOLVER: {BASE_LR: 1e-3, NESTEROV: on, MAX_ITER: 0x10, STEPS: [0o10, 1:30], WEIGHT_DECAY: '1e-5'}\n...",
         "SOLVER: {BASE_LR: .inf, WEIGHT_DECAY: .5, WEIGHT_DECAY_BIAS: ~, NESTEROV: 'True'}\nOUTPUT_DIR: caf\u00e9",
         "DATASETS: {TRAIN: [a, b], TEST: '(\"a\",)'}\nMODEL: {FOCAL: {CLASS_ALPHA: '(.5, 1)'}}",
-        "_BASE_: [one.yaml]\nSOLVER: {}",
         "_BASE_: []",
         "_BASE_: [one.yaml, two.yaml]\nMODEL: {RESNETS: {DEPTH: 18}}",
         "_BASE_: two.yaml\nSOLVER: {STEPS: '(3, 4)'}",
@@ -150,13 +146,11 @@ def test_files_are_read_and_merged_as_detectron2_does(tmp_path, content):
     "key, meant",
     [
         ("MODEL.FOCAL.HED", "MODEL.FOCAL.HEAD"),
-        ("MODEL.ROI_HEDS.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES"),
         ("MODEL.RETINANET.NMS_THRESH", "MODEL.RETINANET.NMS_THRESH_TEST"),  # and not MODEL.OHEM's
         ("solver.base_lr", "SOLVER.BASE_LR"),
         ("FPN.NORM", "MODEL.FPN.NORM"),
         ("GAMMA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),  # and not the schedule's
         ("BASE_LR", "SOLVER.BASE_LR"),
-        ("MODEL.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
         ("MODEL.FOCAL.ALPHA", "MODEL.RETINANET.FOCAL_LOSS_ALPHA"),
         ("SOLVER.LR", "SOLVER.BASE_LR"),
         *((key, None) for key in ("SOLVER.BATCH_SIZE", "DATASETS.VAL", "SOLVER.EPOCHS", "MODEL.NAME", "MODEL..", "")),
@@ -166,16 +160,14 @@ def test_a_wrong_hint_is_worse_than_none(key, meant):
     assert did_you_mean(key, all_keys(load_config(""))) == (f"; did you mean {meant}?" if meant else "")
 
 
-def test_keys_that_nobody_reads():
+def test_keys_that_nobody_reads_are_listed_and_no_others():
     cfg = load_config("")
     cfg.base_lr = cfg.QUX = cfg.MODEL.OHEM.NMS_TRESH = 1
     for key, hint in (("base_lr", "SOLVER.BASE_LR"), ("MODEL.OHEM.NMS_TRESH", "MODEL.OHEM.NMS_THRESH"), ("QUX", None)):
         (line,) = (line for line in unknown_keys(cfg) if line.startswith(f"{key}: no such key "))
         assert line.endswith(f"; did you mean {hint}?") if hint else "did you mean" not in line
     assert len(unknown_keys(cfg)) == 3
-
-
-def test_our_own_keys_and_other_projects_nodes_are_known():
+    # Our own keys and other projects' nodes are known.
     for name in ("retina_ohem.yaml", "digits/dense.yaml", "paper/Base-paper.yaml"):
         cfg = get_config(name)
         cfg.COMPUTED_SIZE = 3
@@ -208,16 +200,3 @@ def test_keys_of_ones_own(monkeypatch):
     assert repr(get_config("digits/focal.yaml", ["MODEL.FOCAL.MINE", "2"]).MODEL.FOCAL.MINE) == "2.0"
     with pytest.raises(ValueError, match=r"did you mean MODEL\.FOCAL\.MINE"):
         get_config("digits/focal.yaml", ["MODEL.FOCAL.MIN", "2"])
-
-
-def test_import_registers_and_touches_nothing_else(tmp_path):
-    code = (
-        "import sys; import focal_plugin as f\n"
-        "from detectron2.modeling import META_ARCH_REGISTRY as m\n"
-        "from detectron2.data import DatasetCatalog as d\n"
-        "assert m.get('FocalRetinaNet') is f.FocalRetinaNet and 'digits_train' in d\n"
-        "assert 'sklearn' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    env = {"PYTHONPATH": str(config_dir().parent)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
-    assert not list(tmp_path.iterdir())

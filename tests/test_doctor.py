@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from focal_plugin import FocalHead, doctor, losses
 
@@ -15,9 +16,8 @@ TOOL = str(Path(__file__).resolve().parent.parent / "tools" / "doctor.py")
 def test_all_works_here():
     report = doctor.diagnose()
     assert not report.problems and report.lines[-1].startswith("verdict: all works here (cpu")
-    text = "\n".join(report.lines)
-    for said in ("PyTorch", "detectron2", "FL, one step on cpu", "OHEM, one step on cpu", "loss, gamma 0.5, on cpu"):
-        assert said in text
+    said = ("PyTorch", "detectron2", "FL, one step on cpu", "OHEM, one step on cpu", "loss, gamma 0.5, on cpu")
+    assert all(text in "\n".join(report.lines) for text in said)
 
 
 @pytest.mark.parametrize("module", ["torch", "detectron2", "numpy"])
@@ -40,13 +40,8 @@ def test_broken_environment_is_described(module, tmp_path):
 
 
 def test_loss_that_is_wrong_is_reported(monkeypatch):
-    right_head, right_loss = FocalHead.losses, losses.sigmoid_focal_loss
-
-    def broken(self, pred_logits, targets):
-        out = right_head(self, pred_logits, targets)
-        return out._replace(loss_cls=out.loss_cls * float("nan"))
-
-    monkeypatch.setattr(FocalHead, "losses", broken)
+    right_head, right_loss, nan = FocalHead.losses, losses.sigmoid_focal_loss, torch.tensor(torch.nan)
+    monkeypatch.setattr(FocalHead, "losses", lambda *args: right_head(*args)._replace(loss_cls=nan))
     monkeypatch.setattr(losses, "sigmoid_focal_loss", lambda *args: 1.001 * right_loss(*args))
     report = doctor.Report()
     devices = doctor._try_everywhere(report)

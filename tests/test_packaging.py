@@ -41,9 +41,18 @@ def test_wheel_has_all_it_needs_and_works_without_the_checkout(tmp_path):
     expected = {folders[folder] / p.relative_to(folder) for folder in folders for p in folder.rglob("*")}
     for suffix in (".py", ".yaml", ".html", ".css", ".md"):
         assert {p for p in expected if p.suffix == suffix} == set(inside.rglob(f"*{suffix}"))
-    code = "import focal_plugin as f; print(f.__file__, f.get_config('retina_focal.yaml').MODEL.META_ARCHITECTURE)"
-    done = python(code, cwd=tmp_path, path=tmp_path / "wheel")
+    code = (  # the import registers, and touches nothing else
+        "import sys; import focal_plugin as f\n"
+        "from detectron2.modeling import META_ARCH_REGISTRY as m\n"
+        "from detectron2.data import DatasetCatalog as d\n"
+        "assert m.get('FocalRetinaNet') is f.FocalRetinaNet and 'digits_train' in d\n"
+        "assert 'sklearn' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "print(f.__file__, f.get_config('retina_focal.yaml').MODEL.META_ARCHITECTURE)"
+    )
+    (tmp_path / "empty").mkdir()
+    done = python(code, cwd=tmp_path / "empty", path=tmp_path / "wheel")
     assert done.stdout.split() == [str(inside / "__init__.py"), "FocalRetinaNet"], done.stderr
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_missing_detectron2_gives_the_line_to_type(tmp_path):
@@ -51,9 +60,6 @@ def test_missing_detectron2_gives_the_line_to_type(tmp_path):
     assert done.stderr.count("Traceback") == 1
     error = done.stderr[done.stderr.rindex("\nImportError: ") :]
     assert "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@" in error
-
-
-# ------------------------------ tools/setup_env.py
 
 
 @pytest.fixture
@@ -64,8 +70,9 @@ def setup_env(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     module.ran = []
 
-    def call(command, cwd, **kwargs):
+    def call(command, cwd, env, pass_fds):
         module.ran.append(" ".join(command))
+        module.env = env
         (cwd / "bin").mkdir(exist_ok=True)
         if not (cwd / "bin" / "python").is_symlink():
             (cwd / "bin" / "python").symlink_to(sys.executable)
@@ -78,10 +85,19 @@ def setup_env(tmp_path, monkeypatch):
     return module
 
 
-def test_environment_is_made_once_and_made_again_from_nothing(setup_env, tmp_path):
+def test_environment_is_made_once_and_made_again_from_nothing(setup_env, tmp_path, monkeypatch, capsys):
+    for name, value in {"TARGET": "/elsewhere", "USER": "1", "INDEX_URL": "https://index.example/simple"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
     (tmp_path / "outside").mkdir()
     venv = tmp_path / "here" / "venv"
-    setup_env.setup(venv)
+    with monkeypatch.context() as patch:  # two at once wait
+        patch.setattr(setup_env.fcntl, "flock", flock := Mock(side_effect=[BlockingIOError, None]))
+        setup_env.setup(venv)
+    assert "waiting for another setup" in capsys.readouterr().out
+    assert [call.args[1] & setup_env.fcntl.LOCK_NB for call in flock.call_args_list] == [setup_env.fcntl.LOCK_NB, 0]
+    # Packages go nowhere else, wherever they come from.
+    assert "PIP_TARGET" not in setup_env.env and setup_env.env["PIP_USER"] == "0"
+    assert setup_env.env["PIP_INDEX_URL"] == "https://index.example/simple"
     assert "-m venv" in setup_env.ran[0] and "import focal_plugin" in setup_env.ran[-1] and len(setup_env.ran) == 7
     assert all(f"--constraint {tmp_path / 'constraints.txt'}" in command for command in setup_env.ran[1:4])
     assert "--require-hashes" in setup_env.ran[4] and "--hash=sha256:" in setup_env.DETECTRON2.read_text()
@@ -130,25 +146,9 @@ def test_foreign_environment_is_never_changed(setup_env, tmp_path, monkeypatch, 
     assert sorted(venv.iterdir()) == before and not setup_env.ran
 
 
-def test_two_at_once_wait(setup_env, tmp_path, monkeypatch, capsys):
-    flock = Mock(side_effect=[BlockingIOError, None])
-    monkeypatch.setattr(setup_env.fcntl, "flock", flock)
-    setup_env.setup(tmp_path / "venv")
-    assert "waiting for another setup" in capsys.readouterr().out
-    assert [call.args[1] & setup_env.fcntl.LOCK_NB for call in flock.call_args_list] == [setup_env.fcntl.LOCK_NB, 0]
-
-
 @pytest.mark.parametrize("version", [(3, 8), (3, 10, 2), (3, 14)])
 def test_wrong_python_is_told_what_to_type(setup_env, monkeypatch, version):
     monkeypatch.setattr(setup_env, "OLDEST", (3, 11))
     setup_env.check_version((3, 11, 4))
     with pytest.raises(setup_env.SetupError, match=r"PYTHON=python3\.12"):
         setup_env.check_version(version, runs=lambda name: name == "python3.12")
-
-
-def test_packages_go_nowhere_else(setup_env, monkeypatch):
-    for name, value in {"TARGET": "/elsewhere", "USER": "1", "INDEX_URL": "https://index.example/simple"}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
-    environment = setup_env.environment()
-    assert "PIP_TARGET" not in environment and environment["PIP_USER"] == "0"
-    assert environment["PIP_INDEX_URL"] == "https://index.example/simple"

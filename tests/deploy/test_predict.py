@@ -1,10 +1,9 @@
 """What predict draws and writes: the model's own boxes, names that do not collide, inputs that cannot be read."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import cv2
@@ -178,30 +177,29 @@ def test_what_a_checkpoint_cannot_mean_is_left_out(make_model, caplog, thing_cla
 def test_tool(make_model, tmp_path, call_tool, restore_catalogs):
     make_model(*SMALL)
     weights = ["MODEL.WEIGHTS", tmp_path / "weights.pth", "MODEL.RETINANET.NUM_CLASSES", "3", *SMALL]
-    good = tmp_path / "in" / "a.png"
-    good.parent.mkdir()
-    cv2.imwrite(str(good), noise())
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(good := str(tmp_path / "in" / "a.png"), noise())
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out", "--score-threshold", "0.2"]
 
     def predicted(expected_code, *words):
         code, out, err = call_tool("predict", *words, *weights)
-        results = json.loads((tmp_path / "out" / "detections.json").read_text())
         assert code == expected_code, err
-        return out, err, len(results), {(result["category_id"], result["category"]) for result in results}
+        found = json.loads((tmp_path / "out" / "detections.json").read_text())
+        return out, err, [(result["category_id"], result["category"]) for result in found]
 
     names = ["--classes", "cat, dog,cow"]
-    out, _, *before = predicted(0, good, *flags, *names)
-    assert f"{before[0]} objects in 1 files" in out and f"{tmp_path / 'out'}" in out and "0; --register" in out
-    assert before[1] <= {(0, "cat"), (1, "dog"), (2, "cow")}
+    out, _, before = predicted(0, good, *flags, *names)
+    assert f"{len(before)} objects in 1 files" in out and f"{tmp_path / 'out'}" in out and "0; --register" in out
+    assert {*before} <= {(0, "cat"), (1, "dog"), (2, "cow")}
     # Those of a registered data set, which is not loaded for it, named by DATASETS.TEST or not.
     truth = [{"id": id_, "name": name} for id_, name in ((30, "cow"), (4, "cat"), (17, "dog"))]
     (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [], "categories": truth}))
     registered = ["--register", f"animals={tmp_path / 'truth.json'}:{tmp_path / 'in'}", "--score-threshold", "0.0"]
     for more in ([], ["DATASETS.TEST", '("animals",)']):
-        out, _, _, categories = predicted(0, good, *flags, *registered, *more)
-        assert "--register" not in out and categories == {(4, "cat"), (17, "dog"), (30, "cow")}
+        out, _, found = predicted(0, good, *flags, *registered, *more)
+        assert "--register" not in out and {*found} == {(4, "cat"), (17, "dog"), (30, "cow")}
     (tmp_path / "in" / "b.png").touch()
-    _, err, *after = predicted(1, *flags, *names, tmp_path / "in")  # the images behind the flags
+    _, err, after = predicted(1, *flags, *names, tmp_path / "in")  # the images behind the flags
     assert "b.png cannot be read" in err and after == before
 
 
@@ -217,9 +215,14 @@ def test_tool(make_model, tmp_path, call_tool, restore_catalogs):
         ("export_model", "MODEL.RETINANET.PRIOR_PROB 0.01", "MODEL.WEIGHTS"),
         ("export_model", "--sample-image {root}/bad.pth MODEL.WEIGHTS {root}/bad.pth", "cannot be read as an image"),
         ("export_model", "--format torchscript MODEL.WEIGHTS {root}/bad.pth", "bad.pth"),
+        ("export_model", "MODEL.WEIGHTS w.pth", "pip install onnx\n"),
+        ("export_model", "MODEL.WEIGHTS w.pth", "pip install onnxruntime\n"),
     ],
 )
-def test_tools_refuse(tmp_path, call_tool, tool, words, message):
+def test_tools_refuse(tmp_path, monkeypatch, call_tool, tool, words, message):
+    for missing in re.findall("pip install (.*)\n", message):
+        _ = missing == "onnx" or pytest.importorskip("onnx")  # which is asked for first
+        monkeypatch.setitem(sys.modules, missing, None)
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
     flags = ["--config-file", "digits/focal.yaml", "--output", tmp_path / "out"]
     words = words.format(root=tmp_path).split()

@@ -18,13 +18,6 @@ TRUTH, CORRECT, WRONG = map(ImageColor.getrgb, (drawing.TRUTH, drawing.CORRECT, 
 IMAGE = (32, 64, 96)
 
 
-def tags_of(html):
-    parser, found = HTMLParser(), []
-    parser.handle_starttag = lambda tag, attrs: found.append((tag, dict(attrs)))
-    parser.feed(html)
-    return found
-
-
 @pytest.fixture
 def page(tmp_path):
     """The page of a random case with pictures: its HTML, and what the function returned."""
@@ -44,7 +37,9 @@ def page(tmp_path):
 def test_the_page_needs_nothing_else_and_hostile_names_stay_text(page, tmp_path):
     html, line = page(HOSTILE, command="tools/eval_report.py a b")
     assert line.startswith("AP ") and "objects are missed" in line
-    tags = tags_of(html)
+    parser, tags = HTMLParser(), []
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
+    parser.feed(html)
     links = [attrs[key] for _, attrs in tags for key in ("src", "href") if key in attrs]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert all(attrs["alt"].strip() for tag, attrs in tags if tag == "img") and html.count('src="data:image/jpeg') >= 9

@@ -1,7 +1,5 @@
 """Mutants of real files, and a loop that runs each case under guard: no hang, no command run, no connection made."""
 
-from __future__ import annotations
-
 import copy
 import faulthandler
 import json

@@ -1,7 +1,5 @@
 """Checkpoints: loaded, or one error that names the file; no code, and a resume that finds a good one."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

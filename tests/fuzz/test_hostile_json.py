@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -73,13 +72,12 @@ def test_mutants_of_the_file(digits, content, tmp_path, name, num_cases):
     run_cases(name, num_cases, case)
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "loop", "missing", "nested", "a\0b", "x" * 5000])
-def test_what_is_no_file_or_nested(digits, tmp_path, kind):
-    path = tmp_path / ("a.json" if kind.isalpha() and len(kind) < 10 else kind)
-    links = {"device": partial(path.symlink_to, "/dev/zero"), "loop": partial(path.symlink_to, path)}
-    files = {"folder": path.mkdir, "pipe": partial(os.mkfifo, path)}
-    files["nested"] = partial(path.write_text, '{"images": [' + '{"a":' * 200_000)
-    {**links, **files}.get(kind, list)()
-    with guarded():
-        assert not survives(path, digits / "train", images="none")
-        assert [finding.code for finding in check_coco(path, digits / "train").fatal] == ["not_json"]
+def test_what_is_no_file(digits, tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / name for name in ("folder", "pipe", "device", "loop", "missing", "a\0b", "x" * 5000)):
+        with guarded():
+            assert not survives(path, digits / "train", images="none"), path
+            assert [finding.code for finding in check_coco(path, digits / "train").fatal] == ["not_json"]

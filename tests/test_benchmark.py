@@ -1,6 +1,8 @@
-"""The baselines are what they stand for, memory is counted to the byte, errors are found, the tool tells it all."""
+"""The baselines are what they stand for, memory is counted to the byte, errors are found; training steps are timed."""
 
 import json
+import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
-from benchmark import accuracy
+from benchmark import accuracy, step
 from benchmark.baselines import CASES, FORMATS, STOCK, Case, function_candidates, head_candidates, make_batch
 from benchmark.loss import peak_bytes
+from focal_plugin.data import make_digits, register_coco_json
 from focal_plugin.losses import sigmoid_focal_loss
 
 CPU = torch.device("cpu")
@@ -122,11 +125,43 @@ def test_bad_arguments(call_tool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in (
         ("--cases huge", "invalid choice: 'huge'"),
-        ("--dtypes float8", "invalid choice: 'float8'"),
         ("--rounds 0", "--rounds: must be at least 1, got 0"),
-        ("--threads two", "--threads: invalid int value: 'two'"),
         ("--json no/such/folder/x.json", "--json: there is no folder"),
         ("--device cuda", "finds no CUDA GPU"),
     ):
         code, _, error = call_tool("benchmark_loss", *words.split())
         assert code == 2 and message in error
+
+
+def test_both_train_in_turns(tmp_path, capsys, monkeypatch, restore_catalogs):
+    for blocks in ("1", "5"):  # a ratio needs pairs of blocks
+        with pytest.raises(SystemExit):
+            step.main(["--steps", "4", "--blocks", blocks])
+        assert f"--steps 4, got {blocks}" in capsys.readouterr().err
+    scenes = make_digits(tmp_path / "scenes", num_train=6, num_val=2, image_size=96)
+    register_coco_json("t_train", scenes / "train.json", scenes / "train")
+    trained, original = [], step.Run.measure
+
+    def measure(run, num_steps):
+        done, milliseconds = run.done, original(run, num_steps)
+        name = f"{type(run.trainer).__name__}, {type(run.trainer.model).__name__}"
+        trained.append((name, run.done - done, milliseconds, Path(run.trainer.cfg.OUTPUT_DIR).parent))
+        return milliseconds
+
+    monkeypatch.setattr(step.Run, "measure", measure)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the other tests' threads stay as they are
+    logger = logging.getLogger("detectron2")
+    before = list(logger.handlers), logger.level
+    path = tmp_path / "step.json"
+    step.main(["--steps", "4", "--blocks", "2", "--json", str(path), "DATASETS.TRAIN", '("t_train",)'])
+
+    ours, stock = "FocalTrainer, FocalRetinaNet", "DefaultTrainer, RetinaNet"
+    names, steps, milliseconds, folders = zip(*trained)
+    assert names == (ours, stock, ours, stock, stock, ours) and set(steps) == {2}
+    result, (a, b, c, d) = json.loads(path.read_text()), milliseconds[2:]
+    assert result["milliseconds"] == {"focal_plugin": [a, d], "stock": [b, c]} and min(a, b, c, d) > 0
+    assert (
+        result["ratios"] == [a / b, d / c] and f"{sum(result['ratios']) / 2:.3f}, quartiles" in capsys.readouterr().out
+    )
+    # Nothing is left behind.
+    assert not folders[0].exists() and (logger.handlers, logger.level) == before
