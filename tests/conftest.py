@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from focal_plugin import get_config
+from focal_plugin.data import make_digits
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,12 @@ def restore_catalogs():
     yield
     for catalog, entries in zip((DatasetCatalog, MetadataCatalog), before):
         catalog.data = entries
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder with 14 images to train on and 4 to evaluate, of 64 to 96 pixels."""
+    return make_digits(tmp_path_factory.mktemp("scenes"), num_train=14, num_val=4, image_size=96)
 
 
 @pytest.fixture

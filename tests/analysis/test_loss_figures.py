@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from focal_plugin.analysis import loss_figures
 from focal_plugin.analysis.loss_distribution import GROUPS, LossDistribution
 from focal_plugin.analysis.loss_figures import Counted, build_loader, build_ohem_head, collect, summarize
-from focal_plugin.data import make_digits, register_coco_json
+from focal_plugin.data import register_coco_json
 from focal_plugin.engine.checkpoint import build_trained_model
 from focal_plugin.mining import mine_hard_examples
 
@@ -109,28 +109,23 @@ def test_what_cannot_be_analyzed(make_model, make_batch, tiny_config, restore_ca
     refused("GeneralizedRCNN is neither FocalRetinaNet nor RetinaNet", build_trained_model, cfg)
 
 
-def test_the_loader_keeps_annotations_and_chooses_the_same_images_again(tiny_config, digits, restore_catalogs):
-    register_coco_json("some", str(digits / "val.json"), str(digits / "val"))
+def test_the_loader_keeps_annotations_and_chooses_the_same_images_again(tiny_config, scenes, restore_catalogs):
+    register_coco_json("some", scenes / "train.json", scenes / "train")
     cfg = tiny_config("DATASETS.TEST", "('some',)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.RANDOM_FLIP", "horizontal")
     images = [image for (image,) in build_loader(cfg)]
-    assert len(images) == 8 and sum(len(image["instances"].gt_boxes) for image in images) > 0
+    assert len(images) == 14 and sum(len(image["instances"].gt_boxes) for image in images) > 0
     assert all(min(image["image"].shape[1:]) == 64 for image in images)
     some = [[image["image_id"] for (image,) in build_loader(cfg, num_images=3)] for _ in range(2)]
     assert some[0] == some[1] and len(set(some[0])) == 3
     cfg.MODEL.OHEM.SCOPE = "batch"  # which is then a batch of training
-    assert [len(batch) for batch in build_loader(cfg)] == [cfg.SOLVER.IMS_PER_BATCH] * (8 // cfg.SOLVER.IMS_PER_BATCH)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return make_digits(tmp_path_factory.mktemp("digits"), num_train=1, num_val=8)
+    assert [len(batch) for batch in build_loader(cfg)] == [*3 * [cfg.SOLVER.IMS_PER_BATCH], 2]
 
 
 @pytest.fixture
-def tool(digits, tmp_path, monkeypatch, call_tool, restore_catalogs):
+def tool(scenes, tmp_path, monkeypatch, call_tool, restore_catalogs):
     """tool(words): the exit code, stdout and stderr of tools/analyze_loss.py; FLAGS: a config and its data."""
-    flags = ["--config-file", "digits/focal.yaml", "--dataset", "analyze_val"]
-    flags += ["--register", f"analyze_val={digits / 'val.json'}:{digits / 'val'}"]
+    flags = ["--config-file", "digits/focal.yaml", "--dataset", "scenes"]
+    flags += ["--register", f"scenes={scenes / 'train.json'}:{scenes / 'train'}"]
     monkeypatch.chdir(tmp_path)
     return lambda *words: call_tool(
         "analyze_loss", *(x for word in words for x in (flags if word == "FLAGS" else [word]))
@@ -147,7 +142,7 @@ def test_a_model_on_a_data_set(tool, make_model):
     assert code == 0 and {path.name for path in Path("new/out").iterdir()} == written
     report = Path("new/out/loss_distribution.md").read_text(encoding="utf-8")
     assert "hardest 20 %" in printed
-    assert all(text in report for text in ("| negative, γ 2", "![figure4](figure4.png)", "analyze_val", "model.pth"))
+    assert all(text in report for text in ("| negative, γ 2", "![figure4](figure4.png)", "scenes", "model.pth"))
 
     numbers = json.loads(Path("new/out/loss_distribution.json").read_text(encoding="utf-8"))
     assert {"command", "date", "machine", "versions", "weights", "data sets"} <= set(numbers["environment"])

@@ -4,14 +4,6 @@ import pytest
 import zygote
 from detectron2.engine.launch import _find_free_port as unused_port
 
-from focal_plugin.data import make_digits
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """A folder with 14 images to train on and 4 to evaluate, of 64 to 96 pixels."""
-    return make_digits(tmp_path_factory.mktemp("scenes"), num_train=14, num_val=4, image_size=96)
-
 
 @pytest.fixture(scope="session")
 def command(scenes):

@@ -83,13 +83,11 @@ def test_overrides(configs):
         ("_BASE_: five.yaml", r"MODEL is a group of keys, such as MODEL\."),
         ("_BASE_: twice.yaml", r"its _BASE_ 'twice\.yaml': the key 'MODEL' .*line 2"),
         ("- 1", "no KEY: VALUE pairs at its top level"),
-        ("MODEL: {}\n\0", "not valid YAML"),
         ("#" * (1 << 20), "more than 262,144 bytes"),
         ("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN", r"the key 'NORM' for the second time in its mapping \(line 4\)"),
         ("ON: 2", r"a key that is no name \(line 1\): ON, 3 and the like need quotes"),
         ("SOLVER: {BASE_LR: 2001-01-01}", r"Type mismatch .*SOLVER\.BASE_LR"),
         ("SOLVER: {BASE_LR: " + "1:" * 900 + "1.5}", "not valid YAML"),
-        ("MODEL: {WEIGHTS: {a: b}}", "ype mismatch"),
         ("MODEL.DEVICE: cpu", "unknown config key 'MODEL.DEVICE': in a file it is written nested"),
         ("SOLVER: {MAX_ITER: 0x" + "f" * 9000 + "}", "4300 digits"),  # which dump() could not write
         ("SOLVER: {BASE_LR: \"'> vs. <class 'x'>) with \\e[2J key: x\"}", r"mismatch .* key: SOLVER\.BASE_LR"),
@@ -100,7 +98,6 @@ def test_overrides(configs):
         ("OUTPUT_DIR: a/../../x", "OUTPUT_DIR 'a/../../x': leads out of .*, to .*: give it on the command"),
         ("OUTPUT_DIR: away/x", "leads out of the working directory"),
         ("_BASE_: out.yaml", "leads out of the working directory"),
-        ("MODEL: {FOCAL: {HED: x}}", "unknown config key 'MODEL.FOCAL.HED'; did you mean MODEL.FOCAL.HEAD"),
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", "write a float with a point"),
         ("OUTPUT_DIR: caf\xe9", "not valid YAML in UTF-8: .*character 16"),
         ("SOLVER: {MAX_ITER: 9e4}", "SOLVER.MAX_ITER .write a whole number: 90000"),
@@ -122,14 +119,6 @@ def test_refused_by_name(tmp_path, monkeypatch, content, message):
     assert caught.match(message) and "\x1b" not in str(caught.value)
     if "leads out" in message:  # which the command line may
         assert load_config("c.yaml", ["OUTPUT_DIR", "../x"]).OUTPUT_DIR == "../x"
-
-
-@pytest.mark.parametrize("folder", ["out", "./out/../b", "..out", "/somewhere/x", "../{here}/x"])
-def test_output_dir_in_the_working_directory_or_absolute(tmp_path, monkeypatch, folder):
-    monkeypatch.chdir(tmp_path)
-    folder = folder.format(here=tmp_path.name)
-    (tmp_path / "c.yaml").write_text(f"OUTPUT_DIR: {folder}")
-    assert folder == load_config("c.yaml").OUTPUT_DIR
 
 
 def test_what_is_no_file(tmp_path, monkeypatch):
