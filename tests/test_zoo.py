@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import warnings
 from pathlib import Path
 
@@ -79,22 +78,13 @@ def zoo_file(model, more=()):
     return pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, 4)
 
 
-# ------------------------------ the configs
-
-
-def test_every_retinanet_of_the_zoo_is_there():
+def test_every_retinanet_of_the_zoo_is_there_with_its_url():
     # Detectron2's .py of the 1x schedule is the same model in its other config language.
     assert sorted(path.stem for path in THEIRS.glob("retinanet_*.yaml")) == ZOO
-
-
-def test_urls_are_detectron2s():
     pytest.importorskip("pkg_resources", reason="detectron2.model_zoo wants setuptools<81")
     from detectron2.model_zoo import get_checkpoint_url
 
     assert [url(ours(name)) for name in ZOO] == [get_checkpoint_url(f"COCO-Detection/{name}.yaml") for name in ZOO]
-
-
-# ------------------------------ the checkpoints
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -138,27 +128,11 @@ def test_a_checkpoint_is_fetched_when_it_is_loaded_and_gives_detectron2s_detecti
     assert len(fetched) == 1  # it is in Detectron2's cache
 
 
-def test_what_is_not_in_the_file_is_told(server):
-    files, _ = server
-    cfg = ours(ZOO[0], [*NARROW, "MODEL.RETINANET.NUM_CLASSES", "3"])
-    files[url(cfg)] = zoo_file(stock(ZOO[0]))
-    checkpointer = SafeCheckpointer(build_model(cfg))
-    checkpointer.load(cfg.MODEL.WEIGHTS)  # to fine-tune: all but the classifier is filled
-    told = " ".join(checkpointer.skipped)
-    assert "2 other shape in the model (head.cls_score.weight (720, 16, 3, 3) -> (27, 16, 3, 3)" in told
-    assert set(re.findall(r"[\w.]+\.(?:weight|bias)", told)) == {"head.cls_score.weight", "head.cls_score.bias"}
-
-
-class Attack:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
 def test_a_fetched_file_is_trusted_no_more_than_a_local_one(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files, _ = server
     cfg = ours(ZOO[0], NARROW)
-    files[url(cfg)] = pickle.dumps({"model": {"x": Attack()}, "__author__": "Detectron2 Model Zoo"})
+    files[url(cfg)] = b"cos\nmkdir\n(S'ran'\ntR."
     with pytest.raises(ValueError, match=r"model_final_\w+\.pkl is refused: .* would run code"):
         SafeCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
     assert not (tmp_path / "ran").exists()

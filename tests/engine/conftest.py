@@ -1,9 +1,8 @@
 """Real runs on a tiny data set, forked from one process that has imported everything."""
 
-import socket
-
 import pytest
 import zygote
+from detectron2.engine.launch import _find_free_port as unused_port
 
 from focal_plugin.data import make_digits
 
@@ -12,18 +11,6 @@ from focal_plugin.data import make_digits
 def scenes(tmp_path_factory):
     """A folder with 14 images to train on and 4 to evaluate, of 64 to 96 pixels."""
     return make_digits(tmp_path_factory.mktemp("scenes"), num_train=14, num_val=4, image_size=96)
-
-
-@pytest.fixture(scope="session")
-def unused_port():
-    """unused_port(): a TCP port of this machine that nobody listens on."""
-
-    def find():
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            return s.getsockname()[1]
-
-    return find
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +48,7 @@ def run(command, tmp_path):
 
 
 @pytest.fixture
-def pair(command, tmp_path, unused_port):
+def pair(command, tmp_path):
     """pair(...): the same of two workers, as torchrun starts them: both exit codes; pair.texts(): what each said."""
     consoles = [tmp_path / f"console{rank}.txt" for rank in (0, 1)]
 

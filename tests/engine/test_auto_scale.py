@@ -27,17 +27,6 @@ def config(*opts, name="retina_focal.yaml"):
     return cfg
 
 
-# ------------------------------ scaling
-
-
-def test_the_coco_config_on_one_worker():
-    cfg = scale_to_workers(config(), 1)
-    solver = cfg.SOLVER
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (2, 0.00125, 720_000)
-    assert (solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == ((480_000, 640_000), 8000, 40_000)
-    assert cfg.TEST.EVAL_PERIOD == 0 and solver.REFERENCE_WORLD_SIZE == 1 and scale_to_workers(cfg, 1) is cfg
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_what_a_worker_gets_stays(world):
     base = config("TEST.EVAL_PERIOD", 5000)
@@ -98,9 +87,6 @@ def test_the_config_given_is_not_changed(frozen, written, world):
     assert cfg.is_frozen() == scaled.is_frozen() == scaled.SOLVER.is_frozen() == frozen
 
 
-# ------------------------------ refused, with numbers that work
-
-
 @pytest.mark.parametrize("batch", [1, 4, 12, 16, 30])
 @pytest.mark.parametrize("opts", [["SOLVER.REFERENCE_WORLD_SIZE", 0], [], ["SOLVER.OPTIMIZER", "ADAMW"]])
 def test_every_number_that_a_refusal_names_works(opts, batch):
@@ -139,9 +125,6 @@ def test_refused(world, opts, message):
             function(cfg, world)
 
 
-# ------------------------------ warned of
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3, 16, 40])
 def test_a_learning_rate_for_a_larger_batch_is_warned_of(batch):
     """Users' need: the learning rate of 8 GPUs on one."""
@@ -153,9 +136,6 @@ def test_a_learning_rate_for_a_larger_batch_is_warned_of(batch):
     said = re.search(rf"is 8 times .*batch of {batch} .*set SOLVER.BASE_LR (\S+) or SOLVER.CLIP", warning(8))
     assert warning(2) == "" and warning(8, "SOLVER.BASE_LR", said[1]) == ""
     assert warning(8, "SOLVER.CLIP_GRADIENTS.ENABLED", True) == warning(8, "SOLVER.OPTIMIZER", "ADAMW") == ""
-
-
-# ------------------------------ said
 
 
 def banner(written, world, start_iter=0):

@@ -1,6 +1,5 @@
 """What is saved, kept and found again; upstream's own hooks and checkpointer drive it."""
 
-import builtins
 import os
 from contextlib import nullcontext
 from urllib.error import URLError
@@ -8,7 +7,6 @@ from urllib.error import URLError
 import pytest
 import torch
 from detectron2.engine import TrainerBase
-from detectron2.utils.events import EventStorage
 
 from focal_plugin.engine import SafeCheckpointer
 from focal_plugin.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
@@ -76,9 +74,6 @@ def numbers(folder):
     return sorted(int(path.stem.partition("_")[2]) for path in folder.glob("model_0*.pth"))
 
 
-# ------------------------------ keeping
-
-
 @pytest.mark.parametrize("keep, kept", [(0, range(7)), (1, [6]), (3, [4, 5, 6])])
 def test_the_last_are_kept(keep, kept, tmp_path):
     Trainer(tmp_path, keep=keep, eval_period=0).go(7)
@@ -96,11 +91,10 @@ def test_later_ones_of_another_run_are_kept(tmp_path):
     """Where one went back to an earlier checkpoint by hand, the later ones are not the trainer's to delete."""
     Trainer(tmp_path, eval_period=0).go(6)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    Trainer(tmp_path, keep=1, eval_period=0).go(4, resume=True)
+    trainer = Trainer(tmp_path, keep=1, eval_period=0)
+    trainer.go(4, resume=True)
+    assert trainer.checkpointer.resumed_from.endswith("model_0000001.pth")
     assert {4, 5} <= set(numbers(tmp_path))
-
-
-# ------------------------------ the best
 
 
 def test_the_best_is_kept_and_does_not_move_last_checkpoint(tmp_path):
@@ -164,9 +158,6 @@ def test_a_metric_that_there_is_not_ends_nothing(tmp_path):
     assert weight_in(tmp_path / "model_final.pth") == 9
 
 
-# ------------------------------ an evaluation that a stop has swallowed
-
-
 @pytest.mark.parametrize("crash_at, ap, owed", [(1, None, [(2, 2.0)]), (2, 10.0, [])])
 def test_an_evaluation_is_made_up_for(crash_at, ap, owed, tmp_path):
     """At step 2 a checkpoint is written, then it is evaluated: killed in between, the evaluation would be lost."""
@@ -174,9 +165,6 @@ def test_an_evaluation_is_made_up_for(crash_at, ap, owed, tmp_path):
     resumed = Trainer(tmp_path, {2: 10.0, 4: 20.0, 6: 30.0})
     resumed.go(6, resume=True)
     assert resumed.evaluated == [*owed, (4, 4.0), (6, 6.0)]
-
-
-# ------------------------------ finding the newest good one
 
 
 @pytest.fixture
@@ -220,20 +208,12 @@ def test_a_last_checkpoint_that_names_none_or_is_not_there(tag, stopped, caplog)
     assert ("is not there" if tag is None else "names no checkpoint") in caplog.text
 
 
-def test_an_earlier_one_can_be_chosen_by_hand(stopped):
-    (stopped / "last_checkpoint").write_text("model_0000001.pth\n")
-    assert resume(stopped) == (1, "model_0000001.pth")
-
-
-def test_none_is_good(stopped):
+def test_none_is_good_or_there(stopped, caplog):
     for path in stopped.glob("*.pth"):
         path.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"(?s)none of the checkpoints in .*model_0000004.pth.*leave out --resume"):
         resume(stopped)
-
-
-def test_nothing_to_resume_from(tmp_path, caplog):
-    assert resume(tmp_path) == (0, "")
+    assert resume(stopped / "new") == (0, "")
     assert "has no checkpoint to resume from; starting afresh" in caplog.text
 
 
@@ -241,19 +221,8 @@ def test_parameters_that_were_skipped_are_told(tmp_path):
     torch.save({"weight": torch.ones(5, 1), "bias": torch.ones(1), "more": torch.ones(1)}, tmp_path / "w.pth")
     checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
     checkpointer.load(str(tmp_path / "w.pth"))
-    assert any("other shape in the model (weight (5, 1) -> (1, 1))" in line for line in checkpointer.skipped)
-    assert "1 not in the model (more)" in checkpointer.skipped
-    assert len(checkpointer.skipped) == 2  # fvcore has the one of another shape among the missing ones, too
-
-
-def test_a_load_after_one_that_failed(tmp_path):
-    (tmp_path / "torn.pth").write_bytes(b"PK\3\4 and no end")
-    torch.save({"weight": torch.full((1, 1), 5.0), "bias": torch.ones(1)}, tmp_path / "w.pth")
-    checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"torn.pth is refused: "):
-        checkpointer.load(str(tmp_path / "torn.pth"))
-    checkpointer.load(str(tmp_path / "w.pth"))
-    assert checkpointer.model.weight.item() == 5
+    other, more = sorted(checkpointer.skipped, reverse=True)  # fvcore has the first among the missing ones, too
+    assert "other shape in the model (weight (5, 1) -> (1, 1))" in other and more == "1 not in the model (more)"
 
 
 def test_weights_that_cannot_be_fetched_are_named():
@@ -263,32 +232,14 @@ def test_weights_that_cannot_be_fetched_are_named():
         raise URLError("Name or service not known")
 
 
-# ------------------------------ writing
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_a_full_disk_leaves_the_earlier_files_whole(stopped, monkeypatch):
-    open_ = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda file, mode="r", **kw: open_("/dev/full" if "w" in mode else file, mode, **kw)
-    )
-    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
-    trainer = Trainer(stopped, eval_period=0)
-    with EventStorage(), pytest.raises(OSError, match=r"could not write .*No space left.*model_0000004.pth. Make room"):
-        trainer.checkpointer.save("model_0000005", iteration=5)
-    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
-
-
 def test_an_error_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
-    path.write_text("old")
+    with atomic_write(path) as file:
+        file.write("whole")
     with pytest.raises(KeyError), atomic_write(path) as file:
         file.write("half of the n")
         raise KeyError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with atomic_write(path) as file:
-        file.write("new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failing_rename_of_last_checkpoint_keeps_both_checkpoints(stopped, monkeypatch):

@@ -13,7 +13,6 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
-from zygote import ROOT
 
 from focal_plugin import get_config
 from focal_plugin.data import make_digits, register_coco_json
@@ -26,7 +25,7 @@ NAMES = ["retina_focal", "retina_ohem"]
 def pair(request):
     """(YAML config, its model, Python config, its model), R-50 and all, from the same seed."""
     cfg = get_config(f"{request.param}.yaml", ["MODEL.DEVICE", "cpu"])
-    lazy = LazyConfig.load(str(ROOT / "configs" / "lazy" / f"{request.param}.py"))
+    lazy = LazyConfig.load(str(zygote.ROOT / "configs" / "lazy" / f"{request.param}.py"))
     torch.manual_seed(0)
     model = build_model(cfg)
     torch.manual_seed(0)
@@ -70,13 +69,12 @@ def test_optimizers_and_learning_rates_are_equal(pair):
     optimizer = copy.deepcopy(lazy.optimizer)
     optimizer.params.model = lazy_model
     theirs, ours = FocalTrainer.build_optimizer(cfg, yaml_model), instantiate(optimizer)
-    settings = []
+    settings, keys = [], ("lr", "weight_decay", "momentum", "nesterov", "dampening")
     for optimizer, model in ((theirs, yaml_model), (ours, lazy_model)):
-        names = {id(p): name for name, p in model.named_parameters()}
-        keys = ("lr", "weight_decay", "momentum", "nesterov", "dampening")
-        groups = [(p, [group[key] for key in keys]) for group in optimizer.param_groups for p in group["params"]]
-        settings.append((type(optimizer), {names[id(p)]: values for p, values in groups}))
-    assert settings[0] == settings[1]
+        names = {p: name for name, p in model.named_parameters()}
+        groups = optimizer.param_groups
+        settings.append({names[p]: [group[key] for key in keys] for group in groups for p in group["params"]})
+    assert type(theirs) is type(ours) and settings[0] == settings[1]
     hook = hooks.LRScheduler(ours, instantiate(lazy.lr_multiplier))
     hook.trainer = SimpleNamespace(iter=0, max_iter=lazy.train.max_iter)
     hook.before_train()
@@ -135,7 +133,7 @@ train.init_checkpoint, train.log_period, train.amp.enabled = "", 1, True
 def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
     scenes, out = make_digits(tmp_path / "scenes", num_train=4, num_val=2, image_size=64), tmp_path / "out"
     for name in NAMES:
-        (tmp_path / f"{name}.py").write_text((ROOT / "configs" / "lazy" / f"{name}.py").read_text())
+        (tmp_path / f"{name}.py").write_text((zygote.ROOT / "configs" / "lazy" / f"{name}.py").read_text())
     (tmp_path / "small.py").write_text(SMALL)
     command = ["--config-file", "small.py"]
     for split in ("train", "val"):

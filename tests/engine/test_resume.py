@@ -1,5 +1,6 @@
 """Runs that are stopped, at any moment and in any way, and resumed: bit for bit what the run that never stopped is."""
 
+import functools
 import os
 import random
 import signal
@@ -26,14 +27,12 @@ def load(path):
 def assert_same(got, want, where="checkpoint"):
     """Bit for bit, whatever the types."""
     assert type(got) is type(want), where
+    if isinstance(want, (list, tuple)):
+        got, want = dict(enumerate(got)), dict(enumerate(want))
     if isinstance(want, dict):
         assert got.keys() == want.keys(), where
         for key in want:
             assert_same(got[key], want[key], f"{where}[{key!r}]")
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want), where
-        for i, (a, b) in enumerate(zip(got, want)):
-            assert_same(a, b, f"{where}[{i}]")
     elif isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype and got.shape == want.shape, where
         # As bytes, for two NaNs are not equal.
@@ -45,14 +44,12 @@ def assert_same(got, want, where="checkpoint"):
 @pytest.fixture(scope="session")
 def never_stopped(command, tmp_path_factory):
     """never_stopped(KEY, VALUE, ...): the last checkpoint of such a run, trained once."""
-    known = {}
 
+    @functools.cache
     def train(*opts):
-        if opts not in known:
-            folder = tmp_path_factory.mktemp("never_stopped")
-            assert zygote.run(command(folder, *opts), folder / "console.txt") == 0, (folder / "console.txt").read_text()
-            known[opts] = load(folder / FINAL)
-        return known[opts]
+        folder = tmp_path_factory.mktemp("never_stopped")
+        assert zygote.run(command(folder, *opts), folder / "console.txt") == 0, (folder / "console.txt").read_text()
+        return load(folder / FINAL)
 
     return train
 
@@ -144,19 +141,12 @@ def test_sigterm_to_all_processes_in_an_evaluation(command, never_stopped, tmp_p
     opts = (*DATA_WORKERS, "SOLVER.MAX_ITER", "400")
     process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     for text in ("Start inference", "Saving checkpoint"):  # once in an evaluation, once in training
-        wait_for_text(tmp_path / "console.txt", text)
+        zygote.wait_for(tmp_path / "console.txt", text)
         os.killpg(process.pid, signal.SIGTERM)
         assert zygote.wait(process) == EXIT_PREEMPTED, (tmp_path / "console.txt").read_text()
         (tmp_path / "console.txt").unlink()
         process = zygote.start(command(tmp_path / "run", *opts), tmp_path / "console.txt")
     process.kill()
-
-
-def wait_for_text(path, text, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < deadline, f"no {text!r} in {path.read_text()}"
-        time.sleep(0.01)
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_not_taken_for_it(run, tmp_path):
@@ -188,9 +178,6 @@ def test_stock_retinanet_keeps_its_normaliser(run, tmp_path):
     assert got["workers"][0]["normalizer"] == want["workers"][0]["normalizer"] < 100
 
 
-# ------------------------------ two workers, started as torchrun starts them
-
-
 def test_two_workers(pair, tmp_path):
     """Each has batch norms and a running mean of its own, which a checkpoint of upstream has for the first only."""
     assert pair() == [0, 0], pair.texts()
@@ -206,12 +193,7 @@ def test_two_workers(pair, tmp_path):
 
 def test_sigterm_while_waiting_for_the_other_workers(pair):
     """They may come minutes later, on another machine."""
-
-    def terminate(pid):
-        time.sleep(1.5)
-        os.kill(pid, signal.SIGTERM)
-
-    assert pair(delay=terminate) == [EXIT_PREEMPTED] * 2, pair.texts()
+    assert pair(delay=lambda pid: time.sleep(1.5) or os.kill(pid, signal.SIGTERM)) == [EXIT_PREEMPTED] * 2, pair.texts()
 
 
 def test_another_number_of_workers_goes_on_and_says_so(pair, run):

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from zygote import ENV, ROOT
+from detectron2.engine.launch import _find_free_port as unused_port
+from zygote import ENV, ROOT, wait_for
 
 from focal_plugin.engine.torchrun import Workers
 
@@ -59,6 +59,7 @@ def test_a_command_line_that_cannot_be(env, typed, message):
 
 # ------------------------------ real runs: slow, for each worker imports everything
 
+CHILDREN = "/proc/{0}/task/{0}/children"
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
 
 
@@ -67,29 +68,12 @@ def start(command, console):
         return subprocess.Popen(command, env=ENV, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def wait_for(path, process, console, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, console.read_text()
-        time.sleep(0.05)
-
-
-def children(pid):
-    """The processes that another has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(status.parent.name))
-    return found
-
-
 def test_sigterm_to_the_process_that_started_the_workers(command, tmp_path):
     """To train_net.py, which hands it on to its workers and waits for their checkpoint; as often as it is sent."""
     flags = ("--resume", "--num-gpus", "2", "--dist-url", "auto")
     argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "2000", flags=flags)
     process = start([sys.executable, TRAIN_NET, *argv], tmp_path / "console.txt")
-    wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
+    wait_for(tmp_path / "run" / "last_checkpoint")
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
@@ -106,35 +90,19 @@ def test_sigterm_ends_an_evaluation(run, tmp_path):
     assert run(*weights, flags=("--eval-only",), fault=("signal in evaluation", 2, signal.SIGTERM)) == 75, run.text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds torchrun's workers in /proc")
-def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, unused_port, tmp_path):
+@pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).is_file(), reason="finds torchrun's workers in /proc")
+def test_torchrun_starts_again_what_was_killed_and_it_resumes(command, tmp_path):
     """Without --resume on the command line: the restart is what says so."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     torchrun += ["--master-port", str(unused_port()), "--monitor-interval", "0.2", TRAIN_NET]
     argv = command(tmp_path / "run", "SOLVER.MAX_ITER", "80", "TEST.EVAL_PERIOD", "0", flags=())
     process = start([*torchrun, *argv], tmp_path / "console.txt")
-    wait_for(tmp_path / "run" / "last_checkpoint", process, tmp_path / "console.txt")
-    os.kill(children(process.pid)[1], signal.SIGKILL)
+    wait_for(tmp_path / "run" / "last_checkpoint")
+    os.kill(int(Path(CHILDREN.format(process.pid)).read_text().split()[1]), signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "console.txt").read_text()
     text = (tmp_path / "console.txt").read_text()
     assert "FRESH, with random weights" in text and "RESUMING after step" in text
     assert (tmp_path / "run" / "model_final.pth").is_file()
-
-
-# ------------------------------ tools/launch
-
-
-@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
-def test_launch_scripts_parse_and_name_what_there_is(name):
-    path = ROOT / "tools" / "launch" / name
-    assert os.access(path, os.X_OK)
-    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
-    text = path.read_text()
-    configs = re.findall(r"configs/([\w/]+\.yaml)", text)
-    tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", text)
-    assert configs and tools and f"launch/{name}" in tools
-    assert [c for c in configs if not (ROOT / "configs" / c).is_file()] == []
-    assert [t for t in tools if not (ROOT / "tools" / t).is_file()] == []
 
 
 def run_script(tmp_path, name, *words, torchrun="exit 0", **env):
@@ -184,6 +152,11 @@ def test_torchrun_is_called_once_with_resume(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
-def test_launch_scripts_without_a_config_say_how_to_call_them(tmp_path, name):
+def test_launch_scripts_say_how_to_call_them_and_name_what_there_is(tmp_path, name):
     done, calls = run_script(tmp_path, name, **SLURM)
     assert done.returncode != 0 and "usage: " in done.stderr and calls == []
+    path = ROOT / "tools" / "launch" / name
+    configs = re.findall(r"configs/[\w/]+\.yaml", path.read_text())
+    tools = re.findall(r"(?:tools|\$TOOLS)/([\w/]+\.\w+)", path.read_text())
+    assert configs and f"launch/{name}" in tools and os.access(path, os.X_OK)
+    assert [file for file in (*configs, *(f"tools/{tool}" for tool in tools)) if not (ROOT / file).is_file()] == []

@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from unittest.mock import patch
@@ -56,6 +57,14 @@ def wait(process, timeout: float = 120) -> int:
 
 def run(argv, console, timeout: float = 120, **kwargs) -> int:
     return wait(start(argv, console, **kwargs), timeout)
+
+
+def wait_for(path, text="", seconds=90):
+    """Wait until a file is there, and has that text in it."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in {path}"
+        time.sleep(0.01)
 
 
 def _child(argv, console, env, fault, script, folder) -> None:

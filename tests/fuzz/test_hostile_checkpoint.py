@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,8 +77,7 @@ def saved(content, **kwargs) -> bytes:
 
 def loads(name, content: bytes) -> bool:
     """Return whether a file was loaded, into a model of the same shape; or there is an error that names it."""
-    with open(name, "wb") as file:
-        file.write(content)
+    Path(name).write_bytes(content)
     checkpointer, accepted = make_checkpointer(), True
     shapes = {key: value.shape for key, value in checkpointer.model.state_dict().items()}
     try:
@@ -94,8 +94,7 @@ def loads(name, content: bytes) -> bool:
 def limited_memory():
     """Give the process 4 GiB more: what a pickle may claim is not looked at, so a mutant of one may ask for all."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
@@ -152,8 +151,7 @@ def test_opcodes(guard, name):
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 cut off", b"\x80\x02}"])
 def test_a_damaged_one_is_refused_by_name(guard, suffix, content):
-    with open(f"damaged.{suffix}", "wb") as file:
-        file.write(content)
+    Path(f"damaged.{suffix}").write_bytes(content)
     with guard(), pytest.raises(ValueError, match=rf"damaged\.{suffix} is refused: it is damaged"):
         make_checkpointer().load(f"damaged.{suffix}")
 
@@ -162,8 +160,9 @@ def test_arrays(guard):
     core = np._core if hasattr(np, "_core") else np.core
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
-    forged = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
-    forged_array = Call(*bare, (1, (1,), forged, False, b"12345678"))
+    # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
+    dtype = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
+    forged = Call(*bare, (1, (1,), dtype, False, b"12345678"))
     for array in (
         np.array([SYSTEM], dtype=object),
         np.zeros(3, [("a", "f4")]),
@@ -173,7 +172,7 @@ def test_arrays(guard):
         Call(*bare, (1, (1,), obj, False, b"12345678")),
         Call(*bare, (1, (2,), np.dtype("O8"), False, [])),  # numpy reads past the end of the list
         Call(*bare, (1, (1,), np.dtype("(2,)f4"), False, b"12345678")),
-        forged_array,
+        forged,
         Call(*bare, (1, (1,), np.dtype("O,i8"), False, b"1" * 16)),
         Call(np.ndarray, ((1,), "O", b"12345678")),
         Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
@@ -182,9 +181,11 @@ def test_arrays(guard):
         for protocol in (2, 4):
             with guard():
                 assert not loads("x.pkl", pickle.dumps({"model": {"0.weight": array}, "__author__": "x"}, protocol))
-    # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
     with guard():
-        assert not loads("x.pkl", pickle.dumps({"model": {}, "__author__": "x", "forged": forged_array}))
+        assert not loads(
+            "x.pkl",
+            pickle.dumps({"model": {}, "__author__": "x", "forged": forged}),
+        )
 
 
 def test_zoo_pickles_load_bit_for_bit(state):
@@ -192,14 +193,12 @@ def test_zoo_pickles_load_bit_for_bit(state):
         arrays = {name: value.numpy() for name, value in state["model"].items()}
         if protocol < 5:  # in which numpy turns the bytes around itself
             arrays["0.weight"] = np.asfortranarray(arrays["0.weight"]).astype(">f4")
-        with open("zoo.pkl", "wb") as file:
-            more = {"n": np.int64(7), "empty": np.zeros(0), "classes": np.array(["cat"])}
-            pickle.dump({"model": arrays, "__author__": "x", **more}, file, protocol)
+        more = {"n": np.int64(7), "empty": np.zeros(0), "classes": np.array(["cat"])}
+        Path("zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x", **more}, protocol))
         checkpointer = make_checkpointer()
         rest = checkpointer.load("zoo.pkl")
         assert (rest["n"], rest["classes"].tolist(), rest["empty"].shape) == (7, ["cat"], (0,))
-        for name, value in checkpointer.model.state_dict().items():
-            assert torch.equal(value, state["model"][name])
+        assert all(torch.equal(value, state["model"][key]) for key, value in checkpointer.model.state_dict().items())
 
 
 def test_every_flipped_bit_of_the_numbers_is_noticed(files, state):
@@ -209,8 +208,7 @@ def test_every_flipped_bit_of_the_numbers_is_noticed(files, state):
         flipped = bytearray(content)
         flipped[content.index(numbers) + offset] ^= 1 << (offset % 8)
         torch.load(io.BytesIO(bytes(flipped)), weights_only=True)
-        with open("flipped.pth", "wb") as file:
-            file.write(flipped)
+        Path("flipped.pth").write_bytes(flipped)
         with pytest.raises(ValueError, match=r"flipped.pth is refused: .*the sum of archive/data/.* is wrong"):
             make_checkpointer().load("flipped.pth")
 
