@@ -194,7 +194,7 @@ UNEQUAL = "3 of 4 runs were trained on 160 images; 80 images: OHEM 32/.5 seed 1.
         (Study1d().add(CE, None), "nothing to compare", "In the paper"),
         (Study1d().add(OHEM, 30).add(FL, None), "No run of FL is done", "In the paper"),
         (Study1d().add(OHEM, 0.2).add(FL, 0.2), "the order means nothing", "In the paper"),
-        (Study1d().add(CE, 30).add(OHEM, 31), "OHEM 32/.5 has the highest AP, 31.0.", "In the paper"),
+        (Study1d().add(CE, 30).add(OHEM, 31), "OHEM 32/.5 has the highest AP, 31.0;", "In the paper"),
         (Study1d(is_coco=True).add(OHEM, 32.8, 32.6).add(FL, 33.0, 32.9), OUTSIDE, "Not the paper's setting"),
         (Study1d(is_coco=True).add(FL, 31, steps=360_000), "FL (γ 2, α .25)", "Trained on"),
         (Study1d().add(OHEM, 30, steps=20).add(FL, 31, 32, 33), UNEQUAL, "the paper's schedule"),
