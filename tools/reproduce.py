@@ -78,6 +78,7 @@ def reproduce(args: argparse.Namespace, command: str) -> int:
         print(describe_plan(runs, parallel))
         return 0
     executor = make_executor(args, runs, output, parallel, threads)
+    args.report.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now, not after hours
     data = prepare_data(profile)
     results = run_all(runs, executor, args.fresh)
     left_out = [row.title for row in TABLES[args.table] if row not in rows]

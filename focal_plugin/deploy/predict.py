@@ -144,6 +144,7 @@ class Predictor:
         colors, boxes = colormap(rgb=True, maximum=1), (found.pred_boxes.tensor * scale).tolist()
         for (x, top, right, bottom), label, score in zip(boxes, found.pred_classes.tolist(), found.scores.tolist()):
             visualizer.draw_box((x, top, right, bottom), alpha=1.0, edge_color=colors[label % len(colors)])
+            axes.patches[-1].set(zorder=5 + score)  # the surest on top, as its label
             # Between two "$" Matplotlib would see a formula.
             name = printable(self.classes[label], quotes=False).replace("$", r"\$")
             visualizer.draw_text(f"{name} {score:.0%}", (x, top), color="w", horizontal_alignment="left")

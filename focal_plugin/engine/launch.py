@@ -58,6 +58,8 @@ def run(args: Namespace) -> int:
             workers.launch(_worker, job, on_cpu=job.cfg.MODEL.DEVICE == "cpu")
     except Preempted:
         code = EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        error, code = "interrupted: the same command with --resume goes on from the last checkpoint", 130
     except (ConfigError, FloatingPointError) as e:
         error, code = str(e), 2 if isinstance(e, ConfigError) else 1
     except multiprocessing.ProcessExitedException as e:

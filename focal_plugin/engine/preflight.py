@@ -91,7 +91,7 @@ def load_checked_config(args: Namespace, needs_data: bool = True) -> CfgNode:
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         weights = cfg.MODEL.WEIGHTS
         if args.eval_only and not weights:
-            raise ValueError("--eval-only would evaluate random weights: add MODEL.WEIGHTS path/to/model_final.pth")
+            raise ValueError("no trained weights to evaluate: add MODEL.WEIGHTS path/to/model_final.pth")
         if weights and "://" not in weights and not os.path.isfile(weights):
             raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {weights!r}")
     if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":

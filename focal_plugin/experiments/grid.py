@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print(describe_plan(runs, parallel))
             return 0
+        args.report.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now, not after hours
         data = [prepare_data(profile) for profile, _, _ in cells]
         executor = InlineExecutor(parallel, max(1, available_cores() // parallel))
         results = {result.folder: result for result in run_all(runs, executor)}

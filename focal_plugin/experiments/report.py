@@ -180,7 +180,7 @@ def notes(study: Study, runs: pd.DataFrame) -> list[dict[str, str]]:
         note(f"{run.title}, seed {run.seed}: {run.status}.", text, run.error if run.status == "failed" else "")
     if not study.is_coco:
         text = f"Trained on “{study.profile}”, not on COCO with the paper's network and schedule: differences between "
-        text += "methods can be held against the paper's, levels of AP cannot. None of this says how the methods "
+        text += "methods can be set beside the paper's, levels of AP cannot. None of this says how the methods "
         note("Not the paper's setting.", f"{text}compare at the scale of COCO.")
     if study.left_out:
         note("Left out.", f"Rows of the table that were not asked for: {', '.join(study.left_out)}.")

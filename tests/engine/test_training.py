@@ -58,7 +58,7 @@ def test_trains_evaluates_and_resumes(command, run, tmp_path):
         ((), ["MODEL.RETINANET.FOCAL_LOSS_GAMA", "1"], "did you mean MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
         ((), ["DATASETS.TEST", '("t_vall",)'], "no data set 't_vall' is registered"),
         (("--config-file", ""), [], "no config"),
-        (("--eval-only",), [], "--eval-only would evaluate random weights"),
+        (("--eval-only",), [], "no trained weights to evaluate"),
         (("--register", "x=nowhere.json:nowhere"), [], "there is no file .*nowhere.json"),
         (("--num-gpus", "0"), [], "--num-gpus 0 .*at least 1 of each"),
         ((), ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5"], "MODEL.RETINANET.FOCAL_LOSS_ALPHA must be in"),
