@@ -191,13 +191,10 @@ def detect(model: RetinaNet, image: Tensor) -> Detections:
 def compare(want: Detections, got: Detections, model: RetinaNet) -> Difference:
     """Pair what two models find in an image, in whatever order it is, and say what has no partner.
 
-    It must have one if it scores :data:`MIN_SCORE` or is among the best :data:`COMPARED`, and lies above the model's
-    own cuts: the threshold, and the last of ``max_detections_per_image``. Which of the others are kept, of thousands
-    that suppress each other, rounding decides.
+    It must have one if it scores :data:`MIN_SCORE` or is among the best :data:`COMPARED`, and lies above what cuts it
+    off: the model's threshold, and the other's last detection where that has ``max_detections_per_image``. Which of the
+    others are kept, of thousands that suppress each other, rounding decides.
     """
-    scores = want[2].sort(descending=True).values.tolist()
-    best, last = (min(MIN_SCORE, score) for score in scores[COMPARED:]), scores[model.max_detections_per_image - 1 :]
-    least = max([model.test_score_thresh, *best, *last]) + SCORE_TOLERANCE
     boxes = (want[0][:, None] - got[0][None]).abs().amax(dim=2)
     apart = (want[2][:, None] - got[2][None]).abs()
     cost = torch.maximum(boxes / BOX_TOLERANCE, apart / SCORE_TOLERANCE).nan_to_num(nan=1e6).clamp(max=1e6)
@@ -205,9 +202,12 @@ def compare(want: Detections, got: Detections, model: RetinaNet) -> Difference:
     pairs = [(i, j) for i, j in zip(*linear_sum_assignment(cost)) if cost[i, j] <= 1]
     problems, skipped = [], 0
     for side, mine, other, what in ((0, want, got, "missing"), (1, got, want, "too many")):
+        is_full = len(other[2]) >= model.max_detections_per_image
+        cut = max(model.test_score_thresh, float(other[2].min()) if is_full else 0.0) + SCORE_TOLERANCE
+        best = mine[2].argsort(descending=True, stable=True)[:COMPARED].tolist()
         for i in set(range(len(mine[0]))) - {pair[side] for pair in pairs}:
             box, label, score = (found[i] for found in mine)
-            if score <= least:  # not NaN
+            if score <= cut or (score < MIN_SCORE and i not in best):  # not NaN
                 skipped += 1
                 continue
             near = (other[0][other[1] == label] - box).abs().amax(dim=1).tolist()

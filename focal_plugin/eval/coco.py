@@ -55,12 +55,13 @@ def read_truth(path: str | os.PathLike) -> COCO:
         for section in ("annotations", "categories", "images"):
             ids = sorted(entry["id"] for entry in content[section])  # as COCOeval does, which takes no mix of types
             if len(set(ids)) < len(ids) or not (ids or section == "annotations"):
-                raise ValueError(f"no {section}, or two with one id")
+                raise ValueError(f"two {section} with one id" if ids else f"no {section}")
         names = {category["id"]: category["name"] + "" for category in content["categories"]}
         images = {image["id"] for image in content["images"]}
         for number, annotation in enumerate(content["annotations"], start=1):
             box, annotation["id"] = annotation["bbox"], number  # COCOeval takes a match with the id 0 for none
-            _check_numbers(box, annotation.setdefault("area", box[2] * box[3]))
+            _check_numbers(box, 0)
+            math.isnan(annotation.setdefault("area", box[2] * box[3]))  # which COCOeval takes, but nothing else
             known = annotation["category_id"] in names and annotation["image_id"] in images
             if annotation.setdefault("iscrowd", 0) not in (0, 1) or not known:
                 raise ValueError(f"iscrowd, category_id or image_id of {printable(annotation, 200)}")
@@ -83,7 +84,7 @@ def read_predictions(path: str | os.PathLike, truth: COCO) -> list[dict]:
         results = json.loads(Path(path).read_bytes())
         for result in results:
             _check_numbers(result["bbox"], result["score"])
-            hash((result["image_id"], result["category_id"]))
+            hash((result.setdefault("image_id"), result["category_id"]))  # a file_name may stand for the first
     except _MALFORMED as e:
         problem = f"{printable(result, 200)} ({type(e).__name__}: {e})" + f". {_SWAPPED}" * isinstance(results, dict)
         raise ValueError(f"{path}: no list of image_id, category_id, bbox and score, as COCO has it: {problem}") from e

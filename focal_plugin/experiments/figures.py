@@ -29,7 +29,7 @@ def draw(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
     done, anchor, figures = runs[runs.status == "done"], reference(runs), {}
     if not len(done):
         return []
-    means, styles = done.groupby("method", sort=False)[AP].mean(), method_styles(runs, anchor)
+    means, styles = done.groupby("method", sort=False)[AP].mean().fillna(0), method_styles(runs, anchor)
     methods = sorted(means.index, key=lambda method: method != anchor)
     # To keep curves apart: the reference, the best of each kind, then the next best.
     best = {own.idxmax() for _, own in means.groupby(lines_of(done).kind)}
@@ -77,7 +77,7 @@ def draw_ap(runs: pd.DataFrame, methods: Sequence[str], styles: Styles, paper: b
         if deviation > 0:
             axis.errorbar(mean, place, xerr=deviation, fmt="none", ecolor="black", capsize=3)
         axis.plot(own[AP], [place] * len(own), **_DOTS)
-        end = np.nanmax([*own[AP], mean + deviation])
+        end = np.nanmax([0.0, *own[AP], mean + deviation])
         axis.annotate(f"{mean:.1f}", (end, place), (7, 0), textcoords="offset points", va="center", fontsize=9)
         if paper:
             axis.plot(own["paper/AP"], [place] * len(own), "D", ms=6, mfc="none", mec="#A0006D", mew=1.6, zorder=4)

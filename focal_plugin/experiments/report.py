@@ -212,7 +212,7 @@ def comparison_table(study: Study, runs: pd.DataFrame) -> dict[str, Any]:
         why_not = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
         row = {("", "method"): line.title}
         row |= {("here", name): spread(own[f"bbox/{name}"]) for name in _APS}
-        if not own[AP].count():
+        if others and not own[AP].count():
             row["here", "AP"] = " / ".join(sorted(others))
         row["here", to] = number(compare(runs, method, rival).mean if rival else None, "+.1f")
         row["paper", "row"] = line.paper_title if scaled and line["paper/AP"] >= 0 else NONE

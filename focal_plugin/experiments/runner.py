@@ -41,8 +41,8 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
     A run that fails does not stop the others. What has ended before (trained, or diverged) is not trained again as
     long as its configuration, its data and the code are the same; what was stopped goes on from its last checkpoint;
-    what failed is tried again. ``fresh`` first empties the folders of earlier runs. Ctrl-C, SIGTERM and SIGHUP end the
-    processes and raise KeyboardInterrupt.
+    what failed is tried again. ``fresh`` empties the folder of each run as it begins. Ctrl-C, SIGTERM and SIGHUP end
+    the processes and raise KeyboardInterrupt.
 
     Raises:
         OSError: a folder cannot be made, or holds something else; see :func:`check_folder`.
@@ -51,7 +51,7 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
         raise ValueError(f"two runs share a folder: {[str(run.folder) for run in runs]}")
     for run in runs:  # before one is started that this would end
         check_folder(run, fresh)
-    begun, jobs = time.monotonic(), {}
+    begun, jobs, executor.fresh = time.monotonic(), {}, fresh
 
     def say(text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - begun), 60)
@@ -62,10 +62,6 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
         with _stopped_by_signals():
             for run in runs:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                if fresh:
-                    _take(lock := FileLock(run.folder / _LOCK), timeout=-1)
-                    _forget(run.folder)
-                    lock.release()
             return _work_off(runs, executor, jobs, say)
     except KeyboardInterrupt:
         kept = f"{sum(run.result().ended for run in runs)} of {len(runs)} runs have ended and are kept"
@@ -79,7 +75,7 @@ def run_all(runs: Sequence[Run], executor: InlineExecutor | SubmititExecutor, fr
 
 def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Callable[[str], None]) -> list[RunResult]:
     """Fill the executor's slots until all has ended; ``jobs`` are those that run."""
-    results = {run: result for run in runs if (result := run.result()).ended}
+    results = {run: result for run in runs if (result := run.result()).ended and not executor.fresh}
     for run, result in results.items():
         result.reused = True
         say(f"{run}: reused, {_outcome(result)} (--fresh trains it again)")
@@ -176,7 +172,7 @@ def check_folder(run: Run, fresh: bool = False) -> int:
             raise FileExistsError(f"{run.folder} {problem}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileExistsError(f"{path} cannot be read ({error}): move its folder away, or see what is wrong") from error
-    if not fresh and any(run.folder.glob("*.pth")):
+    if not fresh and (any(run.folder.glob("*.pth")) or (run.folder / "inference").is_dir()):
         way_out = "--fresh trains it again there and deletes the earlier one; another --output keeps it"
         raise FileExistsError(f"{run.folder} holds a run of another config, data or code: {way_out}")
     return 0
@@ -208,7 +204,7 @@ def _take(lock: FileLock, timeout: float) -> bool:
 class InlineExecutor:
     """Children of this process, ``parallel`` at a time, with so many threads each on a CPU; they end with it."""
 
-    outlives_driver = False
+    outlives_driver = fresh = False
 
     def __init__(self, parallel: int, threads: int):
         self.slots = self.parallel = parallel
@@ -234,6 +230,8 @@ class InlineExecutor:
         while not (_take(lock, _POLL) or self._is_stopped):
             pass
         try:
+            if self.fresh and not self._is_stopped:
+                _forget(run.folder)
             result = run.result()
             if not (self._is_stopped or result.ended):
                 self._train_here(run, result)
@@ -286,6 +284,8 @@ class SubmititExecutor:
         ValueError: submitit is not installed or knows no such option, or there is no SLURM here.
     """
 
+    fresh = False
+
     def __init__(self, kind: str, folder: Path, parallel: int, threads: int, num_gpus: int, options: Mapping = {}):
         try:
             import submitit
@@ -309,8 +309,10 @@ class SubmititExecutor:
 
         jobs = {run: job for run in runs if self._kind == "slurm" and (job := self._queued(run))}
         if new := [run for run in runs if run not in jobs]:
+            task = _Task(self.parallel, self._threads)
+            task.fresh = self.fresh
             try:
-                jobs.update(zip(new, self._executor.map_array(_Task(self.parallel, self._threads), new)))
+                jobs.update(zip(new, self._executor.map_array(task, new)))
             except FailedJobError as error:  # sbatch has refused
                 raise ValueError(f"--executor {self._kind}: {error}") from error
         for run in new:
@@ -349,4 +351,4 @@ class _Task(InlineExecutor):
         from submitit.helpers import DelayedSubmission
 
         self.cancel(self._jobs)
-        return DelayedSubmission(_Task(self.parallel, self._threads), run)
+        return DelayedSubmission(_Task(self.parallel, self._threads), run)  # which goes on, and is not fresh

@@ -84,6 +84,15 @@ def test_compare_finds_each_difference_and_does_not_mind_the_order(got, problems
         assert found.box == pytest.approx(0.005, rel=1e-2) and found.score == pytest.approx(5e-5, rel=1e-2)
 
 
+def test_equal_scores_and_a_full_list_hide_no_difference():
+    model = SimpleNamespace(test_score_thresh=0.05, max_detections_per_image=100)
+    want = make([0.29] * 50)
+    got = (want[0] + 5000.0 * (torch.arange(50) > 0)[:, None], *want[1:])
+    assert len(export.compare(want, got, model).problems) >= 2 * (export.COMPARED - 1)
+    model.max_detections_per_image = 1
+    assert export.compare(make([0.9]), tuple(x[:0] for x in make()), model).problems
+
+
 @pytest.mark.parametrize(
     ("scores", "full_at", "cut"),
     [

@@ -118,6 +118,11 @@ def read(folder):
     return SimpleNamespace(folder=folder, html=html, md=md, record=record, cells=cells, tops=tops, tags=tags)
 
 
+def test_where_nothing_can_be_found_there_is_a_page(tmp_path):
+    study = Study1d(tmp_path).train(CE, math.nan).train(FL, math.nan)
+    assert "the order means nothing" in study.write().md
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The report on a run of each kind that is done, and one of each kind that is not."""

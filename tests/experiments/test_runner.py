@@ -164,6 +164,9 @@ def test_after_a_change_nothing_is_lost_unasked(make_run, capsys):
     (changed,) = run(make_run("a", "AP", "30", fingerprint="other"), fresh=True)
     assert not changed.reused and changed.attempts == len(attempts(changed)) == 1
     assert changed.ap == 30 and len(changed.history()) == 41
+    (changed.folder / "model_final.pth").unlink()  # its numbers are worth keeping, too
+    with pytest.raises(FileExistsError, match="another config"):
+        run(make_run("a", fingerprint="third"))
 
     run(make_run("c", "FAIL", "memory"))
     (mended,) = run(make_run("c", fingerprint="other"))  # nothing was there to lose
