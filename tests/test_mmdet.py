@@ -16,7 +16,7 @@ from focal_plugin.losses import sigmoid_focal_loss, sigmoid_focal_loss_star, sof
 
 CONFIG = config_dir() / "mmdet" / "retinanet_focal_plugin.py"
 N, C = 12, 3
-LOGITS, LABELS, ONES = torch.zeros(N, C), torch.zeros(N).long(), torch.ones(N)
+LOGITS, LABELS = torch.zeros(N, C), torch.zeros(N).long()
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,7 @@ def test_bad_values_are_named(ours):
         ({}, (LOGITS, LABELS[1:]), r"shape \(11,\)"),
         ({}, (LOGITS, LABELS, torch.ones(5)), r"12 values.*36 entries of pred.*, got shape \(5,\)"),
         ({"use_sigmoid": False}, (LOGITS, LABELS, torch.ones(N, C)), "weight must have 12 values"),
-        ({}, (LOGITS, LABELS - 2, ONES), r"labels must be in \[-1, 3\].*-2"),
-        ({"use_sigmoid": False}, (LOGITS, LABELS + C, ONES), r"labels must be in \[-1, 2\]"),
+        ({}, (LOGITS, LABELS - 2, torch.ones(N)), r"labels must be in \[-1, 3\].*-2"),
     ):
         with pytest.raises(ValueError, match=message):
             ours(**options)(*arguments)
@@ -167,30 +166,30 @@ def test_config_is_mmdets_but_for_the_loss(ours, tmp_path):
     assert isinstance(ours(**loss), torch.nn.Module)
 
 
-@pytest.mark.parametrize("use_sigmoid", [True, False])
-def test_retina_head(registry, use_sigmoid):
+@pytest.mark.parametrize(
+    "mine, stock",
+    # The softmax form of gamma 0 is mmdet's cross entropy.
+    [({"use_sigmoid": True}, "FocalLoss"), ({"use_sigmoid": False, "gamma": 0, "alpha": -1}, "CrossEntropyLoss")],
+)
+def test_retina_head(registry, mine, stock):
     from mmdet.structures.bbox import HorizontalBoxes  # noqa: F401, registers the type
     from mmengine.structures import InstanceData
 
     model = load_config(CONFIG).model
     head = model.bbox_head
     head.update(num_classes=C, in_channels=8, feat_channels=8, stacked_convs=1, train_cfg=model.train_cfg)
-    boxes, labels = torch.tensor([[4.0, 4, 40, 50], [20, 10, 90, 60]]), torch.tensor([0, 2])
-    instances = [InstanceData(bboxes=boxes[:n], labels=labels[:n]) for n in (2, 0)]  # one image has no objects
+    objects = InstanceData(bboxes=torch.tensor([[4.0, 4, 40, 50], [20, 10, 90, 60]]), labels=torch.tensor([0, 2]))
+    instances = [objects, objects[:0]]  # one image has none
     metas = [{"img_shape": (64, 96), "pad_shape": (64, 96)}] * 2
     g = torch.Generator().manual_seed(0)
     features = [torch.randn(2, 8, 64 // s, 96 // s, generator=g) for s in (8, 16, 32)]
     head.anchor_generator.strides = [8, 16, 32]
-    # The softmax form of gamma 0 is mmdet's cross entropy.
-    mine = {"type": "FocalPluginLoss", "use_sigmoid": use_sigmoid, **({} if use_sigmoid else {"gamma": 0, "alpha": -1})}
-    stock = {"type": "FocalLoss" if use_sigmoid else "CrossEntropyLoss", "use_sigmoid": use_sigmoid}
     results = []
-    for loss_cls in (mine, stock):
+    for loss_cls in ({**mine, "type": "FocalPluginLoss"}, {"use_sigmoid": mine["use_sigmoid"], "type": stock}):
         torch.manual_seed(0)
         model = registry.build({**head, "loss_cls": loss_cls})
         losses = model.loss_by_feat(*model(features), instances, metas)
-        total = sum(sum(level) for level in losses.values())
-        total.backward()
-        results.append([total.detach(), *(p.grad for p in model.parameters())])
+        total = sum(map(sum, losses.values()))
+        results.append([total.detach(), *torch.autograd.grad(total, [*model.parameters()])])
     assert results[0][0] > 0
     assert_close(*results, rtol=1e-4, atol=1e-6)

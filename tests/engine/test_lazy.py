@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
 from focal_plugin import get_config
-from focal_plugin.data import make_digits, register_coco_json
+from focal_plugin.data import register_coco_json
 from focal_plugin.engine import FocalTrainer
 
 NAMES = ["retina_focal", "retina_ohem"]
@@ -71,9 +72,8 @@ def test_optimizers_and_learning_rates_are_equal(pair):
     theirs, ours = FocalTrainer.build_optimizer(cfg, yaml_model), instantiate(optimizer)
     settings, keys = [], ("lr", "weight_decay", "momentum", "nesterov", "dampening")
     for optimizer, model in ((theirs, yaml_model), (ours, lazy_model)):
-        names = {p: name for name, p in model.named_parameters()}
-        groups = optimizer.param_groups
-        settings.append({names[p]: [group[key] for key in keys] for group in groups for p in group["params"]})
+        of = {p: [group[key] for key in keys] for group in optimizer.param_groups for p in group["params"]}
+        settings.append({name: of.get(p) for name, p in model.named_parameters()})
     assert type(theirs) is type(ours) and settings[0] == settings[1]
     hook = hooks.LRScheduler(ours, instantiate(lazy.lr_multiplier))
     hook.trainer = SimpleNamespace(iter=0, max_iter=lazy.train.max_iter)
@@ -84,24 +84,22 @@ def test_optimizers_and_learning_rates_are_equal(pair):
         assert hook.scheduler.get_lr() == pytest.approx(schedule.get_lr(), rel=1e-12), step
 
 
-def test_data_evaluation_and_the_rest_of_the_run_are_equal(pair, tmp_path, restore_catalogs):
+def test_data_evaluation_and_the_rest_of_the_run_are_equal(pair, scenes, restore_catalogs):
     cfg, _, lazy, _ = pair
     train, data, solver, loader = lazy.train, copy.deepcopy(lazy.dataloader), cfg.SOLVER, cfg.DATALOADER
     for split in ("train", "test"):
-        theirs, ours = DatasetMapper(cfg, split == "train"), instantiate(data[split].mapper)
-        assert plain(theirs) == plain(ours) and "ResizeShortestEdge" in str(plain(ours))
+        theirs, ours = plain(DatasetMapper(cfg, split == "train")), plain(instantiate(data[split].mapper))
+        assert theirs == ours and "ResizeShortestEdge" in str(ours)
         assert (data[split].dataset.names,) == cfg.DATASETS[split.upper()]
         assert data[split].num_workers == loader.NUM_WORKERS
-    assert data.train.total_batch_size == solver.IMS_PER_BATCH
-    assert data.train.dataset.get("filter_empty", True) == loader.FILTER_EMPTY_ANNOTATIONS
-    assert data.train.get("aspect_ratio_grouping", True) == loader.ASPECT_RATIO_GROUPING
+    kept = (data.train.dataset.get("filter_empty", True), data.train.get("aspect_ratio_grouping", True))
+    assert kept == (loader.FILTER_EMPTY_ANNOTATIONS, loader.ASPECT_RATIO_GROUPING)
     assert (train.init_checkpoint, train.seed) == (cfg.MODEL.WEIGHTS, cfg.SEED)
     assert (train.max_iter, train.eval_period) == (solver.MAX_ITER, cfg.TEST.EVAL_PERIOD)
     assert (train.checkpointer.period, train.amp.enabled) == (solver.CHECKPOINT_PERIOD, solver.AMP.ENABLED)
-    assert Path(train.output_dir) == Path(cfg.OUTPUT_DIR)
+    assert (data.train.total_batch_size, Path(train.output_dir)) == (solver.IMS_PER_BATCH, Path(cfg.OUTPUT_DIR))
     assert not train.ddp.broadcast_buffers and not solver.CLIP_GRADIENTS.ENABLED
 
-    scenes = make_digits(tmp_path / "scenes", num_train=1, num_val=1, image_size=64)
     register_coco_json("lazy_val", str(scenes / "val.json"), str(scenes / "val"))
     data.test.dataset.names = "lazy_val"
     theirs, ours = FocalTrainer.build_evaluator(cfg, "lazy_val"), instantiate(data.evaluator)
@@ -130,29 +128,29 @@ train.init_checkpoint, train.log_period, train.amp.enabled = "", 1, True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the CPU")
-def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path):
-    scenes, out = make_digits(tmp_path / "scenes", num_train=4, num_val=2, image_size=64), tmp_path / "out"
+def test_script_trains_on_two_cpu_workers_resumes_and_evaluates(tmp_path, scenes):
     for name in NAMES:
-        (tmp_path / f"{name}.py").write_text((zygote.ROOT / "configs" / "lazy" / f"{name}.py").read_text())
+        shutil.copy(zygote.ROOT / "configs" / "lazy" / f"{name}.py", tmp_path)
     (tmp_path / "small.py").write_text(SMALL)
-    command = ["--config-file", "small.py"]
+    final, console = tmp_path / "out" / "model_final.pth", tmp_path / "console.txt"
+    common = ["--config-file", "small.py"]
     for split in ("train", "val"):
-        command += ["--register", f"lazy_{split}={scenes / f'{split}.json'}:{scenes / split}"]
-    names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_val"]
+        common += ["--register", f"lazy_{split}={scenes / split}.json:{scenes / split}"]
+    common += ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_val"]
 
-    def run(*flags, folder="out", **train):
-        overrides = [*names, f"train.output_dir={folder}", *(f"train.{key}={value}" for key, value in train.items())]
-        console = tmp_path / f"{len(flags)} {folder}.txt"
-        argv, where = [*command, *flags, *overrides], {"script": "lazyconfig_train_net.py", "folder": tmp_path}
-        assert zygote.run(argv, console, **where) == 0, console.read_text()
-        return console.read_text(), [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    def run(flags, **train):
+        argv = [*flags.split(), *common, *(f"train.{k}={v}" for k, v in {"output_dir": "out", **train}.items())]
+        code = zygote.run(argv, console, script="lazyconfig_train_net.py", folder=tmp_path)
+        assert code == 0, console.read_text()
+        return [json.loads(line) for line in (final.parent / "metrics.json").open()]
 
-    _, metrics = run("--num-gpus", "2", "--dist-url", "auto", max_iter=2, eval_period=1)
+    metrics = run("--num-gpus 2 --dist-url auto", max_iter=2, eval_period=1)
     assert {"loss_cls", "loss_box_reg", "lr", "loss_normalizer", "ohem/num_pos", "bbox/AP"} <= set().union(*metrics)
-    before = torch.load(out / "model_final.pth", weights_only=True)
+    before = torch.load(final, weights_only=True)
     assert before["iteration"] == 1 and before["model"]["loss_normalizer"] != 100
 
-    _, metrics = run("--resume", max_iter=3)
-    steps = [line["iteration"] for line in metrics if "total_loss" in line]
+    steps = [line["iteration"] for line in run("--resume", max_iter=3) if "total_loss" in line]
     assert steps.count(0) == 1 and sorted(set(steps)) == [0, 1, 2]  # and not from 0 again
-    assert "AP50" in run("--eval-only", folder="evaluated", init_checkpoint=out / "model_final.pth")[0]
+    console.unlink()
+    run("--eval-only", output_dir="evaluated", init_checkpoint=final)
+    assert "AP50" in console.read_text()

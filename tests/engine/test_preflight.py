@@ -16,12 +16,9 @@ WRONG = [
     ("MODEL.ANCHOR_GENERATOR.SIZES", [[], [["a"]], [5], [[-1.0]], [[]]]),
     ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[], [[0.0]], [[float("inf")]]]),
     ("MODEL.RETINANET.IN_FEATURES", [[], [5]]),
-    ("MODEL.RETINANET.NUM_CLASSES", [0, -3, None]),
     ("MODEL.RETINANET.IOU_THRESHOLDS", [[], ["a"], [0.5, 0.4], [0.0, 0.5], [0.4, 1.5]]),
     ("MODEL.RETINANET.IOU_LABELS", [[], [7, 8, 9], [0, 1]]),
     ("MODEL.PIXEL_MEAN", [["a", "b", "c"], [], [float("nan")] * 3, [True, 1.0, 1.0], [10**400, 1.0, 1.0]]),
-    ("MODEL.RETINANET.NUM_CONVS", [0, None]),
-    ("INPUT.MIN_SIZE_TEST", [-1, None]),
     ("MODEL.PIXEL_STD", [[0.0, 0.0, 0.0], [1.0]]),
     ("MODEL.BACKBONE.NAME", ["nope", None]),
     ("MODEL.DEVICE", [None, "gpu", "meta"]),
@@ -30,16 +27,15 @@ WRONG = [
     ("SOLVER.OPTIMIZER", ["LAMB"]),
     ("DATASETS.TRAIN", [(5,), ("",), None]),
     ("INPUT.MIN_SIZE_TRAIN", [(), (0,), ("a",), (64.5,)]),
-    ("SOLVER.IMS_PER_BATCH", [0, -1, None]),
     ("SOLVER.BASE_LR", [None, 0, -1.0, float("nan"), float("inf")]),
-    ("SOLVER.MAX_ITER", [0, -5, None]),
     ("SOLVER.STEPS", [("a",), (5, 3), (5, 5), (2.5,), (True, 3), None]),
-    ("SOLVER.CHECKPOINT_PERIOD", [0, None]),
-    ("SOLVER.REFERENCE_WORLD_SIZE", [-2, None]),
-    ("TEST.EARLY_STOP_PATIENCE", [-1]),
     ("OUTPUT_DIR", [None, ""]),
+    *((f"MODEL.RETINANET.{name}", [0, -3, None]) for name in ("NUM_CLASSES", "NUM_CONVS")),
+    *((f"SOLVER.{name}", [0, -1, None]) for name in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD")),
+    *((key, [-2, None]) for key in ("INPUT.MIN_SIZE_TEST", "SOLVER.REFERENCE_WORLD_SIZE", "TEST.EARLY_STOP_PATIENCE")),
     *((key, [None]) for key in ("SEED", "TEST.EVAL_PERIOD", "SOLVER.WARMUP_ITERS")),
 ]
+PATIENCE = r"^TEST\.EARLY_STOP_PATIENCE: needs TEST\.EVAL_PERIOD > 0 and a TEST\.BEST"
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +60,6 @@ def message(cfg):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("opts", [(), ("TEST.EVAL_PERIOD", "5", "TEST.BEST_METRIC", "")])
-def test_patience_without_an_evaluation_to_wait_for(opts):
-    with pytest.raises(ValueError, match=r"^TEST\.EARLY_STOP_PATIENCE: needs TEST\.EVAL_PERIOD > 0 and a TEST\.BEST"):
-        check_values(get_config("retina_focal.yaml", ["TEST.EVAL_PERIOD", "0", "TEST.EARLY_STOP_PATIENCE", "3", *opts]))
-
-
 def test_what_fits_passes_but_not_nothing():
     check_datasets(config(("cells_train",), ("cells_train", "unknown_classes")))
     check_datasets(config(["cells_train"], []))
@@ -91,11 +81,13 @@ def test_registered_data_that_have_gone(tmp_path):
     assert f"'cells_train' has no {tmp_path / 'images'}" in message(config())
 
 
-def test_unknown_name():
+def test_unknown_name_and_all_problems_each_in_one_line():
     text = message(config(test=("cell_train",)))
     assert text.startswith("DATASETS.TEST: no data set 'cell_train'") and "Did you mean cells_train" in text
     assert "--register cell_train=annotations.json:image_dir" in text
-    assert "Did you mean" not in message(config(("qqqqqqqqqqqqqqqq",)))
+    text = message(config(("qqqqqqqqqqqqqqqq", "cells_train"), ("cells_train", "many"), num_classes=4))
+    assert [line.split("'")[1] for line in text.splitlines()] == ["qqqqqqqqqqqqqqqq", "cells_train", "many"]
+    assert "Did you mean" not in text
 
 
 def test_class_count():
@@ -108,11 +100,6 @@ def test_class_count():
     assert "does not read MODEL.ROI_HEADS.NUM_CLASSES" in message(cfg)
 
 
-def test_all_problems_at_once_each_in_one_line():
-    text = message(config(("nowhere", "cells_train"), ("cells_train", "many"), num_classes=4))
-    assert [line.split("'")[1] for line in text.splitlines()] == ["nowhere", "cells_train", "many"]
-
-
 @pytest.mark.parametrize("key, values", WRONG, ids=[key for key, _ in WRONG])
 def test_a_wrong_value_is_refused_by_its_key(key, values):
     for value in values:
@@ -123,10 +110,17 @@ def test_a_wrong_value_is_refused_by_its_key(key, values):
             check_values(cfg)
 
 
-def test_all_that_is_wrong_is_said_at_once():
-    cfg = get_config("digits/focal.yaml", ["SOLVER.MAX_ITER", "0", "SOLVER.BASE_LR", "0"])
-    with pytest.raises(ValueError, match=r"BASE_LR 0\.0: must be a positive .*\nSOLVER\.MAX_ITER 0: must be"):
-        check_values(cfg)
+@pytest.mark.parametrize(
+    "opts, text",
+    [
+        ("SOLVER.MAX_ITER 0 SOLVER.BASE_LR 0", r"BASE_LR 0\.0: must be a positive .*\nSOLVER\.MAX_ITER 0: must be"),
+        ("TEST.EARLY_STOP_PATIENCE 3 TEST.EVAL_PERIOD 0", PATIENCE),
+        ("TEST.EARLY_STOP_PATIENCE 3 TEST.EVAL_PERIOD 5 TEST.BEST_METRIC ''", PATIENCE),
+    ],
+)
+def test_all_that_is_wrong_is_said_at_once(opts, text):
+    with pytest.raises(ValueError, match=text):
+        check_values(get_config("retina_focal.yaml", opts.split()))
 
 
 def test_our_configs_are_right():
