@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 
+import pytest
+
 SCALE = float(os.environ.get("FOCAL_FUZZ_CASES", "1"))  # times as many cases
 SECONDS = 10  # of CPU time that a case may take, six times that of waiting; one that is in order takes milliseconds
 JUNK = [None, float("nan"), float("-inf"), 1e308, 0, -1, 2**31, 2**70, 1.5, True, "", "\0", "../../x", "é\u202e"]
@@ -18,28 +20,25 @@ JUNK += [[], {}, json.loads("[" * 90 + "]" * 90), "x" * 20_000]
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
 
 
-class Caught(BaseException):
-    """A hang, a command or a connection; not an Exception, as what is under test catches all of those."""
-
-
 _guarding = False
 
 
 @sys.addaudithook
 def _forbid(event, args):
     if _guarding and event.startswith(FORBIDDEN):
-        raise Caught(f"{event} {args}")
+        pytest.fail(f"{event} {args}")  # no Exception, as what is under test catches all of those
+
+
+def _stop(*_):
+    pytest.fail(f"still running after {SECONDS} s of CPU time, or {6 * SECONDS} s")
 
 
 @contextmanager
 def guarded():
     """Fail a block that hangs, runs a command or connects; a hang inside of C ends the process with a traceback."""
     global _guarding
-
-    def stop(*_):
-        raise Caught(f"still running after {SECONDS} s of CPU time, or {6 * SECONDS} s")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _stop)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(6 * SECONDS)
     faulthandler.dump_traceback_later(12 * SECONDS, exit=True)
@@ -51,8 +50,6 @@ def guarded():
         faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_cases(name, num_cases, case):

@@ -1,7 +1,6 @@
 """The COCO json checker and --register: a report or one error, and what passes is read by those who train on it."""
 
 import json
-import os
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -32,9 +31,8 @@ def content(digits):
     """Of train.json, with masks and keypoints, which Detectron2 reads even to train on boxes."""
     content = json.loads((digits / "train.json").read_text())
     del content["annotations"][6:]
-    for annotation, mask in zip(
-        content["annotations"], ([[1, 1, 9, 1, 9, 9]], {"counts": [3, 2, 1], "size": [2, 3]}, [])
-    ):
+    masks = [[1, 1, 9, 1, 9, 9]], {"counts": [3, 2, 1], "size": [2, 3]}, []
+    for annotation, mask in zip(content["annotations"], masks):
         annotation.update(segmentation=mask, keypoints=[1, 2, 2])
     return content
 
@@ -72,12 +70,8 @@ def test_mutants_of_the_file(digits, content, tmp_path, name, num_cases):
     run_cases(name, num_cases, case)
 
 
-def test_what_is_no_file(digits, tmp_path):
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "device").symlink_to("/dev/zero")
-    (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path / name for name in ("folder", "pipe", "device", "loop", "missing", "a\0b", "x" * 5000)):
+def test_what_is_no_file(digits, no_files, tmp_path):
+    for path in (tmp_path / name for names in no_files for name in names):
         with guarded():
             assert not survives(path, digits / "train", images="none"), path
             assert [finding.code for finding in check_coco(path, digits / "train").fatal] == ["not_json"]
