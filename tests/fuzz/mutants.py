@@ -84,7 +84,7 @@ def mutate_tree(rng: random.Random, tree, junk=()):
         places = list(_places(tree))
         if not places:
             break
-        container, key = rng.choice(places)
+        (container, key), (elsewhere, place) = rng.choice(places), rng.choice(places)
         kind = rng.choice(["delete", "rename", "double", "other", "other", "other"])
         if kind == "delete":
             del container[key]
@@ -93,13 +93,8 @@ def mutate_tree(rng: random.Random, tree, junk=()):
         elif kind == "double" and isinstance(container, list):
             container.insert(key, copy.deepcopy(container[key]))
         else:
-            elsewhere, place = rng.choice(places)
-            container[key] = copy.deepcopy(rng.choice([elsewhere[place], *[pick_junk(rng, junk)] * 2]))
+            container[key] = copy.deepcopy(rng.choice([elsewhere[place], *[rng.choice([*JUNK, *junk])] * 2]))
     return tree
-
-
-def pick_junk(rng: random.Random, more=()):
-    return copy.deepcopy(rng.choice([*JUNK, *more]))
 
 
 def _places(tree):

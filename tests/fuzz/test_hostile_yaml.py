@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.config import CfgNode
-from mutants import guarded, mutate_bytes, mutate_tree, pick_junk, run_cases
+from mutants import JUNK, guarded, mutate_bytes, mutate_tree, run_cases
 
 from focal_plugin import get_config, load_config
 from focal_plugin.config import config_dir
@@ -44,7 +44,7 @@ def test_mutants(tmp_path, name, num_cases):
             key = rng.choice(keys)
             if rng.random() < 0.3:
                 key = mutate_bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
-            return loads("", [key, str(pick_junk(rng, [*LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
+            return loads("", [key, str(rng.choice([*JUNK, *LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
         real = configs / rng.choice(SHIPPED)
         mutant = real.parent / "mutant.yaml"
         if name == "files":
@@ -59,10 +59,7 @@ def test_mutants(tmp_path, name, num_cases):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (
-            f"SOLVER:\n  STEPS: {CODE.decode()}",
-            r"the tag '!!python/.* \(line 2\)\. Python tags can run any code .*: write",
-        ),
+        (f"SOLVER:\n  STEPS: {CODE.decode()}", r"the tag '!!python/.* \(line 2\)\. Python tags can run .*: write the"),
         ("MODEL:\n  FPN: &a {NORM: GN}\n  RESNETS: *a", r"an alias or anchor, 'a' \(line 2\)"),
         ("MODEL: {<<: {DEVICE: cpu}}", "a key that is no name"),
         ("a: " + "{a: " * 50_000, "nested too deeply"),
@@ -87,7 +84,6 @@ def test_mutants(tmp_path, name, num_cases):
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", "write a float with a point"),
         ("OUTPUT_DIR: caf\xe9", "not valid YAML in UTF-8: .*character 16"),
         ("SOLVER: {MAX_ITER: 9e4}", "SOLVER.MAX_ITER .write a whole number: 90000"),
-        ("_BASE_: nowhere.yaml", "_BASE_ .*nowhere.yaml': not there"),
     ],
 )
 def test_refused_by_name(tmp_path, content, message):
@@ -95,8 +91,7 @@ def test_refused_by_name(tmp_path, content, message):
     (tmp_path / "out.yaml").write_text("OUTPUT_DIR: a/../../x")
     (tmp_path / "away").symlink_to(tmp_path.parent)
     (tmp_path / "c.yaml").write_bytes(content.encode("latin-1"))
-    error = FileNotFoundError if "nowhere" in content else ValueError
-    with guarded(), pytest.raises(error, match=r"^c\.yaml: ") as caught:
+    with guarded(), pytest.raises(ValueError, match=r"^c\.yaml: ") as caught:
         load_config("c.yaml")
     assert caught.match(message) and "\x1b" not in str(caught.value)
     if "leads out" in message:  # which the command line may
@@ -104,11 +99,11 @@ def test_refused_by_name(tmp_path, content, message):
 
 
 def test_what_is_no_file(no_files):
-    for name in sum(no_files, []):
+    for name in (name for names in no_files for name in names):
         with guarded(), pytest.raises(FileNotFoundError, match="no config file"):
             load_config(name)
         Path("c.yaml").write_text(json.dumps({"_BASE_": name}))
-        with guarded(), pytest.raises((FileNotFoundError, ValueError), match=r"^c\.yaml: "):
+        with guarded(), pytest.raises(FileNotFoundError, match=r"^c\.yaml: its _BASE_ '.*: not there"):
             load_config("c.yaml")
 
 
@@ -118,9 +113,7 @@ def test_what_is_no_file(no_files):
         (["MODEL.DEVICE.cu", "1"], "unknown config key 'MODEL.DEVICE.cu'"),
         (["MODEL", "{}"], r"MODEL is a group of keys, such as MODEL\."),
         (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "nested too deeply|ype mismatch"),
-        (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.*FOCAL_LOSS_GAMMA"),
-        (["MODEL.OHEM.BATCH_SIZE", "many"], "'MODEL.OHEM.BATCH_SIZE many': Type mismatch"),
-        (["DATASETS.TRAIN", "digits_train"], r'write a tuple: \("name",\)'),
+        (["DATASETS.TRAIN", "mine"], r"""'DATASETS.TRAIN mine': Type mismatch .*write a tuple: \("name",\)"""),
         (["MODEL.OHEM.BATCH_SIZE"], "^overrides must be KEY VALUE pairs"),
         (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "^--resume comes after the first KEY VALUE pair"),
     ],
