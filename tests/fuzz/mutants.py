@@ -29,26 +29,19 @@ def _forbid(event, args):
         pytest.fail(f"{event} {args}")  # no Exception, as what is under test catches all of those
 
 
-def _stop(*_):
-    pytest.fail(f"still running after {SECONDS} s of CPU time, or {6 * SECONDS} s")
-
-
 @contextmanager
 def guarded():
-    """Fail a block that hangs, runs a command or connects; a hang inside of C ends the process with a traceback."""
+    """Fail a block that computes on, runs a command or connects; end the process, with a traceback, if it waits."""
     global _guarding
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, _stop)
+    signal.signal(signal.SIGPROF, lambda *_: pytest.fail(f"still running after {SECONDS} s of CPU time"))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.alarm(6 * SECONDS)
-    faulthandler.dump_traceback_later(12 * SECONDS, exit=True)
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     _guarding = True
     try:
         yield
     finally:
         _guarding = False
         faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

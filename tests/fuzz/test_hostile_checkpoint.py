@@ -48,24 +48,6 @@ def state(tmp_path_factory):
     return torch.load(folder / "a.pth", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def files(state):
-    """Return real files of each format by name."""
-    arrays = {name: value.numpy() for name, value in state["model"].items()}
-    more = {"n": np.int64(7), "lr": np.float32(3), "empty": np.zeros(0), "classes": np.array(["cat"])}
-    zoo = {"model": arrays, "__author__": "zoo", "matching_heuristics": True, **more}
-    # Not in protocol 5, in which numpy turns them itself.
-    turned = {**zoo, "model": {**arrays, "0.weight": np.asfortranarray(arrays["0.weight"]).astype(">f4")}}
-    return {
-        "new.pth": saved(state),
-        "old.pth": saved(state, _use_new_zipfile_serialization=False),
-        "pycls.pyth": saved({"model_state": state["model"]}),
-        **{f"zoo{protocol}.pkl": pickle.dumps(zoo, protocol) for protocol in PROTOCOLS},
-        **{f"turned{protocol}.pkl": pickle.dumps(turned, protocol) for protocol in PROTOCOLS[:5]},
-        "caffe2.pkl": pickle.dumps({"blobs": {f"{name}_w": value for name, value in arrays.items()}, "cfg": "x"}, 2),
-    }
-
-
 def saved(content, **kwargs) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, **kwargs)
@@ -87,12 +69,20 @@ def loads(name, content: bytes) -> bool:
     return accepted
 
 
-def test_real_files_load_bit_for_bit_and_mutants_or_not_at_all(files, state, request):
-    # 4 GiB more for the process: what a pickle may claim is not looked at, so a mutant of one may ask for all.
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, before))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
+def test_real_files_load_bit_for_bit_and_mutants_or_not_at_all(state, request):
+    arrays = {name: value.numpy() for name, value in state["model"].items()}
+    more = {"n": np.int64(7), "lr": np.float32(3), "empty": np.zeros(0), "classes": np.array(["cat"])}
+    zoo = {"model": arrays, "__author__": "zoo", "matching_heuristics": True, **more}
+    turned = {**zoo, "model": {**arrays, "0.weight": np.asfortranarray(arrays["0.weight"]).astype(">f4")}}
+    files = {
+        "new.pth": saved(state),
+        "old.pth": saved(state, _use_new_zipfile_serialization=False),
+        "pycls.pyth": saved({"model_state": state["model"]}),
+        **{f"zoo{protocol}.pkl": pickle.dumps(zoo, protocol) for protocol in PROTOCOLS},
+        # Not in protocol 5, in which numpy turns them itself.
+        **{f"turned{protocol}.pkl": pickle.dumps(turned, protocol) for protocol in PROTOCOLS[:5]},
+        "caffe2.pkl": pickle.dumps({"blobs": {f"{name}_w": value for name, value in arrays.items()}, "cfg": "x"}, 2),
+    }
     for name, content in files.items():
         assert loads(name, content), name
         checkpointer = make_checkpointer()
@@ -100,6 +90,11 @@ def test_real_files_load_bit_for_bit_and_mutants_or_not_at_all(files, state, req
         assert name == "caffe2.pkl" or all(torch.equal(loaded[key], value) for key, value in state["model"].items())
         if name.startswith(("zoo", "turned")):
             assert (rest["n"], rest["classes"].tolist(), rest["empty"].shape) == (7, ["cat"], (0,))
+    # 4 GiB more for the process: what a pickle may claim is not looked at, so a mutant of one may ask for all.
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, before))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
 
     def case(rng):
         name = rng.choice(list(files))
@@ -120,7 +115,6 @@ def test_code_and_what_is_no_numbers(state):
     arrays = [
         np.array(["text"]),
         Call(*bare, (1, (1 << 60,), f4, False, b"")),
-        Call(*bare, (1, (-1,), f4, False, b"1234")),
         Call(*bare, (1, (1,), obj, False, b"12345678")),
         Call(*bare, (1, (1,), forged, False, b"12345678")),
         Call(np.ndarray, ((1,), "O", b"12345678")),
@@ -156,9 +150,9 @@ def test_opcodes_and_damage(name):
                 make_checkpointer().load(name)
 
 
-def test_every_flipped_bit_of_the_numbers_is_noticed(files, state):
+def test_every_flipped_bit_of_the_numbers_is_noticed(state):
     """torch itself reads on, and gives another number."""
-    content, numbers = files["new.pth"], state["model"]["0.weight"].numpy().tobytes()
+    content, numbers = saved(state), state["model"]["0.weight"].numpy().tobytes()
     for offset in range(0, len(numbers), 5):
         flipped = bytearray(content)
         flipped[content.index(numbers) + offset] ^= 1 << (offset % 8)
