@@ -19,17 +19,14 @@ SYSTEM_CALL = b"cos\nsystem\n(S'touch canary'\ntR."
 WORDS = [SYSTEM_CALL, b"cbuiltins\nexec\n", b"\x8c\x02os\x8c\x06system\x93", b"R", b"b", b"0."]
 
 
-class Call:
+class Call(tuple):
     """Pickled as a call of ``function(*args)`` and its ``__setstate__(state)``, which loading it would make."""
 
-    def __init__(self, function, args, state=None):
-        self._call = function, args, state
-
     def __reduce__(self):
-        return self._call
+        return tuple(self)
 
 
-SYSTEM = Call(os.system, ("touch canary",))
+SYSTEM = Call((os.system, ("touch canary",)))
 
 
 def make_checkpointer(folder=""):
@@ -105,21 +102,21 @@ def test_real_files_load_bit_for_bit_and_mutants_or_not_at_all(state, request):
 
 def test_code_and_what_is_no_numbers(state):
     ones, attack = torch.ones(1), {"model": {"x": SYSTEM}}
-    contents = [SYSTEM, Call(exec, ("open('canary', 'w')",)), attack, {**state, "extra": [SYSTEM]}, {"blobs": SYSTEM}]
+    contents = [SYSTEM, Call((exec, ("open('canary', 'w')",))), attack, {**state, "extra": [SYSTEM]}, {"blobs": SYSTEM}]
     contents += [5, [1], ones]
     core = np._core if hasattr(np, "_core") else np.core
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
     # Its field would be an object, of which the bytes are taken for the address: to look at it is a crash of Python.
-    forged = Call(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0))
+    forged = Call((np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (obj, 0)}, 8, 1, 0)))
     arrays = [
         np.array(["text"]),
-        Call(*bare, (1, (1 << 60,), f4, False, b"")),
-        Call(*bare, (1, (1,), obj, False, b"12345678")),
-        Call(*bare, (1, (1,), forged, False, b"12345678")),
-        Call(np.ndarray, ((1,), "O", b"12345678")),
-        Call(core.numeric._frombuffer, (8, f4, (2,), "C")),  # room for as many bytes as it says
-        Call(core.numeric._frombuffer, (b"12345678", f4, (3,), "C")),
+        Call((*bare, (1, (1 << 60,), f4, False, b""))),
+        Call((*bare, (1, (1,), obj, False, b"12345678"))),
+        Call((*bare, (1, (1,), forged, False, b"12345678"))),
+        Call((np.ndarray, ((1,), "O", b"12345678"))),
+        Call((core.numeric._frombuffer, (8, f4, (2,), "C"))),  # room for as many bytes as it says
+        Call((core.numeric._frombuffer, (b"12345678", f4, (3,), "C"))),
     ]
     models = [[], {"x": 3}, {5: ones}, {"\x1b[2J": ones}, {"x": ones, "y": None}, *({"x": array} for array in arrays)]
     for content in contents + [{"model": model, "__author__": "x"} for model in models]:
