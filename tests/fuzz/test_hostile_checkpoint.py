@@ -103,7 +103,6 @@ def test_real_files_load_bit_for_bit_and_mutants_or_not_at_all(state, request):
 def test_code_and_what_is_no_numbers(state):
     ones, attack = torch.ones(1), {"model": {"x": SYSTEM}}
     contents = [SYSTEM, Call((exec, ("open('canary', 'w')",))), attack, {**state, "extra": [SYSTEM]}, {"blobs": SYSTEM}]
-    contents += [5, [1], ones]
     core = np._core if hasattr(np, "_core") else np.core
     bare = (core.multiarray._reconstruct, (np.ndarray, (0,), b"b"))
     f4, obj = np.dtype("f4"), np.dtype("O")
@@ -118,6 +117,8 @@ def test_code_and_what_is_no_numbers(state):
         Call((core.numeric._frombuffer, (8, f4, (2,), "C"))),  # room for as many bytes as it says
         Call((core.numeric._frombuffer, (b"12345678", f4, (3,), "C"))),
     ]
+    # Beside the weights, whose type is checked once more, and as weights.
+    contents += [5, [1], ones, *({"model": {}, "__author__": "x", "extra": array} for array in arrays[1:])]
     models = [[], {"x": 3}, {5: ones}, {"\x1b[2J": ones}, {"x": ones, "y": None}, *({"x": array} for array in arrays)]
     for content in contents + [{"model": model, "__author__": "x"} for model in models]:
         with guarded():
