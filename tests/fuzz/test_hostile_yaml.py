@@ -1,13 +1,13 @@
 """Configs and overrides: a config, or one error that names the file; no code, no network, no hang."""
 
 import json
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from detectron2.config import CfgNode
-from mutants import guarded, mutate_bytes, mutate_tree, pick_junk, run_cases
+from mutants import JUNK, guarded, mutate_bytes, mutate_tree, run_cases
 
 from focal_plugin import get_config, load_config
 from focal_plugin.config import config_dir
@@ -19,14 +19,6 @@ WORDS = [CODE, b"&a [*a, *a]", b"*a", b"<<: *a\n", b"_BASE_: mutant.yaml\n", b"_
 WORDS += [b"[" * 200, b"{a: " * 60, b"- " * 200, b"2001-01-01", b"!!binary aGk=", b"VERSION: 1\n", b"null", b": ", b"'"]
 WORDS += [b'"\\ud800"', b"|\n", b"---\n", b"\n  ", b"0x" + b"f" * 90, b"1:1:1:1:1:1:1:1:1", b"OUTPUT_DIR: ../x\n"]
 LITERALS = ["(1, 2", "[" * 300, "-" * 250_000 + "1", "a" + ".b" * 90_000, "{1: 2}", "b'x'", "1j", "__import__('os')"]
-
-
-@pytest.fixture
-def configs(tmp_path, monkeypatch):
-    """Return a copy of the configs, where a mutant finds its _BASE_, with the working directory beside it."""
-    monkeypatch.chdir(tmp_path)
-    yield shutil.copytree(config_dir(), tmp_path / "configs")
-    assert not list(tmp_path.rglob("canary")), "code has run"
 
 
 def loads(path, opts=()) -> bool:
@@ -42,9 +34,17 @@ def loads(path, opts=()) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name, num_cases", [("files", 300), ("trees", 200)])
-def test_mutants_of_the_configs(configs, name, num_cases):
+@pytest.mark.parametrize("name, num_cases", [("files", 300), ("trees", 200), ("overrides", 200)])
+def test_mutants(tmp_path, name, num_cases):
+    configs = shutil.copytree(config_dir(), tmp_path / "configs")  # where a mutant finds its _BASE_
+    keys = all_keys(get_config("retina_focal.yaml"))
+
     def case(rng):
+        if name == "overrides":
+            key = rng.choice(keys)
+            if rng.random() < 0.3:
+                key = mutate_bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
+            return loads("", [key, str(rng.choice([*JUNK, *LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
         real = configs / rng.choice(SHIPPED)
         mutant = real.parent / "mutant.yaml"
         if name == "files":
@@ -56,35 +56,19 @@ def test_mutants_of_the_configs(configs, name, num_cases):
     run_cases(name, num_cases, case)
 
 
-def test_overrides(configs):
-    keys = all_keys(get_config("retina_focal.yaml"))
-
-    def case(rng):
-        key = rng.choice(keys)
-        if rng.random() < 0.3:
-            key = mutate_bytes(rng, key.encode(), [b".", b"..", b"__class__", b"\0"]).decode(errors="replace")
-        return loads("", [key, str(pick_junk(rng, [*LITERALS, "1", "0.5", "True", "cpu", "('x',)"]))])
-
-    run_cases("overrides", 200, case)
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
-        (f"SOLVER:\n  STEPS: {CODE.decode()}", r"line 2\)\. Python tags can run any code and are refused: write the"),
-        ("SOLVER: {BASE_LR: !!float 1}", r"the tag '!!float' \(line 1\)"),
+        (f"SOLVER:\n  STEPS: {CODE.decode()}", r"the tag '!!python/.* \(line 2\)\. Python tags can run .*: write the"),
         ("MODEL:\n  FPN: &a {NORM: GN}\n  RESNETS: *a", r"an alias or anchor, 'a' \(line 2\)"),
-        ("MODEL: {<<: {DEVICE: cpu}}", "a key that is no name"),
         ("a: " + "{a: " * 50_000, "nested too deeply"),
         ("_BASE_: [x.yaml, [y.yaml]]", "_BASE_ must be a path"),
         ("_BASE_: [https://example.com/x.yaml]", "_BASE_ must be a path .* and is not fetched: 'https://exam"),
-        ("_BASE_: ./../{here}/c.yaml", "leads back to itself"),
-        ("_BASE_: b0.yaml", "leads .* to more than 20 files"),  # each of 40 files names the next one twice
-        ("_BASE_: five.yaml", r"MODEL is a group of keys, such as MODEL\."),
-        ("_BASE_: twice.yaml", r"its _BASE_ 'twice\.yaml': the key 'MODEL' .*line 2"),
+        ("_BASE_: [c.yaml, c.yaml]", "leads back to itself, or to more than 20 files"),
+        ("MODEL: 5", r"MODEL is a group of keys, such as MODEL\."),
+        ("_BASE_: twice.yaml", r"its _BASE_ 'twice\.yaml': the key 'NORM' for the second time .*\(line 4\)"),
         ("- 1", "no KEY: VALUE pairs at its top level"),
         ("#" * (1 << 20), "more than 262,144 bytes"),
-        ("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN", r"the key 'NORM' for the second time in its mapping \(line 4\)"),
         ("ON: 2", r"a key that is no name \(line 1\): ON, 3 and the like need quotes"),
         ("SOLVER: {BASE_LR: 2001-01-01}", r"Type mismatch .*SOLVER\.BASE_LR"),
         ("SOLVER: {BASE_LR: " + "1:" * 900 + "1.5}", "not valid YAML"),
@@ -94,58 +78,39 @@ def test_overrides(configs):
         ('"A key: \\e[2J": 1', r"unknown config key 'A key: \\x1b\[2J'"),
         ('OUTPUT_DIR: "a\\0b"', r"OUTPUT_DIR 'a\\x00b': embedded null"),
         ("VERSION: [2]", "VERSION must be 2"),
-        ("OUTPUT_DIR: null", "OUTPUT_DIR None: expected str"),
-        ("OUTPUT_DIR: a/../../x", "OUTPUT_DIR 'a/../../x': leads out of .*, to .*: give it on the command"),
         ("OUTPUT_DIR: away/x", "leads out of the working directory"),
-        ("_BASE_: out.yaml", "leads out of the working directory"),
+        ("_BASE_: out.yaml", "OUTPUT_DIR 'a/../../x': leads out of .*, to .*: give it on the command"),
         ("MODEL: {FOCAL: {STAR_BETA: 1}}", "write a float with a point"),
         ("OUTPUT_DIR: caf\xe9", "not valid YAML in UTF-8: .*character 16"),
         ("SOLVER: {MAX_ITER: 9e4}", "SOLVER.MAX_ITER .write a whole number: 90000"),
-        ("_BASE_: nowhere.yaml", "_BASE_ .*nowhere.yaml': not there"),
-    ],
-)
-def test_refused_by_name(tmp_path, monkeypatch, content, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "five.yaml").write_text("MODEL: 5")
-    (tmp_path / "twice.yaml").write_text("MODEL: {}\nMODEL: {}")
-    (tmp_path / "out.yaml").write_text("OUTPUT_DIR: ../x")
-    (tmp_path / "away").symlink_to(tmp_path.parent)
-    for i in range(40):
-        (tmp_path / f"b{i}.yaml").write_text(f"_BASE_: [b{i + 1}.yaml, b{i + 1}.yaml]")
-    (tmp_path / "c.yaml").write_bytes(content.replace("{here}", tmp_path.name).encode("latin-1"))
-    error = FileNotFoundError if "nowhere" in content else ValueError
-    with guarded(), pytest.raises(error, match=r"^c\.yaml: ") as caught:
-        load_config("c.yaml")
-    assert caught.match(message) and "\x1b" not in str(caught.value)
-    if "leads out" in message:  # which the command line may
-        assert load_config("c.yaml", ["OUTPUT_DIR", "../x"]).OUTPUT_DIR == "../x"
-
-
-def test_what_is_no_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe.yaml")
-    for name in ("pipe.yaml", str(tmp_path), "/dev/zero", "x" * 5000, "a\0b"):
-        with guarded(), pytest.raises(FileNotFoundError, match="no config file"):
-            load_config(name)
-        (tmp_path / "c.yaml").write_text(json.dumps({"_BASE_": name}))
-        with guarded(), pytest.raises((FileNotFoundError, ValueError), match=r"^c\.yaml: "):
-            load_config("c.yaml")
-
-
-@pytest.mark.parametrize(
-    "opts, message",
-    [
         (["MODEL.DEVICE.cu", "1"], "unknown config key 'MODEL.DEVICE.cu'"),
         (["MODEL", "{}"], r"MODEL is a group of keys, such as MODEL\."),
-        ([3, "1"], "unknown config key"),
-        (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "nested too deeply|ype mismatch"),
-        (["MODEL.RETINANET.FOCAL_LOSS_GAMA", "2"], "unknown config key .*; did you mean MODEL.*FOCAL_LOSS_GAMMA"),
-        (["MODEL.OHEM.BATCH_SIZE", "many"], "'MODEL.OHEM.BATCH_SIZE many': Type mismatch"),
-        (["DATASETS.TRAIN", "digits_train"], r'write a tuple: \("name",\)'),
-        (["MODEL.OHEM.BATCH_SIZE"], "^overrides must be KEY VALUE pairs"),
-        (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "^--resume comes after the first KEY VALUE pair"),
+        (["SOLVER.MAX_ITER", "~" * 250_000 + "1"], "(nested too deeply|ype mismatch)"),
+        (["DATASETS.TRAIN", "mine"], r"""'DATASETS.TRAIN mine': Type mismatch .*write a tuple: \("name",\)"""),
+        (["MODEL.OHEM.BATCH_SIZE"], "be KEY VALUE pairs"),
+        (["SOLVER.BASE_LR", "0.1", "--resume", "x"], "after the first KEY VALUE pair"),
     ],
 )
-def test_overrides_one_by_one(opts, message):
-    with guarded(), pytest.raises(ValueError, match=message if message[0] == "^" else f"^override .*{message}"):
-        load_config("retina_focal.yaml", opts)
+def test_refused_by_name(tmp_path, content, message):
+    """The content of a file, or overrides on the command line."""
+    (tmp_path / "twice.yaml").write_text("MODEL:\n  FPN:\n    NORM: BN\n    NORM: GN")
+    (tmp_path / "out.yaml").write_text("OUTPUT_DIR: a/../../x")
+    (tmp_path / "away").symlink_to(tmp_path.parent)
+    file, opts = ("c.yaml", []) if isinstance(content, str) else ("retina_focal.yaml", content)
+    if not opts:
+        (tmp_path / file).write_bytes(content.encode("latin-1"))
+    start = "(override |overrides must|--resume comes)" if opts else r"c\.yaml: "
+    with guarded(), pytest.raises(ValueError, match=f"^{start}.*{message}") as caught:
+        load_config(file, opts)
+    assert "\x1b" not in str(caught.value)
+    if "leads out" in message:  # which the command line may
+        assert load_config(file, ["OUTPUT_DIR", "../x"]).OUTPUT_DIR == "../x"
+
+
+def test_what_is_no_file(no_files):
+    for name in (name for names in no_files for name in names):
+        with guarded(), pytest.raises(FileNotFoundError, match="no config file"):
+            load_config(name)
+        Path("c.yaml").write_text(json.dumps({"_BASE_": name}))
+        with guarded(), pytest.raises(FileNotFoundError, match=r"^c\.yaml: its _BASE_ '.*: not there"):
+            load_config("c.yaml")
