@@ -96,15 +96,16 @@ def _work_off(runs: Sequence[Run], executor: Any, jobs: dict[Run, Any], say: Cal
             say(f"{run}: {_outcome(result)}")
         if jobs and time.monotonic() - shown >= _LOG:
             shown = time.monotonic()
-            say(_progress(runs, results, jobs, executor.parallel))
+            say(_progress(runs, results, jobs, executor))
     return [results[run] for run in runs]
 
 
-def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mapping[Run, Any], parallel: int) -> str:
+def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mapping[Run, Any], executor: Any) -> str:
     """Return a line such as `FL seed 1 120/400 loss 0.41; 3 done, 1 running, 6 waiting; about 9.0 min left`."""
     words, times, steps_left = [], [], 0
     for run in runs:
-        record = run.result().last_step()
+        is_to_be_emptied = executor.fresh and run not in jobs and run not in results
+        record = {} if is_to_be_emptied else run.result().last_step()
         step = record.get("iteration", -1) + 1
         times += [record["time"]] if "time" in record else []
         steps_left += 0 if run in results else run.max_iter - step
@@ -113,7 +114,7 @@ def _progress(runs: Sequence[Run], results: Mapping[Run, RunResult], jobs: Mappi
             words.append(f"{run} {'evaluating' if step >= run.max_iter else state}")
     states = ["running" if run in jobs else results[run].status if run in results else "waiting" for run in runs]
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
-    seconds = steps_left * statistics.median(times or [0]) / min(parallel, len(runs) - len(results))
+    seconds = steps_left * statistics.median(times or [0]) / min(executor.parallel, len(runs) - len(results))
     return f"{', '.join(words)}; {counts}" + (f"; about {format_duration(seconds)} left" if seconds else "")
 
 

@@ -157,6 +157,14 @@ BAD_TRUTH = {
 }
 
 
+def test_what_the_check_before_a_training_lets_pass_is_read(tmp_path):
+    """An area that is no number counts in AP of all sizes; a file's name stands for an image's id."""
+    annotations, found = [annotation(1, 0, 7, BOX, area=float("nan"))], result(0, 7, BOX, 0.5, file_name="0.png")
+    del found["image_id"]
+    table, _ = coco.evaluate(*read(write(tmp_path, annotations, [found])))
+    assert table.AP[0] == pytest.approx(100)
+
+
 def test_bad_files_are_named(tmp_path):
     for results, message in BAD_RESULTS:
         with pytest.raises(ValueError, match=f"found.json: .*{message}"):

@@ -168,6 +168,12 @@ def test_after_a_change_nothing_is_lost_unasked(make_run, capsys):
     with pytest.raises(FileExistsError, match="another config"):
         run(make_run("a", fingerprint="third"))
 
+    with ThreadPoolExecutor() as pool:  # and asked, not before its turn
+        both = pool.submit(run, make_run("b", "SLEEP", "1"), make_run("a", "AP", "40", fingerprint="other"), fresh=True)
+        wait_for((make_run("b").folder / "attempts").is_file)
+        assert (changed.folder / "result.json").is_file()
+    assert [result.ap for result in both.result()][1] == 40
+
     run(make_run("c", "FAIL", "memory"))
     (mended,) = run(make_run("c", fingerprint="other"))  # nothing was there to lose
     assert mended.ok and mended.attempts == 1 and not (mended.folder / "console.1.txt").exists()
